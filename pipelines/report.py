@@ -2,8 +2,8 @@
 
     python pipelines/report.py --runs runs/quickstart
 
-It reads only files that the stages wrote (result.json, metrics.jsonl, analysis.json, pictures/, config.yaml, environment.json). Stages that have not
-run or not finished are marked as such. The page loads nothing from the network. Does not import torch.
+It reads only files that the stages wrote (result.json, metrics.jsonl, analysis.json, label_audit.json, pictures/, config.yaml, environment.json and
+others). Stages that have not run or not finished are marked as such. The page loads nothing from the network. Does not import torch.
 """
 
 import sys
@@ -58,6 +58,7 @@ MANY_CLASSES = 20
 """more classes are folded on the page"""
 _EXTREMES = 5  # classes with the largest and the smallest differences, of many
 _MEASURES = (("detector AP", 2), ("top-1", 0))  # (title, index into a row's values)
+_COLUMN_ORDER = (2, 3, 0, 1)  # of a row's values on the page: AP first, which a phone would cut off behind the others
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
     rows = table_rows(table, runs) if table else []
     difference = gain(table, runs) if table else None
     objects = objects_of(table, runs) if table else None
-    filled = [0, *(n + 1 for n in range(len(COLUMNS) - 1) if any(row.values[n] is not None for row in rows))]
+    filled = [0, *(n + 1 for n in _COLUMN_ORDER if any(row.values[n] is not None for row in rows))]
     environment = Environment(
         loader=PackageLoader("ssld.pipelines", "reports"),
         autoescape=True,
@@ -208,7 +209,7 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
         table_gain=table.gain if table else None,
         photos=photos.embedded,
         few_objects=capitalized(few_objects_text(objects)) if objects is not None and objects < FEW_OBJECTS else None,
-        intervals_note=capitalized(note) if table and (note := intervals_note(table)) else None,
+        intervals_note=capitalized(intervals_note(table)) if table else None,
         seeds=max((len(stages) for row in table.rows.values() for stages in (row.classifier, row.detector)), default=1)
         if table
         else 1,

@@ -10,13 +10,16 @@ if TYPE_CHECKING:
 
 PAGE_BYTES = 4_000_000
 """encoded bytes of all images in a page"""
+SHEET_SIDE = 1200
+"""longer side of an embedded sheet of many small images, in pixels"""
 
 
 class Budget:
-    """Number of bytes left for images in a page."""
+    """Number of bytes left for images in a page; sheets of many small images may use up to half of them."""
 
     def __init__(self, left: int = PAGE_BYTES) -> None:
         self.left = left
+        self._sheets_left = left // 2
 
     def embed(self, file: Path, longest: int) -> str | None:
         """Encode an image file as a data: URL, its longer side at most `longest` pixels; None if it is unreadable or the budget is used up."""
@@ -29,6 +32,17 @@ class Budget:
                 return self.encode(image, longest)
         except Exception:  # PIL raises many kinds of exceptions for damaged files
             return None
+
+    def embed_sheet(self, file: Path) -> str | None:
+        """Encode a sheet of many small images as `embed` does; None also if the part of the budget for sheets is used up."""
+        before = self.left
+        source = self.embed(file, SHEET_SIDE)
+        spent = before - self.left
+        if spent > self._sheets_left:
+            self.left = before
+            return None
+        self._sheets_left -= spent
+        return source
 
     def encode(self, image: "Image.Image", longest: int) -> str | None:
         """Encode an image as a data: URL of a JPEG, its longer side at most `longest` pixels; None if the budget is used up."""

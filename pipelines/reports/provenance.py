@@ -4,6 +4,7 @@ A separate module because it reads the settings of runs, which neither the table
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ _KINDS = {
     "retinanet": "RetinaNet",
     "gfl": "GFL",
 }
+_PUBLISHED = "coco"  # scheme of published detectors as `init`
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights that a detector starts from: a few words, and the full path if they are a file that no stage here has made."""
+
+    text: str
+    path: str | None = None
 
 
 def compared(table: TableConfig, runs: Path) -> str | None:
@@ -59,20 +69,25 @@ def origin(row: RowConfig, runs: Path) -> str | None:
     return _backbone(run, runs) if run else None
 
 
-def start(row: RowConfig, runs: Path) -> str | None:
-    """Name the weights that a row's detector starts from in a few words; None if unknown."""
+def start(row: RowConfig, runs: Path) -> Start | None:
+    """Name the weights that a row's detector starts from; None if unknown."""
     settings = _detector_settings(row.detector, runs)[1]
-    if isinstance(settings.get("init"), str):
-        return "detector file"
-    backbone = settings.get("backbone")
+    backbone, init = settings.get("backbone"), settings.get("init")
+    scheme, _, name = init.partition(":") if isinstance(init, str) else ("", "", "")
+    if scheme == _PUBLISHED and name and not isinstance(backbone, str):
+        return Start(f"COCO weights ({name})")
+    if isinstance(init, str) and scheme != _PUBLISHED:
+        return Start("detector file", init)
     if not isinstance(backbone, str):
         return None
     kind, _, name = backbone.partition(":")
-    if kind == "random" and name:
-        return "random weights"
     if _made_by(backbone, runs) is not None:
-        return "stage 1"
-    return "pretrained weights"
+        own = Start("stage 1")
+    elif kind in ("random", "timm") and name:
+        own = Start(backbone if scheme else "random weights" if kind == "random" else "pretrained weights")
+    else:
+        own = Start(_short(backbone, runs), backbone)
+    return Start(f"body of {own.text} under COCO weights", own.path) if scheme else own
 
 
 def _first(stages: Sequence[str], runs: Path) -> Path | None:
@@ -101,24 +116,37 @@ def _training(stages: Sequence[str], runs: Path) -> tuple[str, list[str]] | None
     """Return (initial weights, [kind of detector, images seen, image size]) of a row's detector, in words; None if unknown."""
     run, settings = _detector_settings(stages, runs)
     backbone, init = settings.get("backbone"), settings.get("init")
-    if run is None or not isinstance(backbone, str):
+    if run is None or not (isinstance(backbone, str) or isinstance(init, str)):
         return None
     kind = _text(settings, "model", "kind")
     teacher = _text(settings, "distill", "teacher")
     facts = [_KINDS.get(kind, kind)] if kind else []
     facts += [f"distilled from {_short(teacher, runs)}"] if teacher else []
     facts += _extent(run, settings, "resize", "short_side")
-    if isinstance(init, str):
+    scheme, _, name = init.partition(":") if isinstance(init, str) else ("", "", "")
+    if isinstance(init, str) and scheme != _PUBLISHED:
         return f"the detector file {_short(init, runs)}", facts
+    if scheme != _PUBLISHED:
+        return (_described(backbone, runs), facts) if isinstance(backbone, str) else None
+    if not isinstance(backbone, str):
+        return f"COCO weights ({name})", facts
+    made_by = _made_by(backbone, runs)
+    training = _backbone(made_by, runs) if made_by else None
+    body = _short(backbone, runs) + (f" ({training})" if training else "")
+    return f"body of {body} under COCO weights ({name})", facts
+
+
+def _described(backbone: str, runs: Path) -> str:
+    """Describe the weights of a backbone, and their training if a stage has made them."""
     scheme, _, name = backbone.partition(":")
     if scheme == "random" and name:
-        return f"random weights of {name}", facts
+        return f"random weights of {name}"
     made_by = _made_by(backbone, runs)
     if made_by is not None and (text := _backbone(made_by, runs)):
-        return text, facts
-    if scheme == "timm" and name:
-        return f"timm's pretrained weights of {name}", facts
-    return f"weights of {_short(backbone, runs)}", facts
+        return text
+    return (
+        f"timm's pretrained weights of {name}" if scheme == "timm" and name else f"weights of {_short(backbone, runs)}"
+    )
 
 
 def _detector_settings(stages: Sequence[str], runs: Path) -> tuple[Path | None, dict[str, Any]]:
@@ -164,8 +192,8 @@ def _text(settings: dict[str, Any], group: str, key: str) -> str | None:
 
 
 def _short(reference: str | None, runs: Path) -> str:
-    """Return a file below the folder of runs relative to it, the name of another absolute path, anything else unchanged."""
+    """Return a file below the folder of runs relative to it, the name of another file, a name with a scheme (`timm:NAME`) unchanged."""
     path = Path(str(reference))
     if path.is_relative_to(runs):
         return path.relative_to(runs).as_posix()
-    return path.name if path.is_absolute() else str(reference)
+    return str(reference) if ":" in str(reference).partition("/")[0] else path.name

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ssld.pipelines.config import CommandName
+from ssld.pipelines.reports.audit_view import FILE as AUDIT_FILE
+from ssld.pipelines.reports.audit_view import SHEET as AUDIT_SHEET
+from ssld.pipelines.reports.audit_view import LabelAudit, read_audit
 from ssld.pipelines.reports.budget import Budget
 from ssld.pipelines.reports.charts import Chart, curves, precision_recall
 from ssld.pipelines.reports.photos import PHOTO_SIDE, Drawn, Evaluation, Photos, draw_pair
@@ -26,6 +29,7 @@ _MATRIX_CLASSES = 12  # more columns do not fit
 _CONFUSIONS = 15
 _PREDICTED = 6
 _ERROR_LINES = 4
+_BATCHES, _BATCHES_TITLE = "batches.jpg", "First training images, as the network gets them"
 _CONSOLE_BYTES = 100_000  # of the end of a stage's output, in which an error is looked for
 MINUS = "\N{MINUS SIGN}"
 """as wide as a digit"""
@@ -105,8 +109,12 @@ class StageView:
     confusions: list[tuple[str, str, int]]
     pairs: list[Pair]
     plots: list[Embedded]
+    batches: Embedded | None
+    """sheet of a training's first images"""
     predicted: list[Embedded]
     left_out: int
+    audit: LabelAudit | None
+    audit_sheet: Embedded | None
     line: str
     settings: list[tuple[str, str, str]]
     """(key, value, default) of what differs from the defaults"""
@@ -169,6 +177,7 @@ def view(
         "pictures/index.json", lambda: ([], 0) if evaluated else _pairs(run / "pictures", photos, evaluation), ([], 0)
     )
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    audit = part(AUDIT_FILE, lambda: read_audit(run), None)
     images_seen, threshold = values.get("images_seen"), analysis.get("score_threshold")
     return StageView(
         name=name,
@@ -190,8 +199,11 @@ def view(
         confusions=part("analysis.json", lambda: _confusions(analysis), []),
         pairs=pairs,
         plots=part("outcome.json", lambda: _curation(run, values, budget), []),
+        batches=_sheet(run, _BATCHES, _BATCHES_TITLE, budget),
         predicted=_predicted(run / "pictures", budget),
         left_out=left_out,
+        audit=audit,
+        audit_sheet=_audit_sheet(run, audit, budget) if audit else None,
         line=part("environment.json", lambda: _line(command, recorded, environment), ""),
         settings=part("config.yaml", lambda: changed_settings(known, text), []),
         config=text,
@@ -373,6 +385,21 @@ def _pairs(folder: Path, photos: Photos, evaluation: Evaluation | None) -> tuple
             continue
         pairs.append(Pair(kind, image, caption, None, truth, detections))
     return pairs, len(index) - len(pairs)
+
+
+def _audit_sheet(run: Path, audit: LabelAudit, budget: Budget) -> Embedded | None:
+    """Return the sheet of the first findings; None without one, or without room for it."""
+    title = f"The first {count(audit.drawn, 'finding')}, with labels and detections"
+    return _sheet(run, AUDIT_SHEET, title, budget) if audit.drawn else None
+
+
+def _sheet(run: Path, name: str, title: str, budget: Budget) -> Embedded | None:
+    """Return a sheet of many small images in a run directory; None if it is missing, lies elsewhere, is unreadable or has no room."""
+    file = run / name
+    if not file.is_file() or not file.resolve().is_relative_to(run.resolve()):
+        return None
+    source = budget.embed_sheet(file)
+    return Embedded(source, title, title) if source else None
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -3,7 +3,8 @@
 Numbers come from the stages' result.json, as fractions, and are printed in percent. A number that no stage measured is printed as "-". Does not
 import torch.
 
-Differences have 95 % intervals. If both rows have several runs: over their seeds (Student's t, runs paired by number). Otherwise for detectors a
+Differences have 95 % intervals. If both rows have several runs: over their seeds (Student's t, runs paired by number), which does not cover the
+choice of the evaluation images: all seeds are evaluated on the same ones. Otherwise for detectors a
 paired bootstrap over the evaluation images, measured by `evaluate.py --compare`; for classifiers the interval of two independent proportions
 (Newcombe 1998, "Interval estimation for the difference between independent proportions", method 10), which is too wide rather than too narrow,
 because both are evaluated on the same images. Rows with different runs have a difference of means without an interval.
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ssld.pipelines.config import PipelineConfig, RowConfig, TableConfig
+from ssld.pipelines.reports.audit_view import images_of
 from ssld.shared.config.settings import validate
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import write_atomically
@@ -130,6 +132,7 @@ def gain(table: TableConfig, output: Path) -> Row | None:
             pairs = [(first[number], second[number]) for number in first]
             compared = [_compared(key, one[1], other[1]) for one, other in pairs]
             images = [one.images for one in compared if one and one.images is not None]
+            images += [n for number in first if (n := images_of(output / stages[number])) is not None]
             interval = _over_seeds([one[0] - other[0] for one, other in pairs], min(images, default=None))
             note = None if interval else "no spread over the seeds: no interval"
         elif first:
@@ -206,8 +209,8 @@ def table_text(table: TableConfig, output: Path, *, smoke: bool = False) -> str:
                 unclear.setdefault(interval.verdict, []).append(name)
         lines += [f"{', '.join(names)}: {text}" for text, names in unclear.items()]
         lines += [f"{name}: {note}" for name, note in zip(COLUMNS[1:], difference.notes, strict=True) if note]
-        if any(difference.intervals) and (note := intervals_note(table)):
-            lines.append(note)
+        if any(difference.intervals):
+            lines.append(intervals_note(table))
         if (objects := objects_of(table, output)) is not None and objects < FEW_OBJECTS:
             lines.append(few_objects_text(objects))
     if smoke:
@@ -215,14 +218,19 @@ def table_text(table: TableConfig, output: Path, *, smoke: bool = False) -> str:
     return "\n".join(lines)
 
 
-def intervals_note(table: TableConfig) -> str | None:
-    """Return the note on the sources of error that the intervals of differences leave out; None if every row has several seeds."""
+def intervals_note(table: TableConfig) -> str:
+    """Return the note on the sources of error that the intervals of differences leave out."""
     rows = [table.rows[name] for name in table.gain or table.rows]
-    if min((len(stages) for row in rows for stages in (row.classifier, row.detector) if stages), default=1) > 1:
-        return None
-    return (
-        "the intervals cover the choice of the images, not the training: another seed can change a difference by more"
-    )
+    runs = [len(stages) for row in rows for stages in (row.classifier, row.detector) if stages] or [1]
+    notes = []
+    if min(runs) == 1:
+        notes.append(
+            "the intervals cover the choice of the images, not the training: another seed can change a difference by more"
+        )
+    if max(runs) > 1:
+        which = "those over several seeds" if notes else "the intervals are over the seeds; they"
+        notes.append(f"{which} do not cover the choice of evaluation images")
+    return "; ".join(notes)
 
 
 def few_objects_text(objects: int) -> str:
@@ -271,7 +279,8 @@ def _over_seeds(values: list[float], images: int | None = None) -> Interval | No
         return None
     half = _STUDENT[len(values) - 2] * spread / math.sqrt(len(values))
     mean = statistics.fmean(values)
-    return Interval(mean - half, mean + half, f"{len(values)} seeds", images)
+    basis = f"Student's t over {len(values)} seeds; does not cover the choice of evaluation images"
+    return Interval(mean - half, mean + half, basis, images)
 
 
 def _alone(key: str, results: list[dict[str, Any]]) -> Interval | None:

@@ -113,6 +113,13 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compared = {"sha256": "ap_baseline", "images": 40, **bounds}
     counts = {"right": 30, "wrong": 4, "missed": 12}
     write_evaluation(runs / "ap_ssld", names, 0.3, compared=compared, at_threshold=counts)
+    gains = dict.fromkeys(("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss"), 0.02)
+    found = {"no_label": 1, "other_class": 0, "other_box": 0, "not_found": 0}
+    audit = {"score_threshold": 0.5, "images": 40, "labels": 42, "counts": found, "drawn": 1}
+    audit |= {"findings": [{"file_name": f"{LONG}.jpg", "reason": "no_label", "agreement": 0.9}]}
+    audit |= {"tide": {"AP50": 0.4, "gains": gains}, "calibration": {"error": 0.1}}
+    (runs / "ap_ssld/label_audit.json").write_text(json.dumps(audit))
+    Image.new("RGB", (480, 300), "grey").save(runs / "ap_ssld/label_audit.jpg")
     write_run(runs / "ssld", {"top1": 0.62, "agreement": 0.7, "images": 300})
     write_run(runs / "baseline", {"top1": 0.6, "agreement": 0.69, "images": 300})
     write_evaluation(runs / "ap_baseline", names, 0.25)
@@ -122,6 +129,7 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [{"step": n, "loss": 1 / n, "agreement": 0.5, "lr": 0.1, "val_AP": n / 100} for n in range(1, 40)]
     (training / "config.yaml").write_text("x: " + "very_long_value_" * 30 + "\n")
     (training / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Image.new("RGB", (1900, 900), "grey").save(training / "batches.jpg")
     curation = runs / "curation"
     curation.mkdir()
     (curation / "config.yaml").write_text("keep: 3\n")
@@ -187,7 +195,7 @@ def test_fits_and_can_be_read(tab: Page, report_page: Path, width: int, scheme: 
 def test_images_are_shown(tab: Page, report_page: Path) -> None:
     opened(tab, report_page, width=DESK)
     sizes = tab.value("[...document.images].map(one => [one.naturalWidth, one.clientWidth, one.alt.length])")
-    assert len(sizes) == 2 + 6 + 3 * 4  # of the curation, six of the prediction, of three evaluations
+    assert len(sizes) == 2 + 6 + 3 * 4 + 2  # of the curation, six of the prediction, of three evaluations, two sheets
     assert all(natural > 0 and shown > 0 and words > 10 for natural, shown, words in sizes)
     words = tab.value("[...document.images].map(one => one.alt)")
     assert words[0].endswith("the kept images: kept 12.")
@@ -258,6 +266,12 @@ def test_gain_is_first_and_large(tab: Page, report_page: Path) -> None:
     )
     assert top < 600  # on a phone's first screen
     assert size > 40
+    heads = "[...document.querySelector('table').querySelectorAll('thead th')]"
+    names, rights = tab.value(
+        f"[{heads}.map(one => one.innerText), {heads}.map(one => one.getBoundingClientRect().right)]"
+    )
+    assert names[:2] == ["backbone", "detector AP"]
+    assert rights[1] <= PHONE  # not cut off
 
 
 def test_gains_and_bars_show_their_intervals(tab: Page, report_page: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from ssld.pipelines.config import RowConfig, TableConfig
-from ssld.pipelines.reports.provenance import compared, origin, start
+from ssld.pipelines.reports.provenance import Start, compared, origin, start
 
 
 def write(run: Path, settings: Any, images_seen: Any = None) -> None:
@@ -40,11 +40,37 @@ def test_backbone_and_evaluated_detector(tmp_path: Path) -> None:
     assert origin(RowConfig(classifier=("teacher",)), tmp_path) == "network timm:resnet50 trained on labels"
 
 
-STARTS = (
-    ({"backbone": "random:resnet18d"}, "random weights", "random weights of resnet18d"),
-    ({"backbone": "timm:resnet18d"}, "pretrained weights", "timm's pretrained weights of resnet18d"),
-    ({"backbone": "a/r18.safetensors"}, "pretrained weights", "weights of a/r18.safetensors"),
-    ({"backbone": "timm:resnet18d", "init": "coco.safetensors"}, "detector file", "the detector file coco.safetensors"),
+COCO = "coco:fasterrcnn_resnet50_fpn_v2"
+NAME = "fasterrcnn_resnet50_fpn_v2"
+STARTS: tuple[tuple[dict[str, Any], Start, str], ...] = (
+    ({"backbone": "random:resnet18d"}, Start("random weights"), "random weights of resnet18d"),
+    ({"backbone": "timm:resnet18d"}, Start("pretrained weights"), "timm's pretrained weights of resnet18d"),
+    (
+        {"backbone": "a/r18.safetensors"},
+        Start("r18.safetensors", "a/r18.safetensors"),
+        "weights of r18.safetensors",
+    ),
+    (
+        {"backbone": "timm:resnet18d", "init": "/b/coco.safetensors"},
+        Start("detector file", "/b/coco.safetensors"),
+        "the detector file coco.safetensors",
+    ),
+    (
+        {"backbone": None, "init": "a/b.safetensors"},
+        Start("detector file", "a/b.safetensors"),
+        "the detector file b.safetensors",
+    ),
+    ({"backbone": None, "init": COCO}, Start(f"COCO weights ({NAME})"), f"COCO weights ({NAME})"),
+    (
+        {"backbone": "/c/my.safetensors", "init": COCO},
+        Start("body of my.safetensors under COCO weights", "/c/my.safetensors"),
+        f"body of my.safetensors under COCO weights ({NAME})",
+    ),
+    (
+        {"backbone": "timm:resnet50", "init": COCO},
+        Start("body of timm:resnet50 under COCO weights"),
+        f"body of timm:resnet50 under COCO weights ({NAME})",
+    ),
 )
 
 
@@ -53,16 +79,24 @@ def test_every_start_is_named_and_what_is_shared_is_said_once(tmp_path: Path) ->
     for number, (settings, _, _) in enumerate(STARTS):
         write(tmp_path / f"d{number}", settings | more, images_seen=800 if number else 400)
     write(tmp_path / "student", {"student": {"model": "timm:resnet18d"}, "teacher": {"model": "timm:resnet50"}}, 1)
-    write(tmp_path / "d4", {"backbone": str(tmp_path / "student/student.safetensors"), **more}, images_seen=800)
-    table = TableConfig.model_validate({"rows": {f"row {n}": {"detector": f"d{n}"} for n in range(5)}})
-    assert [start(row, tmp_path) for row in table.rows.values()] == [*(short for _, short, _ in STARTS), "stage 1"]
+    last = len(STARTS)
+    write(tmp_path / f"d{last}", {"backbone": str(tmp_path / "student/student.safetensors"), **more}, images_seen=800)
+    table = TableConfig.model_validate({"rows": {f"row {n}": {"detector": f"d{n}"} for n in range(last + 1)}})
+    assert [start(row, tmp_path) for row in table.rows.values()] == [
+        *(short for _, short, _ in STARTS),
+        Start("stage 1"),
+    ]
     stage1 = "student timm:resnet18d distilled from timm:resnet50, 1 image seen"
-    words = [text for _, _, text in STARTS]
+    rows = [f"row {n}: {text}, {800 if n else 400} images seen" for n, (_, _, text) in enumerate(STARTS)]
     assert compared(table, tmp_path) == (
-        "Compared: a detector from 5 starts, distilled from big.safetensors, 640 px. "
-        f"row 0: {words[0]}, 400 images seen. row 1: {words[1]}, 800 images seen. row 2: {words[2]}, 800 images seen. "
-        f"row 3: {words[3]}, 800 images seen. row 4: {stage1}, 800 images seen."
+        f"Compared: a detector from {last + 1} starts, distilled from big.safetensors, 640 px. "
+        f"{'. '.join(rows)}. row {last}: {stage1}, 800 images seen."
     )
+    settings = {"backbone": str(tmp_path / "student/student.safetensors"), "init": COCO}
+    write(tmp_path / "both", settings)
+    row = RowConfig(detector=("both",))
+    assert start(row, tmp_path) == Start("body of stage 1 under COCO weights")
+    assert origin(row, tmp_path) == f"body of student/student.safetensors ({stage1}) under COCO weights ({NAME})"
     backbones = TableConfig.model_validate({"rows": {"SSLD": {"classifier": "student"}, "gone": {"classifier": "no"}}})
     assert compared(backbones, tmp_path) == f"Compared: 1 backbone. SSLD: {stage1}."
 

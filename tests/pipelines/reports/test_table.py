@@ -85,14 +85,41 @@ def test_means_and_intervals_over_seeds(tmp_path: Path) -> None:
     assert interval is not None
     assert difference.values[0] == pytest.approx(paired.mean())
     assert (interval.low, interval.high) == pytest.approx((paired.mean() - half, paired.mean() + half))
-    assert (interval.basis, interval.images) == ("3 seeds", 10)
+    assert interval.basis == "Student's t over 3 seeds; does not cover the choice of evaluation images"
+    assert interval.images == 10
     text = table_text(table, tmp_path)
     assert "top-1: evaluated on 10 images: too few to tell" in text
     assert "not the training" not in text  # the seeds cover it
+    assert "the intervals are over the seeds; they do not cover the choice of evaluation images" in text
     shutil.rmtree(tmp_path / "b1")  # not run yet: the other pairs count
     fewer = gain(table, tmp_path)
     assert fewer is not None
     assert fewer.values[0] == pytest.approx(paired[[0, 2]].mean())
+
+
+@pytest.mark.parametrize(("images", "objects"), [(29, 99), (30, 100), (None, 99)])
+def test_few_images_and_objects_are_said_with_several_seeds(images: int | None, objects: int, tmp_path: Path) -> None:
+    for name, values in {"a": (0.5, 0.51, 0.52), "b": (0.3, 0.31, 0.325)}.items():
+        for number, value in enumerate(values):
+            run = tmp_path / f"{name}{number}"
+            write_result(run, {"AP": value, "at_threshold": {"right": objects - 9, "missed": 9}})
+            if images is not None:  # without a comparison, the number of images is that of the label audit
+                record = {"images": images, "labels": 1, "score_threshold": 0.5, "findings": [], "drawn": 0}
+                counts = dict.fromkeys(("no_label", "other_class", "other_box", "not_found"), 0)
+                (run / "label_audit.json").write_text(
+                    json.dumps({**record, "counts": counts, "tide": None, "calibration": None})
+                )
+    rows = {name: {"detector": [f"{name}{n}" for n in range(3)]} for name in "ab"}
+    table = TableConfig.model_validate({"rows": rows, "gain": ["a", "b"]})
+    text, difference = table_text(table, tmp_path), gain(table, tmp_path)
+    assert difference is not None
+    interval = difference.intervals[2]
+    assert interval is not None
+    assert interval.low > 0
+    assert interval.verdict == ("evaluated on 29 images: too few to tell" if images == 29 else "better")
+    assert ("detector AP: evaluated on 29 images: too few to tell" in text) == (images == 29)
+    assert ("the detectors are evaluated on 99 objects: too few" in text) == (objects == 99)
+    assert "do not cover the choice of evaluation images" in text
 
 
 def test_intervals_of_one_run(tmp_path: Path) -> None:
