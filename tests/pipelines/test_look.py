@@ -40,7 +40,7 @@ def detector_settings(tmp_path: Path, tiny: Any) -> dict[str, Any]:
     import json
 
     files = sorted(Path(tiny.train).rglob("*.png"))[:2]
-    images = [{"id": number, "file_name": str(file), "width": 40, "height": 44} for number, file in enumerate(files)]
+    images = [{"id": number, "file_name": str(file), "width": 44, "height": 40} for number, file in enumerate(files)]
     boxes = [{"id": number, "image_id": number, "category_id": 1, "bbox": [4, 4, 30, 20]} for number in range(2)]
     content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "thing"}]}
     (tmp_path / "train.json").write_text(json.dumps(content))
@@ -66,7 +66,7 @@ def test_every_training_that_can_start_has_a_sheet(
     sets = {"distill": ("distill", distill_settings), "detector": ("train", detector), "later": ("train", later)}
     stages = {name: {"command": command, "set": values} for name, (command, values) in sets.items()}
     file = tmp_path / "pipeline.yaml"
-    file.write_text(yaml.safe_dump({"output": str(tmp_path / "runs"), "stages": stages}))
+    file.write_text(yaml.safe_dump({"output": str(tmp_path / "runs"), "stages": stages}, sort_keys=False))
     assert doctor.main([str(file), "--quick", "--look", str(tmp_path / "sheets")]) == 0
     out = capsys.readouterr().out
     assert [stage.name for stage in started] == ["distill", "detector"]
@@ -77,7 +77,10 @@ def test_every_training_that_can_start_has_a_sheet(
     with Image.open(tmp_path / "sheets" / "distill.jpg") as sheet:
         assert sheet.size == (4 * 166 - 6, 2 * (160 + 18 + 6) - 6)  # eight views of 32 px, enlarged five times
     with Image.open(tmp_path / "sheets" / "detector.jpg") as sheet:
-        assert sheet.height == 2 * (64 + 18 + 6) - 6  # eight images in two rows
+        assert sheet.size == (
+            4 * (512 + 6) - 6,
+            2 * (464 + 18 + 6) - 6,
+        )  # eight images of 64 x 58, enlarged eight times
 
 
 def test_a_look_leaves_the_folder_to_the_training(
