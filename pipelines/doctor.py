@@ -2,16 +2,18 @@
 
     python pipelines/doctor.py
     python pipelines/doctor.py pipelines/quickstart.yaml
+    python pipelines/doctor.py pipelines/quickstart.yaml --look sheets
     python pipelines/doctor.py --annotations train.json --images photos --val_annotations val.json --val_images photos
 
 Exit code 0: no faults (there may be warnings), 1: a fault that would end a run or make its scores worthless, 2: a mistake in the command.
 `stage2_detect/check_data.py` checks the data in a separate process, so that a broken torchvision is reported instead of crashing the doctor.
-Changes nothing; `--fix DIR` writes cleaned copies of the JSON files there. Does not import torch.
+Changes nothing; `--fix DIR` writes cleaned copies of the JSON files there, `--look DIR` the first images of each training. Does not import torch.
 """
 
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ if find_spec("ssld") is None:
     sys.exit(2)
 
 from ssld.pipelines.checks.data import FLAGS, DataNeeds, DataSet, check_words, words_of
+from ssld.pipelines.checks.look import sheet_lines
 from ssld.pipelines.checks.machine import Line, ask_torch, machine_lines
 from ssld.pipelines.checks.settings import settings_lines
 from ssld.pipelines.runner.stages import find_pipeline
@@ -49,14 +52,19 @@ def _doctor(argv: list[str]) -> int:
     settings = find_pipeline(arguments.settings) if arguments.settings else None
     if settings and not settings.exists():
         raise UserError(f"{settings}: no such file; settings are a YAML file")
+    if arguments.look and not settings:
+        raise UserError("--look: give a settings file or a pipeline too")
     print("machine", flush=True)
-    probe = ask_torch()
+    probe = cache(ask_torch)
     report(machine_lines(probe))
     if settings:
         say(f"\nsettings: {arguments.settings}")
-        findings, data_sets = settings_lines(settings, probe, dict(arguments.variable), quick=arguments.quick)
+        findings, data_sets = settings_lines(settings, probe(), dict(arguments.variable), quick=arguments.quick)
         report(iter(findings))
         data = data or data_sets
+    if settings and arguments.look:
+        say("\nfirst training images")
+        report(sheet_lines(settings, arguments.look, dict(arguments.variable)))
     codes = []
     for data_set, needs in data.items():
         print("\ndata", flush=True)
@@ -159,6 +167,12 @@ def parser() -> Parser:
     parser.add_argument("--val_annotations", **files, metavar="JSON", help="COCO JSON file for evaluation")
     parser.add_argument("--val_images", **files, metavar="DIR", help="folder of the evaluation images")
     parser.add_argument("--fix", type=Path, metavar="DIR", help="folder for cleaned copies of the JSON files")
+    parser.add_argument(
+        "--look",
+        type=Path,
+        metavar="DIR",
+        help="folder for a sheet of the first images of each training, as its network gets them: STAGE.jpg",
+    )
     parser.add_argument(
         "--near_duplicates",
         action="store_true",

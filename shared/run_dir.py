@@ -257,7 +257,7 @@ class RunDir:
 
     def _holds_work(self) -> bool:
         """Whether the folder has results of a run: one that ended at its start by a mistake may begin again with other settings."""
-        records = {"config.yaml", "log.txt", PASSES_FILE} | _BEFORE_A_RUN
+        records = {"config.yaml", "log.txt", "batches.jpg", PASSES_FILE} | _BEFORE_A_RUN
         return any(not entry.name.startswith(".") and entry.name not in records for entry in self.path.iterdir())
 
     def _delete_scratch(self) -> None:

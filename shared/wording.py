@@ -54,17 +54,19 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     ]  # `samples` is nearer to `samples_per_image` than to `sampling`
     inner = [name for name in known if name.endswith(f".{word.lstrip('-')}")]  # `--lr` is `--optim.lr`
     renamed = [name for name in (RENAMED.get(word),) if name in known]
-    near = (
-        [word][: word in known]
-        or renamed
-        or longer[:1]
-        or inner[:1]
-        or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    )
+    near = [word][: word in known] or renamed or longer[:1] or inner[:1] or _alike(word, known)
     if near:
         return f"; did you mean {near[0]!r}?"
     more = f" and {len(known) - _MOST_KNOWN} more" if len(known) > _MOST_KNOWN else ""
     return f"; known: {', '.join(sorted(known)[:_MOST_KNOWN])}{more}"
+
+
+def _alike(word: str, known: Sequence[str]) -> list[str]:
+    """Return the known word that is spelled most like `word`, if one is; flags are compared without their dashes, which all have in common."""
+    if not word.startswith("--"):
+        return difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    flags = {name[2:]: name for name in known if name.startswith("--")}
+    return [flags[name] for name in difflib.get_close_matches(word[2:], flags, n=1, cutoff=0.7)]
 
 
 def verdict(low: float, high: float, images: int | None, *, identical: bool = False) -> str:

@@ -228,7 +228,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         config.optim.lr,
         config.precision,
     )
-    start, resumed = state.restore()
+    start, resumed = state.restore(look=config.look)
 
     # ---- evaluation and network files, used in the loop and after it
     sizes: dict[str, Any] = {
@@ -306,7 +306,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     if isinstance(config, DistillConfig) and targets.learns_from_teacher and teacher and start == 0:
         val = (val_source, targets.val_labels) if val_source else None
         run.log(try_teacher(teacher, targets.sources, config, device=device, val=val))
-    if student.heads and teacher and start == 0:
+    if student.heads and teacher and start == 0 and not config.look:
         first_steps = min(steps, -(-STATISTICS_IMAGES // config.batch_size))
         with closing(training.batches(0, first_steps, rank=rank, ranks=ranks, pin_memory=pin_memory)) as stream:
             run.log(student.heads.measure(teacher, stream))
@@ -315,9 +315,8 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         if teacher:
             teacher.compile()
     model = prepare_model(accelerator, student.learner)
-    for line in [student.model.loaded, *(teacher.loaded if teacher else [])]:
-        run.log(line)
-    for line in _preview(config, student, targets, training.images, steps, ranks):
+    loaded = [student.model.loaded, *(teacher.loaded if teacher else [])]
+    for line in [*loaded, *_preview(config, student, targets, training.images, steps, ranks)]:
         run.log(line)
     run.log(
         f"lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} to {config.batch_size}, warm-up {warmup_steps} steps"
@@ -327,8 +326,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     )
     run.log(config.describe_keeping(steps, evaluates=val_source is not None))
     run.log(describe_processes(accelerator, config, config.workers))
-    if resumed:
-        run.log(resumed)
+    run.log_if(resumed)
 
     # ---- the loop
     def losses_of(
@@ -367,11 +365,14 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 seed = stable_seed(config.seed, step, micro, rank)
                 mixed = mix_batch(pixels, data, seed)
                 pixels = mixed.pixels_BCHW if mixed else pixels
-                if step == 1 and run.main and len(drawn) < MOST:
+                if step == 1 and len(drawn) < MOST:
                     drawn += view_images(pixels, batch, targets.class_names)
                     if micro == config.accumulate - 1 or len(drawn) >= MOST:
-                        sheet = write_sheet(run.path, drawn)
+                        sheet = write_sheet(run.path, drawn) if run.main else None
                         run.log(f"the first training images, after augmentation and mixing: {sheet}")
+                        if config.look:
+                            accelerator.end_training()
+                            return
                 torch.manual_seed(seed)  # drop-path
                 # DDP reduces gradients once a step, in the last backward pass.
                 with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(model):
@@ -424,8 +425,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         if config.evaluate_every:
             keep_best(step, metrics)
     file = run.path / f"{result}.safetensors"
-    choice = compare_with_start()
-    if choice:
+    if choice := compare_with_start():
         if choice.which != "last":
             metrics = evaluate_now(step)
         metrics |= {f"neighbours_{which}": share for which, share in choice.shares.items()}

@@ -151,7 +151,7 @@ def train(config: TrainConfig) -> None:
         config.optim.lr,
         config.precision,
     )
-    start, resumed = state.restore()
+    start, resumed = state.restore(look=config.look)
     if config.export_check and start == 0:
         problem = ""
         if run.main:
@@ -235,6 +235,9 @@ def train(config: TrainConfig) -> None:
     if start == 0 and run.main:
         sheet = write_sheet(run.path, first_images(config, data, steps=steps, ranks=ranks))
         run.log(f"the first training images, with their boxes after augmentation: {sheet}")
+    if config.look:
+        accelerator.end_training()
+        return
 
     # ---- the loop
     step, scored = start, -1

@@ -1,7 +1,7 @@
 """Machine checks of `ssld doctor`: versions, devices, process groups, shared memory, disk. No check fails because a package is broken.
 
-torch, torchvision and timm are imported in a separate process, so that mismatched binaries, or a crash on import, are reported and do not end the
-doctor.
+torch is imported, and torchvision's operators are loaded, in a separate process, so that mismatched binaries, or a crash on import, are
+reported and do not end the doctor. Versions are those of the packages' metadata: importing everything takes seconds.
 """
 
 import importlib.metadata
@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,11 +39,29 @@ OPTIONAL = {
     **{"onnx": "export", "onnxruntime": "export", "onnxscript": "export"},
 }
 _PROBE = """
-import json, os, sys
+import json
+from importlib.util import find_spec
+from pathlib import Path
 facts = {"broken": {}}
-for name in ("torch", "torchvision", "timm", "accelerate"):
+
+def load_torch():
+    import torch
+
+def load_torchvision():
+    # What fails in a mismatched pair is its library; `import torchvision` loads it among much else.
+    import torch
+    spec = find_spec("torchvision")
+    if spec is None:
+        raise ImportError("not installed")
+    for file in sorted(Path(spec.origin).parent.glob("_C*.so")) or [None]:
+        if file is None:
+            import torchvision
+        else:
+            torch.ops.load_library(str(file))
+
+for name, load in (("torch", load_torch), ("torchvision", load_torchvision)):
     try:
-        __import__(name)
+        load()
     except BaseException as error:
         facts["broken"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 if "torch" not in facts["broken"]:
@@ -71,8 +89,8 @@ class Line:
     text: str
 
 
-def machine_lines(probe: dict[str, Any] | None = None) -> Iterator[Line]:
-    """Yield the findings about this machine. `probe`: result of `ask_torch`; None calls it."""
+def machine_lines(probe: Callable[[], dict[str, Any]]) -> Iterator[Line]:
+    """Yield the findings about this machine. `probe`: `ask_torch` or what it returned before; called when the first lines are out."""
     yield Line(
         "ok",
         "system",
@@ -85,7 +103,7 @@ def machine_lines(probe: dict[str, Any] | None = None) -> Iterator[Line]:
     if missing:
         yield Line("fault", "packages", f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}")
     yield from requirement_lines(_requirements("ssld"))
-    facts = ask_torch() if probe is None else probe
+    facts = probe()
     yield from pair_lines(versions["torch"], versions["torchvision"], _torchvision_needs(), facts.get("broken", {}))
     absent = sorted({extra for name, extra in OPTIONAL.items() if installed_version(name) is None})
     if absent:
@@ -98,7 +116,7 @@ def machine_lines(probe: dict[str, Any] | None = None) -> Iterator[Line]:
 
 
 def ask_torch() -> dict[str, Any]:
-    """Import torch and related packages in a fresh process; return its report, with `broken` = {package: error} of failed imports."""
+    """Import torch and load torchvision's operators in a fresh process; return its report, with `broken` = {package: error} of what failed."""
     command = [sys.executable, "-W", "ignore", "-c", _PROBE]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -15,7 +15,7 @@ from ssld.pipelines.config import CommandName
 from ssld.pipelines.runner.cost import total_text
 from ssld.pipelines.runner.estimate import Costs, expected_costs
 from ssld.pipelines.runner.plan import make_plan, unnamed_networks
-from ssld.pipelines.runner.stages import KINDS, build_stages, read_pipeline
+from ssld.pipelines.runner.stages import KINDS, Stage, build_stages, read_pipeline
 from ssld.shared.config.settings import CommandConfig, parse_config, validate
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.config.yaml_files import read_recipe
@@ -64,6 +64,20 @@ def settings_lines(
         for folder in dict.fromkeys(folder for _, config in commands for folder in folders_of(config)):
             lines += folder_lines(folder)
     return lines, data_sets
+
+
+def stages_of(file: Path, variables: dict[str, str]) -> list[Stage]:
+    """Return the stages of a pipeline, or the settings of one command as a stage of its name. Raises UserError for mistakes in the file."""
+    values = read_recipe(file, TrainingConfig.alternatives)
+    if "stages" in values:
+        pipeline = read_pipeline(file)
+        return build_stages(pipeline, file, output=pipeline.output, variables=variables)
+    name = command_of(values)
+    if name is None:
+        return []
+    words = ["--config", str(file), *([] if "output" in values else ["--output", _NO_OUTPUT])]
+    config = parse_config(KINDS[name].config_type, words, program="doctor.py")
+    return [Stage(name, KINDS[name], config, tuple(words), 1, frozenset())]
 
 
 def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, CommandConfig]], list[Line]]:

@@ -103,12 +103,21 @@ def _check(stage: Stage, outcome: Outcome) -> None:
 
 def shortened(stage: Stage) -> Stage:
     """Return a training stage of `STEPS` steps without evaluations."""
+    return with_settings(stage, _LENGTH | without_evaluation(stage))
+
+
+def without_evaluation(stage: Stage) -> dict[str, str]:
+    """Return the settings, by key, with which a training stage neither evaluates nor checks its teacher."""
     own = _STAGE_2 if isinstance(stage.config, TrainConfig) else _STAGE_1
     if isinstance(stage.config, DistillConfig):
         own = own | {"keep_weights": "last"} | ({"teacher.check_images": "0"} if stage.config.teacher else {})
     elif isinstance(stage.config, TrainConfig) and stage.config.distill:
         own = own | {"distill.check_images": "0"}
-    settings = _LENGTH | _NO_EVALUATION | own
+    return _NO_EVALUATION | own
+
+
+def with_settings(stage: Stage, settings: dict[str, str]) -> Stage:
+    """Return a stage with `settings`, values by dotted key, in place of its own."""
     words: list[str] = []
     rest = iter(stage.arguments)
     for word in rest:

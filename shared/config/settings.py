@@ -55,6 +55,7 @@ NOT_IDENTITY = frozenset(
         "process_timeout",
         "cache_annotations",
         "verbose",
+        "look",
     }
 )
 

@@ -100,6 +100,8 @@ class TrainingConfig(ComputeConfig):
     """resume mode: auto, continue from the newest checkpoint; never, refuse an output folder that holds a run"""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = []
     """trackers: tensorboard, wandb, mlflow; [] for none"""
+    look: bool = False
+    """stop before the first step, when `batches.jpg` with the first training images is written"""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -51,6 +51,13 @@ class LossWatch:
         self._steps += len({step for step, _, _ in self._pending})
         self._pending.clear()
 
+    def latest(self, name: str) -> Tensor | None:
+        """Return this process's share of a part of the last step, a scalar on the device; None where the losses have been read since."""
+        if not self._pending:
+            return None
+        place, last = self._names.index(name), self._pending[-1][0]
+        return torch.stack([values[place] for step, _, values in self._pending if step == last]).sum()
+
     def averages(self) -> dict[str, float]:
         """Return the mean of every part over the steps since the last call."""
         self.check()

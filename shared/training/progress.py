@@ -1,12 +1,12 @@
 """Progress of trainings, evaluations and predictions: clock, bar, and the numbers for log lines.
 
-Nothing in this module waits for the device: times are those of the process, memory is the allocator's count.
+Nothing in this module waits for the device, but a bar once for the first loss: times are those of the process, memory is the allocator's count.
 """
 
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,7 @@ from ssld.shared.wording import duration
 
 SILENCE = 20.0
 """seconds between two progress lines"""
+_KEPT = 0.95  # weight of the earlier losses in the average that the bar shows: about that of the last 20 steps
 _TRIED = 8  # steps after which the run's time is estimated, or earlier after a silence
 
 
@@ -91,9 +92,16 @@ class Bar:
 
 
 class Progress:
-    """The bar of a training run, and the clock behind its log lines."""
+    """The bar of a training run, and the clock behind its log lines.
 
-    def __init__(self, run: RunDir, device: torch.device) -> None:
+    Args:
+        loss: reads the loss of the last step, or None where it is unknown. The bar shows its moving average on a CPU. On a GPU, where reading
+            it waits for the step, it is read after the first step only, and the bar has the averages of the log lines after that.
+    """
+
+    def __init__(self, run: RunDir, device: torch.device, loss: Callable[[], float | None] | None = None) -> None:
+        self._loss, self._average, self._weight = loss, 0.0, 0.0
+        self._shown: dict[str, Any] = {}  # beside the bar
         self._waited = self._paused = 0.0
         self._run, self._device = run, device
         self._start = self._read_step = self._step = self._steps = 0
@@ -129,9 +137,11 @@ class Progress:
         """Count a step as done. After the first few, a line estimates the time of the run, if nothing was logged yet."""
         self._step += 1
         self._clock.add()
-        if self._bar:
-            self._bar.add()
         done = self._clock.done
+        if self._bar:
+            if self._device.type == "cpu" or done == 1:
+                self._smooth()
+            self._bar.add()
         now = time.perf_counter()
         if done == 1:  # left out of the estimate: workers start and kernels are chosen in it
             self._first = now
@@ -144,6 +154,19 @@ class Progress:
                 self._run.log(
                     f"step {self._step}: about {duration(seconds)} per step, {duration(left)} to go without evaluations"
                 )
+
+    def _smooth(self) -> None:
+        """Add the last step's loss to the average, an exponential one without bias to its start, and show it."""
+        value = self._loss() if self._loss else None
+        if value is not None:
+            self._average = _KEPT * self._average + (1 - _KEPT) * value
+            self._weight = _KEPT * self._weight + 1 - _KEPT
+            self._show(loss=self._average / self._weight)
+
+    def _show(self, **values: Any) -> None:
+        if self._bar:
+            self._shown |= {key: value for key, value in values.items() if value is not None}
+            self._bar.show(**self._shown)
 
     def read(self, images: int) -> dict[str, float]:
         """Return `seconds` since the last call, the share of them spent waiting for data, images per second and peak memory.
@@ -168,8 +191,8 @@ class Progress:
     def describe(self, numbers: dict[str, float], loss: float | None = None, lr: float | None = None) -> str:
         """Describe the numbers of `read` for the end of a log line; the bar shows them too."""
         wait, memory = f"{100 * numbers['data_wait']:.0f} % waiting for data", f"{numbers['memory_gb']:.1f} GB"
-        if self._bar:
-            self._bar.show(**{"loss": loss, "lr": lr, "data wait": numbers["data_wait"], "memory": memory})
+        smooth = self._device.type == "cpu" and self._weight > 0
+        self._show(**{"loss": None if smooth else loss, "lr": lr, "data wait": numbers["data_wait"], "memory": memory})
         rate = f"{numbers['images_per_second']:.3g} images/s"
         left = self._clock.left
         return f"{rate}, {wait}, {memory}" + (f", {duration(left)} to go" if left else "")

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ssld.shared.distributed.processes import load_scaler_state, scaler_state
-from ssld.shared.distributed.ranks import from_main_rank, total_over_ranks
+from ssld.shared.distributed.ranks import from_main_rank, total_over_ranks, world_size
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import read_metadata
 from ssld.shared.run_dir import RunDir
@@ -60,15 +60,17 @@ class TrainingState:
     stale: int = 0
 
     def __post_init__(self) -> None:
-        self.progress = Progress(self.run, self.accelerator.device)
+        self.progress = Progress(self.run, self.accelerator.device, self._latest_loss)
 
-    def restore(self) -> tuple[int, str]:
+    def restore(self, *, look: bool = False) -> tuple[int, str]:
         """Load the newest checkpoint, if there is one, on every rank; return (steps done, a line that names the checkpoint).
 
-        Raises UserError when it does not fit the networks, or is beyond the end of the run.
+        Raises UserError when it does not fit the networks, or is beyond the end of the run, or where the run is only to `look` at its first images.
         """
         newest = from_main_rank(newest_checkpoint(self.run.checkpoints))
         step, line = 0, ""
+        if newest and look:
+            raise UserError(f"look: {self.run.path} has done steps already; give another --output")
         if newest:
             parts, state = load_checkpoint(newest)
             for name, network in self.networks.items():
@@ -85,6 +87,11 @@ class TrainingState:
             )
         self.run.cut_metrics(step)
         return step, line
+
+    def _latest_loss(self) -> float | None:
+        """Read the last step's loss of this process alone, as an estimate of that over all; waits for the device."""
+        share = self.watch.latest("loss")
+        return None if share is None else float(share) * world_size()
 
     def improved(self, score: float) -> bool:
         """Record an evaluation's score; return whether it is the best so far."""

@@ -85,11 +85,12 @@ def test_a_broken_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     died = ask_torch()
     assert died == {"broken": {"torch": "undefined symbol: x"}}
     assert any(
-        line.level == "fault" and "import torch fails: undefined symbol: x" in line.text for line in machine_lines(died)
+        line.level == "fault" and "import torch fails: undefined symbol: x" in line.text
+        for line in machine_lines(lambda: died)
     )
     facts = SOUND | {"broken": {"torchvision": "RuntimeError: operator torchvision::nms does not exist"}}
     monkeypatch.setattr(machine.subprocess, "run", process(0, f"noise\nFACTS{json.dumps(facts)}\n", ""))
-    lines = list(machine_lines(ask_torch()))
+    lines = list(machine_lines(ask_torch))
     assert any(line.level == "fault" and "operator torchvision::nms does not exist" in line.text for line in lines)
 
 

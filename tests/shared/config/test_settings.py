@@ -413,6 +413,8 @@ def test_known_names_are_not_cut_short() -> None:
     assert did_you_mean("zebra", names) == f"; known: {', '.join(names)}"
     assert did_you_mean("zebra", [*names, "other"]).endswith(", name23 and 1 more")
     assert did_you_mean("--lr", ["--help", "--optim.lr"]) == "; did you mean '--optim.lr'?"
+    assert did_you_mean("--steps", ["-h", "--help", "--redo"]) == "; known: --help, --redo, -h"  # alike in their dashes
+    assert did_you_mean("--outptu", ["-h", "--help", "--output"]) == "; did you mean '--output'?"
 
 
 def test_a_longer_name_that_begins_alike_is_nearest() -> None:

@@ -14,6 +14,7 @@ from ssld.shared.run_dir import SPEED
 from ssld.shared.training import progress
 from ssld.shared.training.progress import Bar, Progress
 from ssld.shared.training.progress import Clock as Pace
+from ssld.shared.training.training_state import TrainingState
 
 
 class Terminal(io.StringIO):
@@ -141,6 +142,43 @@ def test_a_terminal_has_a_bar_and_the_lines_stand_above_it(
     assert "lr=0.5" in printed
     assert capsys.readouterr().out == "a line\n"
     assert run.write is print  # as before
+
+
+def shown_losses(run: Any, monkeypatch: pytest.MonkeyPatch, device: str, losses: list[list[float]]) -> list[str]:
+    """What stands beside the bar after each step, in a run without log lines; `losses` are those of the passes of each step."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    accelerator: Any = SimpleNamespace(device=torch.device(device))
+    none: Any = None
+    state = TrainingState(run, accelerator, {}, none, none, len(losses), 4, 2, 0.1, "fp32")
+    shown = []
+    monkeypatch.setattr(Bar, "show", lambda self, **values: shown.append(values["loss"]))
+    with state.progress.begin(0, len(losses)) as progress:
+        for step, passes in enumerate(losses):
+            for loss in passes:
+                state.watch.add(step, {"other": torch.tensor(9.0), "loss": torch.tensor(loss)}, [])
+            progress.step()
+    return shown
+
+
+def test_the_bar_has_the_loss_before_the_first_log_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = shown_losses(run, monkeypatch, "cpu", [[0.5, 1.5], [3.0, 1.0], [0.0, 1.0]])
+    weights = [0.95**2, 0.95, 1.0]
+    expected = [2.0, (0.95 * 2 + 4) / 1.95, (weights[0] * 2 + weights[1] * 4 + 1) / sum(weights)]
+    assert shown == pytest.approx(expected, rel=1e-6)
+
+
+def test_on_a_gpu_only_the_first_step_is_waited_for(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown_losses(run, monkeypatch, "cuda", [[2.0], [4.0], [1.0]]) == [2.0]
+
+
+def test_a_bar_without_log_lines_prints_the_loss(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(run, torch.device("cpu"), lambda: 0.75).begin(0, 3) as state:
+        for _ in range(3):
+            state.step()
+    assert "3/3" in terminal.getvalue()
+    assert "loss=0.75" in terminal.getvalue()
 
 
 def test_a_clock_tells_rate_and_time_left(clock: Clock) -> None:
