@@ -116,8 +116,8 @@ def test_settings_that_differ_from_the_defaults() -> None:
         rows[key] = (value, default)
     assert rows == {
         "backbone": ("random:x", "-"),
-        "data.train_annotations": ("a.json", "required"),
-        "data.train_images": ("images", "required"),
+        "data.train_annotations": ("a.json", "-"),
+        "data.train_images": ("images", "-"),
         "steps": ("3", "-"),
         "batch_size": ("2", "required"),
         "optim.lr": ("0.5", "required"),
