@@ -102,6 +102,18 @@ def test_this_machine_is_probed_in_another_process() -> None:
     assert "gloo" in facts["groups"]
 
 
+@pytest.mark.slow
+@pytest.mark.process
+def test_operators_that_do_not_load_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("")
+    (tmp_path / "torchvision" / "_C.so").write_bytes(b"not a library")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    broken = ask_torch()["broken"]
+    assert list(broken) == ["torchvision"]
+    assert broken["torchvision"].startswith("OSError: ")
+
+
 def test_requirements_of_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"torch": "2.10.1+cu128", "numpy": "2.0.0", "onnx": "1.9.0", "tqdm": "4.70"}
     monkeypatch.setattr(machine, "installed_version", there.get)
