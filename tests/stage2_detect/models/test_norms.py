@@ -86,8 +86,8 @@ def test_batch_norm_measures_the_rois_that_exist() -> None:
     for (name, one), other in zip(head.named_parameters(), alone.parameters(), strict=True):
         assert one.grad is not None, name
         torch.testing.assert_close(one.grad, other.grad)
-    for (name, one), other in zip(head.named_buffers(), alone.buffers(), strict=True):
-        torch.testing.assert_close(one, other, msg=name)
+    for (name, buffer), other_buffer in zip(head.named_buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other_buffer, msg=name)
 
 
 def test_without_any_roi_gradients_are_zero_and_nothing_is_measured() -> None:
