@@ -73,6 +73,7 @@ def prepare(data: Path, output: Path, row: str, most: dict[str, int]) -> None:
         (folder / f"{part}.json").write_text(json.dumps(written), encoding="utf-8")
     words = ["--images", str(data / row / "images"), "--annotations", str(folder / "train.json")]
     words += ["--val_images", str(data / row / "images"), "--val_annotations", str(folder / "val.json")]
+    words += ["--backbone", str(data / "weights" / "efficientnet_lite0.safetensors"), "--arch", ARCH]
     if init.main([*words, "--output", str(folder / "init.yaml")]):
         raise SystemExit(f"{row}: ssld init failed")
 

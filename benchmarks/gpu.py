@@ -90,7 +90,7 @@ def rows(work: Path, images: Path, *, tiny: bool, gpu: bool) -> list[Row]:
             TRAINING,
             r"auto_batch: .*|wrote .*",
         ),
-        Row("waits", "as simulated", [WORKS, "waits", *(["--few"] if tiny else [])], 30, r".* waits .*"),
+        Row("waits", "as simulated", [WORKS, "waits", *(["--few"] if tiny else [])], 30, *[r".* waits .*"] * 2),
         Row(
             "faster",
             "training <= 0.50, inference <= 0.50 of torchvision's time, both bf16",

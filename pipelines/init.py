@@ -246,10 +246,6 @@ def _check_arguments(arguments: Namespace) -> None:
         for path in paths if isinstance(paths, list) else [paths]:
             if path and "${" in str(path):
                 raise UserError(f"--{name} {path}: ${{ marks a variable in a pipeline; give a path without it")
-    for name in ("data", *FLAGS):  # before a search for weights, which may end with another line
-        for path in given[name] if isinstance(given[name], list) else [given[name]]:
-            if path and not str(path).startswith("hub:") and not Path(path).exists():
-                raise UserError(f"--{name} {path}: no such file or folder")
     above = next(folder for folder in output.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):  # before the slow check of the data
         why = "is not writable" if above.is_dir() else "is not a folder"
@@ -271,6 +267,10 @@ def _check_arguments(arguments: Namespace) -> None:
             )
         if arguments.val_annotations or arguments.distill == "no":
             raise UserError("give --data, or --images and --annotations, too: without them there is stage 1 alone")
+    for name in ("data", *FLAGS):  # before a search for weights, which may end with another line
+        for path in given[name] if isinstance(given[name], list) else [given[name]]:
+            if path and not str(path).startswith("hub:") and not Path(path).exists():
+                raise UserError(f"--{name} {path}: no such file or folder")
     if arguments.distill == "yes" and not arguments.unlabeled:
         raise UserError("--distill yes: give --unlabeled too, a folder of photos")
     for name, needs in (("arch", "backbone"), ("teacher_arch", "teacher")):

@@ -14,6 +14,7 @@ if find_spec("ssld") is None:
     sys.exit(2)
 
 from ssld.shared.config.command import run_command
+from ssld.shared.terminal import say
 from ssld.stage2_detect.export_config import FILES, LOWER, ExportDetectorConfig, GateFailed
 
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run_command(ExportDetectorConfig, export_detector, argv, program="export.py")
     except GateFailed as failed:
-        print(f"error: {failed}", file=sys.stderr)
+        say(f"error: {failed}", sys.stderr)
         return 1
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ class TrainingState:
     stale: int = 0
 
     def __post_init__(self) -> None:
-        self.progress = Progress(self.run, self.accelerator.device, self._latest_loss)
+        # Not a method of this object: a circle would keep the run's lock after an error.
+        self.progress = Progress(self.run, self.accelerator.device, partial(_latest_loss, self.watch))
 
     def restore(self, *, look: bool = False) -> tuple[int, str]:
         """Load the newest checkpoint, if there is one, on every rank; return (steps done, a line that names the checkpoint).
@@ -87,11 +89,6 @@ class TrainingState:
             )
         self.run.cut_metrics(step)
         return step, line
-
-    def _latest_loss(self) -> float | None:
-        """Read the last step's loss of this process alone, as an estimate of that over all; waits for the device."""
-        share = self.watch.latest("loss")
-        return None if share is None else float(share) * world_size()
 
     def improved(self, score: float) -> bool:
         """Record an evaluation's score; return whether it is the best so far."""
@@ -216,3 +213,9 @@ class TrainingState:
             f"step {step}/{self.steps}: {averages}, lr {lr:.4g}; {self.progress.describe(speed, means['loss'], lr)}"
         )
         return means
+
+
+def _latest_loss(watch: LossWatch) -> float | None:
+    """Read the last step's loss of this process alone, as an estimate of that over all; waits for the device."""
+    share = watch.latest("loss")
+    return None if share is None else float(share) * world_size()

@@ -88,11 +88,17 @@ def _part_of(file: Path) -> str | None:
 def _annotation_files(folder: Path) -> Iterator[Path]:
     """Yield the annotation files in a folder and directly below it, sorted."""
     entries = sorted(one for one in folder.iterdir() if not is_hidden(one.name))
-    inside = [one for below in entries if below.is_dir() for one in sorted(below.iterdir()) if not is_hidden(one.name)]
+    folders = [one for one in entries if one.is_dir() and not _is_run(one)]
+    inside = [one for below in folders for one in sorted(below.iterdir()) if not is_hidden(one.name)]
     for one in (*entries, *inside):
         other = one.name.lower().startswith(_OTHER_TASKS)
         if one.suffix.lower() == ".json" and one.is_file() and not other and _is_coco(one):
             yield one
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run directory, such as the output of a conversion inside its own source."""
+    return (folder / "config.yaml").is_file() and (folder / "log.txt").is_file()
 
 
 def _is_coco(file: Path) -> bool:

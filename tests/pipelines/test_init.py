@@ -430,7 +430,7 @@ def test_mistakes_leave_nothing(photos: Path, capfd: pytest.CaptureFixture[str])
     Path("broken.json").write_text(json.dumps(broken))
     cases = [
         ([*good, "--output", "mine.txt"], "--output mine.txt: give the name of a YAML file"),
-        ([*good, "--images", "nowhere"], "nowhere: no such folder"),
+        ([*good, "--images", "nowhere"], "--images nowhere: no such file or folder"),
         (
             [*good, "--annotations", "broken.json"],
             "the data have faults, see above; ssld doctor --annotations broken.json",

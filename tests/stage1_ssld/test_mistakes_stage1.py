@@ -30,9 +30,9 @@ Call = Callable[..., int]
         (None, {"stepz": 3}, "stepz: unknown key; did you mean 'steps'?"),
         ("optim", {"lrr": 1}, "optim.lrr: unknown key; did you mean 'lr'?"),
         ("optim", {"lr": -1}, "optim.lr: has to be above 0 (given: -1)"),
-        (None, {"train_epochs": 2}, "give exactly one of steps, train_epochs, train_images"),
+        (None, {"train_epochs": 2}, "give at most one of steps, train_epochs, train_images"),
         (None, {"teacher": None}, "teacher.model is missing: distillation needs a teacher"),
-        (None, {"batch_size": None}, "batch_size: has to be a whole number"),
+        (None, {"batch_size": "many"}, "batch_size: has to be a whole number"),
         (None, {"precision": "fp16"}, "precision: fp16 needs a GPU"),
         (
             None,

@@ -205,7 +205,7 @@ def test_user_errors(
     assert "its 2 classes are not the 2 of the training annotations: only the training annotations has 'round'" in other
 
     nothing = message(distill=distill | {"pkd_weight": 0, "roi_weight": 0})
-    assert "pkd_weight and roi_weight are both 0" in nothing
+    assert "pkd_weight, cwd_weight and roi_weight are 0" in nothing
     assert "give distill.teacher" in message(distill=None)
     assert "no such file" in message(distill=distill | {"teacher": str(tmp_path / "nowhere.safetensors")})
     assert f"unlabeled: image folder {tmp_path / 'nowhere'} does not exist" in message(

@@ -117,6 +117,8 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
         "result.json",
         "detections.json",
         "analysis.json",
+        "label_audit.json",
+        "label_audit.jpg",
         *drawn_images_of(tmp_path / "ap"),
     }
     for name in ("analysis.json", *drawn_images_of(run)):  # the same detector on the same images

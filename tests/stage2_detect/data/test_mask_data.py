@@ -124,8 +124,9 @@ def test_boxes_alone_are_refused_with_their_ids(
     for annotation in content["annotations"]:
         annotation.pop("segmentation")
     (tmp_path / "boxes.json").write_text(json.dumps(content))
-    more = (f"--data.train_annotations={tmp_path / 'boxes.json'}",)
-    assert call(train.main, arguments(toy, tmp_path / "run", *more)) == 2
+    given = arguments(toy, tmp_path / "run")
+    given = [word.replace(str(toy / "train.json"), str(tmp_path / "boxes.json")) for word in given]
+    assert call(train.main, given) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "boxes.json" in error
@@ -202,11 +203,10 @@ def test_photos_with_every_kind_of_mask_train(
 ) -> None:
     """COCO photos: polygons of several parts, RLE, crowds, images without objects."""
     folder = shared_data("coco-mini")
-    flags = [
-        f"--data.train_annotations={folder / 'annotations' / 'instances_val.json'}", f"--data.train_images={folder / 'images'}",
-        f"--data.val_annotations={folder / 'annotations' / 'instances_val.json'}", f"--data.val_images={folder / 'images'}",
-    ]  # fmt: skip
-    assert call(train.main, [*arguments(tmp_path, tmp_path / "run"), *flags]) == 0
+    places = {f"{part}.json": folder / "annotations" / "instances_val.json" for part in ("train", "val")}
+    places |= dict.fromkeys(("train", "val"), folder / "images")
+    given = {str(tmp_path / name): str(place) for name, place in places.items()}
+    assert call(train.main, [given.get(word, word) for word in arguments(tmp_path, tmp_path / "run")]) == 0
     result = read_result(tmp_path / "run")
     assert result
     assert result["metrics"]["AP_segm"] is not None

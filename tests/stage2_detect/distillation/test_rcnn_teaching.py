@@ -147,8 +147,8 @@ def test_the_teacher_stays_frozen_and_outside() -> None:
     before = {name: tensor.clone() for name, tensor in teacher_model.state_dict().items()}
     model = DistilledRCNN(detector(1), FrozenDetector(teacher_model)).train()
     assert not teacher_model.training
-    assert {name.split(".")[0] for name in model.state_dict()} == {"student", "adapters"}
-    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"student", "adapters"}
+    assert {name.split(".")[0] for name in model.state_dict()} == {"student", "maps"}
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"student", "maps"}
     images, targets = batch()
     torch.stack(list(model(images, targets).values())).sum().backward()
     assert all(parameter.grad is None for parameter in teacher_model.parameters())

@@ -173,7 +173,7 @@ def test_views_of_the_mirror_image_are_those_of_the_image_mirrored(mask_model: R
         back = unmirrored(turned, width)
         torch.testing.assert_close(back.boxes_N4, outputs.boxes_N4, rtol=0, atol=1e-3)
         assert torch.equal(back.labels_N, outputs.labels_N)
-        assert 0.03 < shapes(outputs).sum() / area(outputs.boxes_N4).sum().item() < 0.9
+        assert 0.01 < shapes(outputs).sum() / area(outputs.boxes_N4).sum().item() < 0.9
         assert (shapes(turned)[:, ::-1] != shapes(outputs)).mean() < 1e-3
 
 
@@ -296,7 +296,10 @@ def test_other_classes_are_refused(
     turned["annotations"] = [one | {"category_id": renumbered[one["category_id"]]} for one in content["annotations"]]
     (tmp_path / "turned.json").write_text(json.dumps(turned))
     assert call(evaluate.main, flags("plain")) == 0
-    assert call(evaluate.main, flags("turned", "--annotations", str(tmp_path / "turned.json"))) == 0
+    given = str(tiny_coco.val_annotations)
+    assert (
+        call(evaluate.main, [str(tmp_path / "turned.json") if word == given else word for word in flags("turned")]) == 0
+    )
     one, two = (json.loads((tmp_path / name / "result.json").read_text())["metrics"] for name in ("plain", "turned"))
     assert one == two
     rows = [json.loads((tmp_path / name / "detections.json").read_text()) for name in ("plain", "turned")]

@@ -81,7 +81,7 @@ def test_the_readmes_example(detector_file: Path, photos: Path, capsys: pytest.C
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     snippet = re.search(r"```python\n(import ssld\n.*?)```", readme, flags=re.DOTALL)
     assert snippet
-    code = snippet[1].replace("runs/first/detector_ssld/detector.safetensors", str(detector_file))
+    code = snippet[1].replace("runs/first/detector/detector.safetensors", str(detector_file))
     files = sorted(photos.glob("*.png"))
     counts = [len(objects) for objects in load_detector(detector_file).predict(files)]
     capsys.readouterr()

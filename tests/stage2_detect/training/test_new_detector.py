@@ -128,7 +128,7 @@ def test_train_is_the_command(
         f"the given settings: {key}: missing; give it in the YAML file or pass {argument}"
         for key, argument in (
             ("batch_size", "batch_size=..."),
-            ("data", "data={'train_annotations': ..., 'train_images': ...}"),
+            ("data", "data=..."),
             ("optim", "optim={'lr': ..., 'reference_batch': ...}"),
         )
     ]
