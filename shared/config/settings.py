@@ -29,7 +29,7 @@ from ssld.shared.config.bounds import Processes
 from ssld.shared.config.help import HelpAction, models_in, settings_help
 from ssld.shared.config.plain_values import PlainValues
 from ssld.shared.config.words import underscored as underscored
-from ssld.shared.config.words import with_paths, with_short_forms, with_values
+from ssld.shared.config.words import with_paths, with_short_forms, with_values, without_repeats
 from ssld.shared.config.yaml_files import (
     NO_SHORT_FORMS,
     Alternatives,
@@ -198,7 +198,7 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     """
     bare = not argv
     argv = with_short_forms([underscored(word) for word in argv], config_type.short_forms)
-    argv = with_paths(config_type, with_values(config_type, argv))
+    argv = with_paths(config_type, without_repeats(config_type, with_values(config_type, argv)))
     parser = _bare_parser(config_type, program)
     try:
         source = CliSettingsSource[ArgumentParser](config_type, cli_parse_args=list(argv), root_parser=parser)

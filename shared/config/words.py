@@ -43,6 +43,32 @@ def with_values(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
     return words
 
 
+def without_repeats(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
+    """Keep the last of several equal flags that take a path or a list of paths, as of any other flag: a repeated one adds no file to a list."""
+    words: list[str | None] = list(argv)
+    places: dict[str, int] = {}
+    for place, word in enumerate(argv):
+        name = word.partition("=")[0]
+        if not name.startswith("--") or not _takes_path_or_list(config_type, name.removeprefix("--").split(".")):
+            continue
+        if name in places:
+            earlier = places[name]
+            length = 1 if "=" in argv[earlier] else 2
+            words[earlier : earlier + length] = [None] * length
+        places[name] = place
+    return [word for word in words if word is not None]
+
+
+def _takes_path_or_list(model: type[BaseModel], path: Sequence[str]) -> bool:
+    """Whether a key takes a path or a list of paths."""
+    field = model.model_fields.get(path[0])
+    if field is None:
+        return False
+    if len(path) == 1:
+        return {Path, list[Path]} <= set(typing.get_args(field.annotation))
+    return any(_takes_path_or_list(inner, path[1:]) for inner in models_in(field.annotation))
+
+
 def with_paths(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
     """Keep names of existing files and folders as paths, whatever they look like: `--pool [old]`, `--pool a,b`, `--data.path null`."""
     words: list[str] = []

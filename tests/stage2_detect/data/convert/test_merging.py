@@ -116,3 +116,14 @@ def test_mistakes_in_settings(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError) as caught:
         settings(*words)
     assert str(caught.value).startswith(f"command line: {message}")
+
+
+def test_a_repeated_flag_replaces_the_earlier_one() -> None:
+    """As of any other flag: a line that is copied and continued must not train on both files."""
+    line = ["--data.train_annotations", "a.json", "--data.train_images=a", "--data.train_annotations=b.json"]
+    line += ["--data.train_images", "b", "--backbone", "random:test_resnet", "--optim.lr", "0.1"]
+    line += ["--optim.reference_batch", "1", "--steps", "1", "--batch_size", "1", "--output", "run"]
+    config = parse_config(TrainConfig, line, program="train.py")
+    assert config.data.pairs("train") == [(Path("b.json"), Path("b"))]
+    both = ["--data.train_annotations", "a.json,b.json", *line[4:]]
+    assert len(parse_config(TrainConfig, both, program="train.py").data.pairs("train")) == 2
