@@ -36,8 +36,6 @@ NOT_HERE = {  # pattern of a command -> why it is not executed
     r"\.pdparams\b": "official weights are not at hand; the converters' own tests have files with their names and shapes",
     r"\btorchrun --nnodes 2\b": "needs two machines, whose names are to be filled in",
     r"\bconvert-torchvision --weights \w+ ": "downloads published weights",
-    r"\bcoco:\w+": "downloads published weights",
-    r"^tensorboard ": "a server that does not end",
     r"\bhub:ORG/NAME\b": "a name to fill in, of a data set that only the network has",
 }
 CPU: dict[str, Any] = {"broken": {}, "cuda": None, "threads": 2, "devices": [], "groups": ["gloo"], "mps": False}

@@ -74,6 +74,11 @@ class Bar:
             self._print, run.write = run.write, tqdm.write
             self._bar = tqdm(total=total or None, initial=done, unit=unit, dynamic_ncols=True, file=sys.stderr)
 
+    @property
+    def visible(self) -> bool:
+        """Whether there is a bar to see."""
+        return self._bar is not None
+
     def add(self) -> None:
         """Count one more item as done."""
         if self._bar:
@@ -139,7 +144,7 @@ class Progress:
         self._clock.add()
         done = self._clock.done
         if self._bar:
-            if self._device.type == "cpu" or done == 1:
+            if self._bar.visible and (self._device.type == "cpu" or done == 1):
                 self._smooth()
             self._bar.add()
         now = time.perf_counter()
