@@ -33,6 +33,13 @@ VIDEO_SUFFIXES = (
 """suffixes of video formats; .gif is added where it is animated"""
 
 
+def user_cache() -> Path:
+    """Return this project's folder in the user's cache: below XDG_CACHE_HOME, which is ignored if relative as its specification says, else below
+    ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "ssld"
+
+
 def is_pattern(path: str) -> bool:
     """Whether a path contains wildcards."""
     return re.search(r"[*?[]", path) is not None

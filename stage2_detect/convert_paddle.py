@@ -29,7 +29,6 @@ from ssld.stage2_detect.model_config import DetectorConfig
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
     from ssld.stage2_detect.data.coco import CocoData
 
@@ -72,6 +71,7 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     from ssld.shared.models.paddle_weights import read_paddle_weights, to_torch
     from ssld.shared.run_dir import RunDir
     from ssld.stage2_detect.detector_file import save_detector
+    from ssld.stage2_detect.foreign.fitting import check_fits
     from ssld.stage2_detect.models.build import build_detector
 
     source = str(config.weights)
@@ -86,7 +86,7 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     inputs = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
     body = timm.create_model(arch, features_only=True, pretrained=False)
     model = build_detector(config.model, classes=len(data.class_names), body=body, arch=arch, inputs=inputs)
-    _check_fits(tensors, model.state_dict(), source)
+    check_fits(tensors, model.state_dict(), source)
     model.load_state_dict(tensors)
 
     run = RunDir(config, "convert_paddle")
@@ -125,22 +125,6 @@ def _classes(config: ConvertPaddleConfig, count: int) -> "CocoData":
         hint = "" if config.annotations else "; give --annotations with a COCO JSON of the data it was trained on"
         raise UserError(f"{config.weights}: has {count} classes, {data.file} has {len(data.class_names)}{hint}")
     return data
-
-
-def _check_fits(tensors: Mapping[str, "Tensor"], expected: Mapping[str, "Tensor"], source: str) -> None:
-    """Raise UserError, naming the first differences, if names or shapes differ from those of the detector."""
-    wrong = [f"{name} missing" for name in expected if name not in tensors]
-    wrong += [f"{name} unknown to the recipe" for name in tensors if name not in expected]
-    wrong += [
-        f"{name} is {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
-        for name, tensor in tensors.items()
-        if name in expected and tensor.shape != expected[name].shape
-    ]
-    if wrong:
-        more = f"; {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(
-            f"{source}: does not fit the recipe's detector (names as in this project): {'; '.join(wrong[:3])}{more}"
-        )
 
 
 def module_of(layer: str, *, deep_stem: bool = True) -> str | None:

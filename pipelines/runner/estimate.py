@@ -21,7 +21,7 @@ from ssld.pipelines.runner.plan import Planned
 from ssld.pipelines.runner.stages import Stage
 from ssld.shared.config.settings import dump
 from ssld.shared.config.training import TrainingConfig
-from ssld.shared.files import write_atomically
+from ssld.shared.files import user_cache, write_atomically
 from ssld.shared.machine import cores
 from ssld.shared.wording import count, duration
 from ssld.stage1_ssld.config import DistillConfig
@@ -231,8 +231,8 @@ def write_rates(output: Path, rates: dict[str, Rate], stages: list[Stage]) -> No
 
 
 def machine_file() -> Path:
-    """Return the file with the last known rates of this machine: below XDG_CACHE_HOME, else below ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ssld" / "rates.json"
+    """Return the file with the last known rates of this machine."""
+    return user_cache() / "rates.json"
 
 
 def _read(file: Path) -> dict[str, Rate]:

@@ -25,7 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ssld.shared.files import atomically
+from ssld.shared.files import atomically, user_cache
 from ssld.stage2_detect.data.coco_json import CocoTable, read_table
 
 VERSION = 2
@@ -71,9 +71,8 @@ class PackedShapes(Sequence[Any]):
 
 
 def cache_folder() -> Path:
-    """Return the folder of the entries: below XDG_CACHE_HOME, else below ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "ssld" / "annotations"
+    """Return the folder of the entries."""
+    return user_cache() / "annotations"
 
 
 def entry_of(file: str, suffix: str) -> Path:

@@ -12,7 +12,7 @@ def check_fits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], so
     wrong = [f"{name} is missing" for name in expected if name not in tensors]
     wrong += [f"{name} is left over" for name in tensors if name not in expected]
     wrong += [
-        f"{name} is {tuple(tensor.shape)} in place of {tuple(expected[name].shape)}"
+        f"{name} is {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
         for name, tensor in tensors.items()
         if name in expected and tensor.shape != expected[name].shape
     ]

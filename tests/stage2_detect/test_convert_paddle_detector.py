@@ -200,10 +200,10 @@ def refused(arrays: Arrays, tmp_path: Path, call: Any, capsys: Any, *flags: str)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rpn_head.rpn_rois_delta.bias": None}, "rpn.head.deltas.bias missing"),
+        ({"rpn_head.rpn_rois_delta.bias": None}, "rpn.head.deltas.bias is missing"),
         ({"bbox_head.bbox_score.weight": None}, r"has no classifier \(bbox_head.bbox_score\)"),
         ({"rpn_head.rpn_rois_score.weight": [5, 16, 1, 1]}, r"rpn.head.objectness.weight is \(5, 16, 1, 1\) instead of \(3, 16, 1, 1\)"),
-        ({"neck.fpn_res6_sum.weight": [16, 16, 3, 3]}, "pyramid.fpn.layer_blocks.4.0.weight unknown to the recipe"),
+        ({"neck.fpn_res6_sum.weight": [16, 16, 3, 3]}, "pyramid.fpn.layer_blocks.4.0.weight is left over"),
         ({"neck.fpn_res2_extra.weight": [16]}, "1 unknown, 0 layers missing: neck.fpn_res2_extra.weight unknown"),
     ],
 )  # fmt: skip

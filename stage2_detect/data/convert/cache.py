@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ssld.shared.errors import UserError
-from ssld.shared.files import file_sha256, list_files, write_atomically
+from ssld.shared.files import file_sha256, list_files, user_cache, write_atomically
 
 VERSION = 1
 """version of the written files; increase it whenever a reader or the conversion changes its result"""
@@ -24,9 +24,8 @@ _RECORD = "data.json"
 
 
 def cache_folder() -> Path:
-    """Return the folder of the entries: below XDG_CACHE_HOME, which is ignored if relative as its specification says, else below ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "ssld" / "data"
+    """Return the folder of the entries."""
+    return user_cache() / "data"
 
 
 def key_of(places: Iterable[Path], *settings: Any) -> str:

@@ -12,29 +12,11 @@ from ssld.pipelines.scaffold.fit import ENOUGH, LEAST, MOST_TRIALS, REPORT_SECON
 from ssld.pipelines.scaffold.stage1 import MANY, proposes_stage_1
 from ssld.pipelines.scaffold.suggest import Facts, Settings, networks_of, pipeline_text, shapes, wanted_steps
 from ssld.shared.errors import UserError
+from tests.pipelines.scaffold.test_suggest import facts
 
 PLACE = Path("x")
-CELLS = {"object_sizes": [0.09, 0.15, 0.21, 0.25, 0.34], "short_side": 480, "long_side": 640, "classes": {"a": 1}}
-DETECTOR = Facts(
-    annotations=PLACE,
-    images_folder=PLACE,
-    val_annotations=PLACE,
-    val_images=PLACE,
-    split=True,
-    images=164,
-    val_count=41,
-    statistics=CELLS,
-    unlabeled=None,
-    unlabeled_images=0,
-    pool=None,
-    held_out=None,
-    listing=None,
-    shown=None,
-    gpu=None,
-    gpus=0,
-    cores=2,
-    seed=0,
-)
+CELLS = [0.09, 0.15, 0.21, 0.25, 0.34]
+DETECTOR = replace(facts(164, CELLS), val_count=41)
 BOTH = replace(DETECTOR, unlabeled=PLACE, unlabeled_images=300, pool=PLACE, held_out=PLACE, listing=PLACE)
 BACKBONE = replace(
     BOTH, annotations=None, images_folder=None, val_annotations=None, val_images=None, images=0, statistics={}, listing=None, val_count=0

@@ -1,0 +1,202 @@
+"""Suggestions of `ssld init`: the evaluation split, the settings that follow from the data and the machine, and names in the pipeline's text."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ssld.pipelines.scaffold.suggest import (
+    Facts,
+    Settings,
+    networks_of,
+    pipeline_text,
+    settings_of,
+    shapes,
+    split_content,
+    wanted_steps,
+)
+from ssld.shared.errors import UserError
+
+GPU: dict[str, Any] = {"devices": [["NVIDIA H200", 1, 141 * 2**30, 9, 0]]}
+
+
+def content(images: int = 40) -> dict[str, Any]:
+    """Images: each contains `common`, every tenth `rare`, a single one `single`; the last is empty."""
+    rows = [{"id": f"i{number}", "file_name": f"{number}.png", "width": 64, "height": 48} for number in range(images)]
+    boxes = []
+    for number in range(images - 1):
+        categories = [1, *([2] if number % 10 == 3 else []), *([3] if number == 5 else [])]
+        boxes += [{"image_id": f"i{number}", "category_id": one, "bbox": [2, 3, 20, 20]} for one in categories]
+    for number, row in enumerate(boxes):
+        row["id"] = number
+    names = {1: "common", 2: "rare", 3: "single"}
+    return {
+        "images": rows,
+        "annotations": boxes,
+        "categories": [{"id": key, "name": name} for key, name in names.items()],
+    }
+
+
+def ids(part: dict[str, Any]) -> set[str]:
+    return {row["id"] for row in part["images"]}
+
+
+def test_split() -> None:
+    whole = content()
+    train, val = split_content(whole, share=0.2, seed=1)
+    assert ids(train) | ids(val) == ids(whole)
+    assert not ids(train) & ids(val)
+    assert len(ids(val)) == 8
+    for part in (train, val):
+        assert all(row["image_id"] in ids(part) for row in part["annotations"])
+        assert part["categories"] == whole["categories"]
+    counts = [Counter(row["category_id"] for row in part["annotations"]) for part in (train, val)]
+    assert counts[0] + counts[1] == Counter(row["category_id"] for row in whole["annotations"])
+    assert counts[1][2] == 1  # a fifth of 4
+    assert counts[0][3] == 1  # what one image alone shows is trained on
+    assert counts[1][3] == 0
+
+
+def test_split_follows_seed_and_ids_alone() -> None:
+    whole = content()
+    other = whole | {"images": whole["images"][::-1], "annotations": whole["annotations"][::-1]}
+    one = ids(split_content(whole, share=0.2, seed=1)[1])
+    assert ids(split_content(other, share=0.2, seed=1)[1]) == one
+    assert ids(split_content(whole, share=0.2, seed=2)[1]) != one
+
+
+def test_split_keeps_copies_together() -> None:
+    whole = content()
+    together = [["i1", "i2", "i8"], ["i20", "i39"], ["i39", "i3"], ["i8", "i30"], ["i30", "i4"], ["i3", "i30"]]
+    one = {"i1", "i2", "i8", "i30", "i4", "i20", "i39", "i3"}
+    for seed in range(8):
+        val = ids(split_content(whole, share=0.5, seed=seed, together=together)[1])
+        assert len(val & one) in (0, len(one))
+
+
+def test_split_of_too_little() -> None:
+    with pytest.raises(UserError, match="1 images are too few to split"):
+        split_content(content(2) | {"annotations": []} | {"images": content(2)["images"][:1]}, share=0.2, seed=0)
+
+
+def facts(images: int, sizes: list[float], gpu: tuple[Any, ...] | None = None) -> Facts:
+    measured = {"object_sizes": sizes, "short_side": 480, "long_side": 640, "classes": {"a": 1}}
+    place = Path("x")
+    return Facts(
+        annotations=place,
+        images_folder=place,
+        val_annotations=place,
+        val_images=place,
+        split=True,
+        images=images,
+        val_count=8,
+        statistics=measured,
+        unlabeled=None,
+        unlabeled_images=0,
+        pool=None,
+        held_out=None,
+        listing=None,
+        shown=None,
+        gpu=gpu,
+        gpus=int(gpu is not None),
+        cores=2,
+        seed=0,
+    )
+
+
+NETWORKS = networks_of(gpu=True, backbone=None, arch=None, teacher=None, teacher_arch=None)
+
+
+def largest(known: Facts) -> Settings:
+    """Settings if time does not matter."""
+    shape = max(shapes(known, NETWORKS), key=lambda shape: (shape.networks.channels, shape.short_side))
+    return settings_of(known, shape, steps=wanted_steps(known), distill_steps=50, evaluate_every=0.2)
+
+
+def test_numbers_follow_the_data() -> None:
+    gpu = tuple(GPU["devices"][0])
+    cells = largest(facts(205, [0.09, 0.15, 0.21, 0.25, 0.34], gpu))  # large objects: the smallest images are enough
+    assert (cells.short_side, cells.short_sides) == (320, (256, 288, 320))
+    assert cells.anchors == (16, 32, 64, 128, 256)
+    small = largest(facts(205, [0.02, 0.04, 0.1, 0.2, 0.3], gpu))
+    assert small.short_side == 608  # 24 px of 4 % of it, but not above 1.25 x 480
+    assert small.anchors[0] == 8
+    assert cells.steps == round(60 * (200 / 205) ** 0.5 * 205 / 8)
+    assert cells.warmup == 0.1
+    assert largest(facts(118_000, [0.1] * 5, gpu)).steps == 12 * 118_000 // 8
+    assert largest(facts(118_000, [0.1] * 5, gpu)).warmup == round(1000 / (12 * 118_000 // 8), 4)
+    assert cells.precision == "bf16"
+    cpu = largest(facts(118_000, [0.02, 0.04, 0.1, 0.2, 0.3]))
+    assert (cpu.precision, cpu.batch) == ("fp32", 2)
+
+
+def test_no_image_size_loses_the_small_objects() -> None:
+    """Objects at the lower quartile keep 12 px at the smallest size, and no size is below 128 px."""
+    for quartile, least, most in ((0.04, 288, 608), (0.15, 128, 320), (0.01, 608, 608), (0.9, 128, 320)):
+        sides = [one.short_side for one in shapes(facts(205, [quartile / 2, quartile, 0.95, 0.95, 0.95]), NETWORKS[:1])]
+        assert (min(sides), max(sides)) == (least, most)
+        assert sides == sorted(set(sides), reverse=True)
+
+
+def test_no_batch_is_larger_than_the_data() -> None:
+    gpu = tuple(GPU["devices"][0])
+    for images in (1, 3, 4, 5, 9):
+        for device, most in ((None, 2), (gpu, 8)):
+            chosen = largest(facts(images, [0.1] * 5, device))
+            assert chosen.batch == min(most, images)
+            assert chosen.distill_batch == images
+
+
+ODD = [
+    "plain",
+    "x #1",
+    "a: b",
+    "- a",
+    "null",
+    "1e3",
+    "yes",
+    "[a]",
+    "*a",
+    "#",
+    "'",
+    '"',
+    "é",
+    "two\nlines: true",
+    "tab\t",
+    "\x1b[2J",
+    "{{ 1 }}",
+]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_names_reach_the_pipeline_as_they_are(name: str) -> None:
+    """Arbitrary paths and class names are written such that they read back unchanged, without adding keys or lines."""
+    measured = facts(9, [0.1] * 5)
+    plain = pipeline_text(Path("a.yaml"), measured, largest(measured))
+    odd = dataclasses.replace(
+        measured,
+        annotations=Path(f"{name}.json"),
+        val_annotations=Path(f"{name}.json"),
+        images_folder=Path(name),
+        val_images=Path(name),
+        unlabeled=Path(name),
+        unlabeled_images=3,
+        pool=Path(f"{name}.pool"),
+        held_out=Path(f"{name}.held"),
+        listing=Path(f"{name}.txt"),
+        statistics=measured.statistics | {"classes": {name: 3, f"{name}\noutput: elsewhere": 4}},
+        gpu=(name, 2**30, 2**34, 9, 0),
+    )
+    text = pipeline_text(Path(f"{name}.yaml"), odd, largest(odd))
+    content = yaml.safe_load(text)
+    assert content["output"] == f"runs/{name}"
+    assert list(content) == list(yaml.safe_load(plain))
+    assert content["stages"]["ssld"]["set"]["data"]["train"][0] == {"path": f"{name}.pool", "root": name}
+    assert content["stages"]["ssld"]["set"]["data"]["val"] == {"path": f"{name}.held", "root": name}
+    assert content["stages"]["ssld"]["set"]["data"]["train"][1] == {"path": f"{name}.txt", "root": name}
+    data = content["stages"]["detector_ssld"]["set"]["data"]
+    assert (data["train_annotations"], data["val_images"]) == (f"{name}.json", name)
+    assert "\x1b" not in text
