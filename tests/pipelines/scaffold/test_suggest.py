@@ -150,6 +150,18 @@ def test_no_batch_is_larger_than_the_data() -> None:
             assert chosen.distill_batch == images
 
 
+def test_few_images_freeze_batch_norm_of_good_weights_alone() -> None:
+    """On a CPU a step has two images, whose statistics are too poor; random weights need them anyway, and four images."""
+    for images, device, pretrained, expected in (
+        (50, None, True, (2, True)),
+        (50, None, False, (4, False)),
+        (1, None, False, (1, False)),
+        (50, tuple(GPU["devices"][0]), True, (8, False)),
+    ):
+        chosen = largest(dataclasses.replace(facts(images, [0.1] * 5, device), pretrained=pretrained))
+        assert (chosen.batch, chosen.freeze_norm) == expected
+
+
 ODD = [
     "plain",
     "x #1",
