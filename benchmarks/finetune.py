@@ -58,7 +58,7 @@ NUMBERS = {"AP": 100.0, "AP50": 100.0, "seconds": 1.0, "peak_mb": 1.0}  # in a r
 
 
 def prepare(data: Path, output: Path, row: str, most: dict[str, int]) -> None:
-    """Write `train.json` and `val.json` of a row, with at most so many images, and `init.yaml`, the settings of `ssld init`."""
+    """Write `train.json` and `val.json` of a row, with at most `most` images each, and `init.yaml`, the settings of `ssld init`."""
     folder = output / row
     if (folder / "init.yaml").exists():
         return

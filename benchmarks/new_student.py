@@ -187,7 +187,7 @@ class Bench:
         return settings | {"teacher": self.lite(row.teacher)}
 
     def backbone(self, name: str) -> str:
-        """The reference of a row's backbone; makes what is not there."""
+        """Return the reference of a row's backbone; trains it first if its file is missing."""
         if name == "random":
             return str(self.start())
         row, output = ROWS[name], self.output / "students" / name

@@ -153,7 +153,7 @@ def _read_photos(arguments: Namespace, names: dict[str, Path]) -> _Photos:
 
 
 def _divide(arguments: Namespace, photos: _Photos) -> Pool:
-    """Divide the unlabeled photos, and tell what is left out."""
+    """Divide the unlabeled photos into those to train on and those held out; print how many copies of annotated photos are dropped."""
     training, evaluation = (
         _files(part, folder)
         for part, folder in (

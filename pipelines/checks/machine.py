@@ -90,7 +90,7 @@ class Line:
 
 
 def machine_lines(probe: Callable[[], dict[str, Any]]) -> Iterator[Line]:
-    """Yield the findings about this machine. `probe`: `ask_torch` or what it returned before; called when the first lines are out."""
+    """Yield the findings about this machine. `probe` returns the report of `ask_torch`; it takes seconds and is called after the first lines."""
     yield Line(
         "ok",
         "system",

@@ -73,7 +73,7 @@ def read_audit(run: Path) -> LabelAudit | None:
     known = [finding for finding in listed if not _unlearned(finding)]
     counts = {reason: _whole(record["counts"][reason]) for reason in _REASONS}
     left_out = len(listed) - len(known)
-    if left_out:  # the list falls by agreement: what it has no room for agrees even less
+    if left_out:  # the list is in descending order of agreement, so the findings beyond its end have even less
         left_out += counts["not_found"] - sum(finding["reason"] == "not_found" for finding in listed)
     counts["not_found"] -= left_out
     names = list(dict.fromkeys(str(finding["file_name"]) for finding in known))
