@@ -71,11 +71,16 @@ def prepare(data: Path, output: Path, row: str, most: dict[str, int]) -> None:
         annotations = [one for one in content["annotations"] if one["image_id"] in ids]
         written = content | {"images": kept, "annotations": annotations}
         (folder / f"{part}.json").write_text(json.dumps(written), encoding="utf-8")
-    words = ["--images", str(data / row / "images"), "--annotations", str(folder / "train.json")]
-    words += ["--val_images", str(data / row / "images"), "--val_annotations", str(folder / "val.json")]
-    words += ["--backbone", str(data / "weights" / "efficientnet_lite0.safetensors"), "--arch", ARCH]
+    write_settings(folder, data / row / "images", data / "weights")
+
+
+def write_settings(folder: Path, images: Path, weights: Path) -> None:
+    """Write `init.yaml`, the settings of `ssld init` for `train.json` and `val.json` of a folder."""
+    words = ["--images", str(images), "--annotations", str(folder / "train.json")]
+    words += ["--val_images", str(images), "--val_annotations", str(folder / "val.json")]
+    words += ["--backbone", str(weights / "efficientnet_lite0.safetensors"), "--arch", ARCH]
     if init.main([*words, "--output", str(folder / "init.yaml")]):
-        raise SystemExit(f"{row}: ssld init failed")
+        raise SystemExit(f"{folder}: ssld init failed")
 
 
 def few_classes(content: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,180 @@
+"""What augmentation and unlabeled photos bring a detector that has few labeled photos.
+
+    OMP_NUM_THREADS=1 python benchmarks/few_labels.py DATA --output runs/few --labeled 160 --rows supervised light strong cells --seeds 0 1 2
+    OMP_NUM_THREADS=1 python benchmarks/few_labels.py DATA --output runs/few --labeled 41 --rows supervised moving_teacher --seeds 0 1 2
+
+DATA holds `bccd/`, `coco-mini/` and `weights/efficientnet_lite0.safetensors`. Every row is a Faster R-CNN that starts from this backbone, with the
+settings that `ssld init` writes for the labeled photos on a CPU, at a smaller size (`--side`), and with the same steps. What a row adds is in `ROWS`.
+A seed also chooses which of the training photos are labeled; the others are the unlabeled ones. The objects of coco-mini are those of persons,
+animals and vehicles.
+
+A run is a process of its own with one thread; its time is processor time of training, without imports. Finished runs are not repeated. Printed: mean
+AP over the seeds and each seed's, the difference to `--base` with a 95 % interval of a paired bootstrap over the evaluation images (seeds averaged,
+so it leaves out what other seeds would change), and the time relative to that of `--base`.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+
+from benchmarks.finetune import few_classes, our_settings, write_settings
+from benchmarks.pretrained_student import command
+from ssld.pipelines.runner.stages import flags
+from ssld.shared.run_dir import read_result
+from ssld.stage2_detect import evaluate, train
+from ssld.stage2_detect.data.coco import read_coco
+from ssld.stage2_detect.evaluation.bootstrap import draw_ap, interval, match_detections, read_detections
+
+ROWS: dict[str, dict[str, Any]] = {
+    "supervised": {},
+    "light": {"augment": "light"},
+    "strong": {"augment": "strong"},
+    "cells": {"augment": "cells"},
+}
+
+
+def prepare(data: Path, output: Path, name: str, labeled: int, seed: int) -> Path:
+    """Write `train.json`, `val.json`, `unlabeled.txt` and the settings of `ssld init`; return their folder."""
+    folder, images = output / f"{name}-{labeled}-{seed}", data / name / "images"
+    if (folder / "init.yaml").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "val"):
+        content = json.loads((data / name / "annotations" / f"instances_{part}.json").read_bytes())
+        content = few_classes(content) if name == "coco-mini" else content
+        if part == "train":
+            ordered = sorted(content["images"], key=lambda image: _draw(seed, image["id"]))
+            content["images"], rest = ordered[:labeled], ordered[labeled:]
+            kept = {image["id"] for image in content["images"]}
+            content["annotations"] = [one for one in content["annotations"] if one["image_id"] in kept]
+            lines = [str((images / image["file_name"]).resolve()) for image in rest]
+            (folder / "unlabeled.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        (folder / f"{part}.json").write_text(json.dumps(content), encoding="utf-8")
+    write_settings(folder, images, data / "weights")
+    return folder
+
+
+def _draw(seed: int, image_id: Any) -> bytes:
+    return hashlib.sha256(f"{seed} {image_id}".encode()).digest()
+
+
+def run_one(data: Path, folder: Path, name: str, row: str, options: argparse.Namespace) -> None:
+    """Train and evaluate one detector in this process."""
+    torch.set_num_threads(1)
+    images, weights = data / name / "images", data / "weights" / "efficientnet_lite0.safetensors"
+    settings = our_settings(folder, images, weights, options)
+    del settings["train_epochs"]
+    extra = {key: _filled(value, folder) for key, value in ROWS[row].items()}
+    run = folder / "runs" / f"{row}-{options.steps}-{options.side}"
+    settings |= {"steps": options.steps, "threads": 1, "device": "cpu", "output": str(run)} | extra
+    began = time.process_time()
+    if train.main(flags(settings)):
+        raise SystemExit(f"{run}: the training failed")
+    seconds = time.process_time() - began
+    model = run / "detector.safetensors"
+    scoring = {"model": str(model), "annotations": str(folder / "val.json"), "images": str(images)}
+    command(evaluate.main, scoring, scored(folder, row, options))
+    for file in [*run.glob("checkpoints/**/*"), model]:
+        if file.is_file():
+            file.unlink()
+    (scored(folder, row, options) / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+
+
+def _filled(value: Any, folder: Path) -> Any:
+    """Put the folder of a seed where a row's settings name it."""
+    if isinstance(value, dict):
+        return {key: _filled(one, folder) for key, one in value.items()}
+    return value.format(folder=folder) if isinstance(value, str) else value
+
+
+def scored(folder: Path, row: str, options: argparse.Namespace) -> Path:
+    """Folder of a detector's detections."""
+    return folder / "scores" / f"{row}-{options.steps}-{options.side}"
+
+
+def table(folders: dict[int, Path], options: argparse.Namespace) -> Iterator[str]:
+    """Lines of Markdown: a row for each that has a finished run."""
+    drawn: dict[str, dict[int, np.ndarray]] = {}
+    seconds: dict[str, dict[int, float]] = {}
+    for row in options.rows:
+        done = {seed: scored(folder, row, options) for seed, folder in folders.items()}
+        done = {seed: place for seed, place in done.items() if read_result(place)}
+        drawn[row] = {seed: ap(folders[seed] / "val.json", place, options.draws) for seed, place in done.items()}
+        seconds[row] = {seed: json.loads((place / "seconds.json").read_text()) for seed, place in done.items()}
+    yield f"| {options.data_set}, {options.labeled} labeled photos | AP | each seed | to {options.base}, 95 % interval | processor time |"
+    yield f"|{' --- |' * 5}"
+    for row, values in drawn.items():
+        if not values:
+            continue
+        aps = [value[0] for value in values.values()]
+        cells = [row, f"{np.mean(aps):.1f}", ", ".join(f"{one:.1f}" for one in aps), "-", "-"]
+        common = sorted(values.keys() & drawn.get(options.base, {}).keys())
+        if common:
+            theirs = drawn[options.base]
+            if row != options.base:
+                difference = np.mean([values[seed] - theirs[seed] for seed in common], axis=0)
+                low, high = interval(difference)
+                cells[3] = f"{difference[0]:+.1f} ({low:+.1f} to {high:+.1f})"
+            ratio = statistics.mean(seconds[row][seed] / seconds[options.base][seed] for seed in common)
+            cells[4] = f"x {ratio:.2f}"
+        yield f"| {' | '.join(cells)} |"
+
+
+def ap(annotations: Path, place: Path, draws: int) -> np.ndarray:
+    """AP in percent on all images, then on each draw of the bootstrap [1 + draws]."""
+    data = read_coco(annotations, None, training=False)
+    found = read_detections(place / "detections.json", data)
+    return 100 * draw_ap(match_detections(data, found), draws)["AP"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--data-set", choices=["bccd", "coco-mini"], default="bccd")
+    parser.add_argument("--labeled", type=int, default=160, help="number of labeled photos")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--base", default="supervised", help="row that the others are compared with")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=400, help="of two labeled photos")
+    parser.add_argument("--side", type=int, default=160, help="short side of the images in pixels")
+    parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
+    parser.add_argument("--one", nargs=2, metavar=("ROW", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--table-only", action="store_true", help="run nothing")
+    options = parser.parse_args(argv)
+    options.epochs = None  # the length is in steps
+    if options.one:
+        options.seed = int(options.one[1])
+        folder = prepare(options.data, options.output, options.data_set, options.labeled, options.seed)
+        run_one(options.data, folder, options.data_set, options.one[0], options)
+        return 0
+    folders = {
+        seed: prepare(options.data, options.output, options.data_set, options.labeled, seed) for seed in options.seeds
+    }
+    line = [sys.executable, __file__, str(options.data), "--output", str(options.output)]
+    for key in ("data_set", "labeled", "steps", "side"):
+        line += [f"--{key.replace('_', '-')}", str(getattr(options, key))]
+    for seed, folder in folders.items():
+        for row in options.rows:
+            if not options.table_only and not (scored(folder, row, options) / "seconds.json").exists():
+                subprocess.run([*line, "--one", row, str(seed)], check=True, stdout=subprocess.DEVNULL)
+    print("\n".join(table(folders, options)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
