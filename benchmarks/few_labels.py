@@ -78,6 +78,7 @@ def run_one(data: Path, folder: Path, name: str, row: str, options: argparse.Nam
     settings = our_settings(folder, images, weights, options)
     del settings["train_epochs"]
     extra = {key: _filled(value, folder) for key, value in ROWS[row].items()}
+    settings["data"] = {key: value for key, value in settings["data"].items() if key.startswith("train_")}
     run = folder / "runs" / f"{row}-{options.steps}-{options.side}"
     settings |= {"steps": options.steps, "threads": 1, "device": "cpu", "output": str(run)} | extra
     began = time.process_time()
