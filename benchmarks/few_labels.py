@@ -33,16 +33,22 @@ import torch
 from benchmarks.finetune import few_classes, our_settings, write_settings
 from benchmarks.pretrained_student import command
 from ssld.pipelines.runner.stages import flags
+from ssld.shared.config.yaml_files import merge
 from ssld.shared.run_dir import read_result
 from ssld.stage2_detect import evaluate, train
 from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.evaluation.bootstrap import draw_ap, interval, match_detections, read_detections
 
+# As many labeled photos per step as without a teacher, at the same rate: the reference batch is doubled with the batch.
+_MOVING = {"moving_teacher": {"unlabeled": "{folder}/unlabeled.txt"}, "batch_size": 4, "optim": {"reference_batch": 16}}
 ROWS: dict[str, dict[str, Any]] = {
     "supervised": {},
     "light": {"augment": "light"},
     "strong": {"augment": "strong"},
     "cells": {"augment": "cells"},
+    "average": {"ema": {"decay": 0.999}},
+    "moving_teacher": _MOVING,
+    "moving_teacher_cells": _MOVING | {"augment": "cells"},
 }
 
 
@@ -77,10 +83,10 @@ def run_one(data: Path, folder: Path, name: str, row: str, options: argparse.Nam
     images, weights = data / name / "images", data / "weights" / "efficientnet_lite0.safetensors"
     settings = our_settings(folder, images, weights, options)
     del settings["train_epochs"]
-    extra = {key: _filled(value, folder) for key, value in ROWS[row].items()}
     settings["data"] = {key: value for key, value in settings["data"].items() if key.startswith("train_")}
     run = folder / "runs" / f"{row}-{options.steps}-{options.side}"
-    settings |= {"steps": options.steps, "threads": 1, "device": "cpu", "output": str(run)} | extra
+    settings |= {"steps": options.steps, "threads": 1, "device": "cpu", "output": str(run)}
+    settings = merge(settings, _filled(ROWS[row], folder))
     began = time.process_time()
     if train.main(flags(settings)):
         raise SystemExit(f"{run}: the training failed")

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from ssld.shared.config.settings import parse_config
+from ssld.shared.config.yaml_files import merge
 from ssld.stage2_detect.config import TrainConfig
 from tests.test_benchmarks import script
 
