@@ -146,7 +146,7 @@ class MovingTeacherConfig(Config):
     """folder that the file names in COCO JSON files of `unlabeled` are relative to; null: the folder of the JSON file"""
     ratio: float = Field(0.5, gt=0, lt=1)
     """share of unlabeled images in a batch after the burn-in, above 0 to below 1; batches of the burn-in have the labeled images alone"""
-    burn_in: Position = 0.2
+    burn_in: Position = 0.3
     """length of the burn-in on labeled images alone, in optimizer steps, or as a fraction of the run; the teacher then begins as a copy"""
     ema_decay: float = Field(0.999, ge=0, le=1)
     """decay of the teacher's average per optimizer step, 0 to 1; increased from small values after the burn-in; 1: the teacher stays that copy"""

@@ -10,7 +10,7 @@ from typing import Any
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.distill_config import MovingTeacherConfig
 
-_ENOUGH = 50  # unlabeled images without a pseudo-box after which the run stops
+_ENOUGH = 200  # unlabeled images without a pseudo-box after which the run stops
 
 
 class CollapseWatch:
@@ -46,7 +46,7 @@ class CollapseWatch:
             last: whether it is the last step.
 
         Raises:
-            UserError: no pseudo-box since the burn-in, in 50 images or by the last step.
+            UserError: no pseudo-box since the burn-in, in 200 images or by the last step.
         """
         before = self.healthy
         highest = f"{self._boxes:.3g}", f"{self._agreement:.3g}"

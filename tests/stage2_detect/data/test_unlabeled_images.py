@@ -108,6 +108,7 @@ def test_faults_of_sources_are_one_line_each(folder: Path, tmp_path: Path) -> No
     (tmp_path / "x.json").write_text("[]")
     (tmp_path / "y.json").write_text('{"images": [{"id": 1}]}')
     (tmp_path / "z.json").write_text('{"images": [{"file_name": "0.png"}, {"file_name": "9.png"}]}')
+    (tmp_path / "w.json").write_text('{"images": [{"file_name": "a.png"}, {"file_name": "b.png"}]}')
     (tmp_path / "broken.json").write_text("{")
     (folder / "clip.mp4").write_bytes(b"")
     (tmp_path / "list.txt").write_text("more/clip.mp4\n")
@@ -118,7 +119,7 @@ def test_faults_of_sources_are_one_line_each(folder: Path, tmp_path: Path) -> No
         (tmp_path / "y.json", None, r"images\[0\]: has no file_name"),
         (tmp_path / "broken.json", None, "not valid JSON"),
         (
-            tmp_path / "z.json",
+            tmp_path / "w.json",
             None,
             "2 of the 2 images of .* are missing; .*give their folder as moving_teacher.images",
         ),
@@ -184,7 +185,7 @@ def test_both_views_have_one_geometry_and_the_strong_one_other_colors(train: Coc
         for pixels, weak in zip(three.images.pixels_BCHW[2:], one.weak.pixels_BCHW, strict=True):
             ratio = (pixels.double().sum() / weak.double().sum()).item()
             inside = weak < 160
-            assert 0.5 < ratio < 1.3
+            assert 0.45 < ratio < 1.55
             np.testing.assert_allclose(
                 pixels[inside].numpy(), (weak[inside] * (pixels[inside].sum() / weak[inside].sum())).numpy(), atol=1.5
             )

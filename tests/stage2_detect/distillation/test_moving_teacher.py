@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import tiny_distillation
 import torch
 from timm.utils import ModelEmaV3
@@ -14,14 +15,18 @@ from tiny_dense import detector as dense_detector
 from torch import Tensor
 
 from ssld.shared.distributed.ranks import ONE_RANK, Ranks
+from ssld.shared.models.backbones import input_settings
 from ssld.stage2_detect.distill_config import MovingTeacherConfig
 from ssld.stage2_detect.distillation.losses import adaptive_distillation
 from ssld.stage2_detect.distillation.moving import SemiSupervised
 from ssld.stage2_detect.distillation.pseudo_boxes import of_class, pseudo_targets, shifted, spread
 from ssld.stage2_detect.distillation.teacher import FrozenDetector
+from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.anchors import grids_of
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
+from ssld.stage2_detect.models.build import build_detector
 from ssld.stage2_detect.models.dense import DenseDetector
+from ssld.stage2_detect.models.mask_targets import ImageMasks
 from ssld.stage2_detect.models.rcnn import RCNN
 
 LABELED = 2
@@ -202,6 +207,31 @@ def test_labeled_images_have_the_detectors_own_losses() -> None:
     for name, value in own.items():
         torch.testing.assert_close(losses[name], value, rtol=1e-6, atol=1e-7)
     assert losses.keys() == {*own, *(name.replace("loss_", "loss_unlabeled_") for name in own)}
+
+
+@pytest.mark.parametrize("kind", ["mask_rcnn", "cascade_mask_rcnn"])
+def test_masks_are_learned_from_labeled_images_alone(kind: str) -> None:
+    torch.manual_seed(0)
+    config = DetectorConfig.model_validate(
+        tiny_distillation.architecture(16).model_dump() | {"kind": kind, "mask": {"hidden": 8, "convolutions": 1}}
+    )
+    nets = []
+    for _ in range(2):
+        body = timm.create_model("test_resnet", features_only=True)
+        inputs = input_settings(body, {})
+        nets.append(build_detector(config, classes=2, body=body, arch="test_resnet", inputs=inputs))
+    images, targets = tiny_distillation.batch()
+    polygons = [[[[x1, y1, x2, y1, x2, y2]] for x1, y1, x2, y2 in boxes] for boxes in targets.boxes_BG4.tolist()]
+    shapes = tuple(ImageMasks(tuple(one), np.tile(np.eye(2, 3), (3, 1, 1))) for one in polygons)
+    student = nets[0]
+    assert isinstance(student, RCNN)
+    model = under_teacher(student, nets[1], settings())
+    losses = model(images, replace(targets, masks=shapes), last(images))
+    assert isinstance(losses, dict)
+    own = {name for name in losses if "unlabeled" not in name}
+    assert losses["loss_mask"] > 0
+    assert losses.keys() - own == {name.replace("loss_", "loss_unlabeled_") for name in own - {"loss_mask"}}
+    assert len(own) == (5 if kind == "mask_rcnn" else 9)
 
 
 def test_without_unlabeled_images_it_is_the_detector() -> None:

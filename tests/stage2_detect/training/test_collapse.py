@@ -53,14 +53,14 @@ def test_zero_switches_the_warning_off() -> None:
     assert watch.healthy
 
 
-def test_a_teacher_without_any_box_stops_the_run_after_fifty_images() -> None:
+def test_a_teacher_without_any_box_stops_the_run_after_two_hundred_images() -> None:
     watch = CollapseWatch(CONFIG, 2, threshold=0.7)
-    assert watch.see(34, line(0.0, 0.0)) is None
+    assert watch.see(109, line(0.0, 0.0)) is None
     with pytest.raises(
         UserError,
-        match=r"no object with a score of 0.7 or more in the first 50 unlabeled images; .* lower --moving_teacher.score",
+        match=r"no object with a score of 0.7 or more in the first 200 unlabeled images; .* lower --moving_teacher.score",
     ):
-        watch.see(35, line(0.0, 0.0))
+        watch.see(110, line(0.0, 0.0))
     with pytest.raises(UserError, match="in the first 4 unlabeled images"):
         CollapseWatch(CONFIG, 2, threshold=0.7).see(12, line(0.0, 0.0), last=True)
     found = CollapseWatch(CONFIG, 2)
