@@ -164,7 +164,12 @@ class MixedOrder:
 
 
 def training_order(
-    wide: Sequence[bool], unlabeled_wide: Sequence[bool], labeled_ratio: float, *, ratio: str, **options: Any
+    wide: Sequence[bool],
+    unlabeled_wide: Sequence[bool],
+    labeled_ratio: float,
+    *,
+    ratio: str = "labeled_ratio",
+    **options: Any,
 ) -> BatchOrder | MixedOrder:
     """Return the batch order of a training run: `MixedOrder` if there are unlabeled images and labeled_ratio is below 1, else `BatchOrder`.
 
