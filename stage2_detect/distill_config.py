@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ssld.shared.config.bounds import Position, Positive, Weight
 from ssld.shared.config.settings import Config
+from ssld.shared.files import ImageFolder, is_pattern
 from ssld.stage2_detect.augment_config import StrongViewConfig
 from ssld.stage2_detect.data_config import listed_inputs, one_or_list
 from ssld.stage2_detect.model_config import DetectorConfig, Fraction
@@ -192,11 +193,14 @@ class MovingTeacherConfig(Config):
         return self.unlabeled if isinstance(self.unlabeled, list) else [self.unlabeled]
 
     def inputs(self, key: str) -> dict[str, Path]:
-        """Return files and folders by their keys; those of a pattern are known when it is read."""
+        """Return files and folders by their keys; the files of a pattern are known when it is read."""
+        given = listed_inputs(f"{key}.unlabeled", self.unlabeled)
         files = {
-            name: path for name, path in listed_inputs(f"{key}.unlabeled", self.unlabeled).items() if path.exists()
+            name: ImageFolder(path) if path.is_dir() else path
+            for name, path in given.items()
+            if path.exists() or not is_pattern(str(path))
         }
-        return files | ({f"{key}.images": self.images} if self.images else {})
+        return files | ({f"{key}.images": ImageFolder(self.images)} if self.images else {})
 
     def threshold(self, model: DetectorConfig) -> float:
         """Return `score_threshold`, or its default for this detector if it is null."""

@@ -48,6 +48,7 @@ def test_the_command_writes_these_files(
 ) -> None:
     settings = {key: value for key, value in moving_settings.items() if key != "moving_teacher"}
     given = moving_settings["moving_teacher"]
+    given = given | {"class_thresholds": '{"wide": 0.25}'}
     flags = [word for key, value in given.items() for word in (f"--moving_teacher.{key}", str(value))]
     assert call(train.main, arguments(settings | {"precision": "bf16"}, "run", *flags)) == 0
     run = tmp_path / "run"
@@ -84,7 +85,10 @@ def test_the_command_writes_these_files(
     assert result["metrics"]["images_seen"] == 6 * 2 + 4 * 2
     metadata = read_metadata(run / "detector.safetensors", kind="detector")
     assert metadata["weights"] == "ema"
-    assert metadata["moving_teacher"]["ratio"] == 0.5
+    assert (metadata["moving_teacher"]["ratio"], metadata["moving_teacher"]["class_thresholds"]) == (
+        0.5,
+        {"wide": 0.25},
+    )
     average = load_file(run / "checkpoints/step_00000006/ema.safetensors")
     written = load_file(run / "detector.safetensors")
     assert average.keys() == written.keys()
