@@ -41,6 +41,11 @@ def last(images: ImageBatch) -> ImageBatch:
     return ImageBatch(images.pixels_BCHW[LABELED:], images.sizes_B2[LABELED:], images.scales_B[LABELED:])
 
 
+def inverted(images: ImageBatch) -> ImageBatch:
+    """The unlabeled images in a weak view that differs from the strong one."""
+    return replace(last(images), pixels_BCHW=255 - last(images).pixels_BCHW)
+
+
 def under_teacher(student: RCNN | DenseDetector, teacher: Any, config: MovingTeacherConfig) -> SemiSupervised:
     heads = student.roi_heads if isinstance(student, RCNN) else student.dense
     assert config.score_threshold is not None
@@ -137,9 +142,11 @@ def test_losses_of_an_rcnn_are_those_on_pseudo_boxes_of_the_weak_view() -> None:
     """From the parts: the teacher's detections as targets of the detector's own losses, without the sides that are uncertain."""
     student, teacher = tiny_distillation.detector(1), tiny_distillation.detector(2)
     config = settings(soft=False, weight=3.0, box_spread=0.034)
-    model, losses = rcnn_step(config, student, teacher)
     images, targets = tiny_distillation.batch()
-    weak = last(images)
+    weak = inverted(images)
+    model = under_teacher(student, teacher, config)
+    losses = model(images, targets, weak)
+    assert isinstance(losses, dict)
     with torch.no_grad():
         features = [maps[LABELED:] for maps in student.features(images)]
         guides = teacher.features(weak)
@@ -282,14 +289,14 @@ def dense_step(
 @pytest.mark.parametrize("kind", ["gfl", "retinanet"])
 def test_losses_of_one_stage_detectors_are_their_formulas(kind: str) -> None:
     config = settings(weight=2.0, dense_share=0.05, score_threshold=0.015)
-    model, losses = dense_step(kind, config, (0, 1))
-    student, teacher = model.student, model.teacher.model
-    assert isinstance(student, DenseDetector)
-    assert isinstance(teacher, DenseDetector)
-    images, _ = dense_batch(4)
-    weak = last(images)
+    images, targets = dense_batch(4)
+    weak = inverted(images)
+    student, teacher = dense_detector(kind, 0), dense_detector(kind, 1)
+    model = under_teacher(student, teacher, config)
+    losses = model(images, replace(targets, labeled_B=torch.arange(4) < LABELED), weak)
+    assert isinstance(losses, dict)
     with torch.no_grad():
-        features, guides = student.features(weak), teacher.features(weak)
+        features, guides = student.features(last(images)), teacher.features(weak)
         grids = grids_of(features)
         (logits, values), (guide_logits, guide_values) = student.dense(features), teacher.dense(guides)
         every = torch.arange(logits.shape[1]).expand(2, -1)
