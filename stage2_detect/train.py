@@ -167,8 +167,9 @@ def train(config: TrainConfig) -> None:
             raise UserError(problem)
     moving, collapse = config.moving_teacher, None
     burn_in = int(moving.burn_in) if moving else 0
+    labeled = labeled_images(config.batch_size, config.labeled_share)
     if moving:
-        unlabeled = config.batch_size - labeled_images(config.batch_size, config.labeled_share)
+        unlabeled = config.batch_size - labeled
         lines = from_main_rank(read_metrics(run.path) if run.main else [])
         collapse = CollapseWatch(moving, unlabeled, lines, threshold=moving.threshold(config.model))
     loader = training_loader(config, data, start=start, stop=steps, rank=accelerator.process_index, ranks=ranks)
@@ -288,6 +289,7 @@ def train(config: TrainConfig) -> None:
             progress.step()
 
             if logged:
+                state.batch_size = config.batch_size if step > burn_in else labeled
                 means = state.log(step, lr, grad_norm=norm)
                 run.log_if(collapse and collapse.see(step, means, last=step == steps))
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
@@ -317,7 +319,6 @@ def train(config: TrainConfig) -> None:
         metrics["expected_met"], line = compare_expected(config.expected, metrics, measured, config.precision)
         run.log(line)
     if moving:  # the burn-in has the labeled images alone
-        labeled = labeled_images(config.batch_size, config.labeled_share)
         metrics["images_seen"] = step * labeled + max(0, step - burn_in) * (config.batch_size - labeled)
     file = run.path / "detector.safetensors"
     save_model(file, step, metrics)
