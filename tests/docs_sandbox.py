@@ -58,14 +58,12 @@ TINY: dict[str, dict[str, str]] = {
         "model.fpn_channels": "16",
         "model.dense.convolutions": "1",
         "distill.check_ap": "0",
-        "moving_teacher.score_threshold": "0",
     },
     "stage2_detect/evaluate.py": _HERE | {"batch_size": "4"},
     "stage2_detect/predict.py": _HERE | {"threshold": "0.005"},
     "stage2_detect/export.py": {"threads": "1", "batch_size": "2", "formats": "torch", "canvas": "[64, 64]"},
 }
 ONLY_WHERE_GIVEN = {"tta.short_sides": "[48, 64]", "tile": "48"}  # replace a page's value, and are added nowhere
-OPTIONAL = ("distill.", "moving_teacher.")  # groups whose values are added only where a page sets something in them
 ONE_OF = ({"steps", "train_epochs", "train_images"},)
 
 
@@ -85,8 +83,8 @@ def shrunk(script: str, words: list[str]) -> list[str]:
     """A command's flags with the sizes of `TINY` in place of its own."""
     tiny = TINY.get(script, {})
     given = flags_of(words)
-    absent = tuple(group for group in OPTIONAL if not any(key.startswith(group) for key in given))
-    tiny = {key: value for key, value in tiny.items() if not key.startswith(absent)}
+    if "distill.teacher" not in given:
+        tiny = {key: value for key, value in tiny.items() if not key.startswith("distill.")}
     tiny = tiny | {key: value for key, value in ONLY_WHERE_GIVEN.items() if key in given}
     replaced = set(tiny).union(*(group for group in ONE_OF if group & set(tiny)))
     kept = {key: value for key, value in given.items() if key not in replaced}
@@ -179,7 +177,7 @@ def tiny_pipeline(text: str) -> str:
     commands: dict[str, CommandName] = {}
     for name, stage in content["stages"].items():
         command = commands[name] = stage.get("command") or commands[stage["like"]]
-        sizes = {k: v for k, v in TINY.get(KINDS[command].script, {}).items() if not k.startswith(OPTIONAL)}
+        sizes = {k: v for k, v in TINY.get(KINDS[command].script, {}).items() if not k.startswith("distill.")}
         tiny: dict[str, Any] = dict(flatten(content.get("smoke", {}).get(command, {})))
         tiny |= {key: yaml.safe_load(value) for key, value in sizes.items()}
         replaced = set(tiny).union(*(group for group in ONE_OF if group & set(tiny)))

@@ -39,24 +39,27 @@ class CollapseWatch:
             self._compare(line)
 
     def see(self, step: int, means: Mapping[str, float], *, last: bool = False) -> str | None:
-        """Take note of the averages of a log line; return a warning where a collapse begins.
+        """Take note of the averages of a log line; return a warning where a collapse begins, or at a last line without any pseudo-box.
 
         Args:
             means: averages since the line before; without `pseudo_boxes` in the burn-in.
             last: whether it is the last step.
 
         Raises:
-            UserError: no pseudo-box since the burn-in, in 200 images or by the last step.
+            UserError: no pseudo-box in 200 images since the burn-in.
         """
         before = self.healthy
         highest = f"{self._boxes:.3g}", f"{self._agreement:.3g}"
         self._compare(means)
         images = (step - int(self._config.burn_in)) * self._unlabeled
         if "pseudo_boxes" in means and not self._boxes and (images >= _ENOUGH or last):
+            what = f"the teacher has found no object with a score of {self._threshold:g} or more in the first {images} unlabeled images"
+            longer = "train again with a longer moving_teacher.burn_in, or from a detector (init)"
+            if last:
+                return f"warning: {what}; {longer}"
             raise UserError(
-                f"moving_teacher: the teacher has found no object with a score of {self._threshold:g} or more in the first {images} unlabeled "
-                "images; the same command with a lower --moving_teacher.score_threshold continues from the last checkpoint; "
-                "or train again with a longer moving_teacher.burn_in, or from a detector (init)"
+                f"moving_teacher: {what}; the same command with a lower --moving_teacher.score_threshold continues from the last checkpoint; "
+                f"or {longer}"
             )
         if self.healthy or not before:
             return None

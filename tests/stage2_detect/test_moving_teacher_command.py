@@ -16,6 +16,7 @@ from ssld.shared.models.model_file import read_metadata
 from ssld.stage2_detect import train
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.distillation.moving import SemiSupervised
+from ssld.stage2_detect.training import collapse
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]
@@ -181,12 +182,18 @@ def test_a_collapse_is_told_and_the_last_good_file_is_kept(
 
 
 def test_a_teacher_without_boxes_stops_the_run_which_goes_on_with_a_lower_threshold(
-    moving_settings: Settings, arguments: Arguments, call: Call, user_error: Callable[..., str], tmp_path: Path
+    moving_settings: Settings,
+    arguments: Arguments,
+    call: Call,
+    user_error: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(collapse, "_ENOUGH", 6)
     line = user_error(train.main, arguments(changed(moving_settings, score_threshold=1.0))).splitlines()
     assert len(line) == 1
     assert line[0].startswith(
-        "moving_teacher: the teacher has found no object with a score of 1 or more in the first 8 unlabeled images; "
+        "moving_teacher: the teacher has found no object with a score of 1 or more in the first 6 unlabeled images; "
     )
     assert not (tmp_path / "run" / "result.json").exists()
     assert call(train.main, arguments(moving_settings)) == 0
