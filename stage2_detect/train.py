@@ -128,7 +128,6 @@ def train(config: TrainConfig) -> None:
     steps_per_epoch = data.steps_per_epoch(config)
     steps = config.total_steps(steps_per_epoch * config.batch_size)
     config = config.in_steps(steps)
-    assert config.log_every is not None
     trained = TrainedDetector(config, data.train, device=device)
     optimizer = make_optimizer(config.optim.name, trained.parameter_groups(), momentum=config.optim.momentum)
     if config.auto_batch:
@@ -139,6 +138,7 @@ def train(config: TrainConfig) -> None:
         )
         config = config.model_copy(update={"accumulate": passes})
     base_lr = scale_lr(config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name)
+    assert config.log_every is not None
     schedule = Schedule.of(config.optim, steps_per_epoch, steps)
 
     # ---- resume
@@ -291,7 +291,8 @@ def train(config: TrainConfig) -> None:
             if logged:
                 state.batch_size = config.batch_size if step > burn_in else labeled
                 means = state.log(step, lr, grad_norm=norm)
-                run.log_if(collapse and collapse.see(step, means, last=step == steps))
+                if collapse:
+                    run.log_if(collapse.see(step, means, last=step == steps))
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
                 with progress.pausing():
                     metrics, scored = evaluate_now(step), step

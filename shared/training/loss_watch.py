@@ -6,6 +6,7 @@ A separate file from training_state.py, which owns an instance, because its arit
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,9 +81,10 @@ class LossWatch:
 
     def load_state(self, state: dict[str, object]) -> None:
         """Restore `state`; earlier versions wrote one number of steps for all parts."""
-        sums, steps = dict(state["sums"]), state["steps"]  # type: ignore[call-overload]
-        self._sums = sums
-        self._steps = dict(steps) if isinstance(steps, dict) else dict.fromkeys(sums, int(steps))  # type: ignore[call-overload]
+        sums: Any = state["sums"]
+        steps: Any = state["steps"]
+        self._sums = dict(sums)
+        self._steps = dict(steps) if isinstance(steps, dict) else dict.fromkeys(sums, int(steps))
 
     def _raise(self, entries: list[_Entry], values: list[list[float]]) -> None:
         """Raise the same error on every rank: of the first step, and of the first rank whose own losses are not finite there."""

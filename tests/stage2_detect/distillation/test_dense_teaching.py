@@ -131,7 +131,7 @@ def test_adaptive_distillation_counts_all_but_ignored_anchors(form: str) -> None
         logits, _ = student.dense(features)
         teacher_logits, _ = teacher.dense(teacher.features(images))
         assigned = student.dense.assign(grids_of(features), images.sizes_B2, targets)
-        counts = assigned.labels_BA >= 0  # type: ignore[union-attr]
+        counts = assigned.labels_BA >= 0
         assert not counts.all()
         loss = adaptive_distillation(logits, teacher_logits, form=form)[counts].sum()  # type: ignore[arg-type]
         mass = (teacher_logits.double().sigmoid() ** 1.8).sum()

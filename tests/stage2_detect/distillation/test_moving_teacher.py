@@ -85,7 +85,10 @@ def test_pseudo_boxes_are_the_detections_above_the_threshold_of_their_class() ->
     scores, labels = draw.uniform(0.2, 1, (2, 9)).astype(np.float32), draw.integers(0, 3, (2, 9))
     scores[0, 3], scores[1, 0], labels[1, 0] = 1.0, 0.5, 0
     thresholds = np.array([0.5, 0.9, 0.3], np.float32)
-    found = [Detections(*map(torch.from_numpy, one)) for one in zip(boxes, scores, labels, strict=True)]
+    found = [
+        Detections(torch.from_numpy(b), torch.from_numpy(s), torch.from_numpy(k))
+        for b, s, k in zip(boxes, scores, labels, strict=True)
+    ]
     targets = pseudo_targets(found, torch.from_numpy(thresholds), torch.tensor([4, 5]))
     assert targets.seeds_B.tolist() == [4, 5]
     for image in range(2):
@@ -245,7 +248,7 @@ def test_without_unlabeled_images_it_is_the_detector() -> None:
     student = tiny_distillation.detector(1)
     model = under_teacher(student, tiny_distillation.detector(2), settings())
     images, targets = tiny_distillation.batch(labeled=4, unlabeled=0)
-    assert {name: value.item() for name, value in model(images, targets).items()} == {  # type: ignore[union-attr]
+    assert {name: value.item() for name, value in model(images, targets).items()} == {
         name: value.item() for name, value in student(images, targets).items()
     }
     assert model.measured == {}
@@ -327,8 +330,10 @@ def test_adaptive_weighting_is_that_of_adl() -> None:
     images, _ = dense_batch(4)
     weak = last(images)
     student, teacher = model.student, model.teacher.model
+    assert isinstance(student, DenseDetector)
+    assert isinstance(teacher, DenseDetector)
     with torch.no_grad():
-        logits, guides = (net.dense(net.features(weak))[0] for net in (student, teacher))  # type: ignore[union-attr]
+        logits, guides = (net.dense(net.features(weak))[0] for net in (student, teacher))
         loss = adaptive_distillation(logits, guides, form="code").sum() / (guides.double().sigmoid() ** 1.8).sum()
     assert losses["loss_unlabeled_cls"].item() == pytest.approx(0.5 * loss.item(), rel=1e-4)
 
