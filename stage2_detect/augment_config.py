@@ -24,6 +24,23 @@ PRESETS: dict[str, dict[str, float]] = {
 `cells`: images from above or through a microscope, which can be mirrored and turned; colors of stains mean something, so `cells` keeps the hue."""
 
 
+class StrongViewConfig(Config):
+    """Changes of the colors of unlabeled images in the view that a detector under a moving teacher learns from; the teacher sees none of them."""
+
+    brightness: float = Field(0.4, ge=0, le=1)
+    """largest relative change of the brightness, 0 to 1"""
+    contrast: float = Field(0.4, ge=0, le=1)
+    """largest relative change of the contrast, 0 to 1"""
+    saturation: float = Field(0.4, ge=0, le=1)
+    """largest relative change of the saturation, 0 to 1"""
+    hue: float = Field(0.1, ge=0, le=0.5)
+    """largest shift of the hue, as a fraction of the color circle, 0 to 0.5"""
+    blur: Probability = 0.5
+    """probability of a Gaussian blur with a standard deviation of 0.1 to 2 pixels, 0 to 1"""
+    erasing: Probability = 0.5
+    """probability that a rectangle of 2 to 15 % of the area is filled with the mean color, 0 to 1; it may hide an object"""
+
+
 class AugmentConfig(Config):
     """Augmentation of training images beyond size and horizontal flip; the name of a set stands for all of its values."""
 

@@ -22,7 +22,7 @@ from ssld.stage2_detect.data_config import (
     require_pairs,
     source_inputs,
 )
-from ssld.stage2_detect.distill_config import DistillConfig
+from ssld.stage2_detect.distill_config import DistillConfig, MovingTeacherConfig
 from ssld.stage2_detect.model_config import DetectorConfig, Fraction
 from ssld.stage2_detect.published import PREFIX, PUBLISHED, published
 
@@ -119,6 +119,10 @@ class TrainConfig(TrainingConfig):
         *TrainingConfig.alternatives,
         *(("data.source", f"data.{name}") for name in FILES),
     )
+    # For a run whose teacher finds nothing, or collapses.
+    may_change_before_the_end: ClassVar[frozenset[str]] = TrainingConfig.may_change_before_the_end | {
+        f"moving_teacher.{key}" for key in ("score_threshold", "weight", "ema_decay", "collapse")
+    }
     backbone: ModelText | None = None
     """backbone file, timm:NAME or random:NAME; unused if `init` is a detector file; beside coco:NAME, the backbone of the start"""
     arch: str | None = None
@@ -137,6 +141,7 @@ class TrainConfig(TrainingConfig):
     labeled_ratio: float = Field(0.5, gt=0, le=1)
     """share of labeled images in a batch, above 0 to 1, if `unlabeled` is given; 1: no unlabeled images"""
     distill: DistillConfig | None = None
+    moving_teacher: MovingTeacherConfig | None = None
     cache_annotations: bool = True
     """cache large annotation files, parsed, and the EXIF orientation of images in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld) for later starts"""
     resize: ResizeConfig = ResizeConfig()
@@ -201,9 +206,12 @@ class TrainConfig(TrainingConfig):
             raise ValueError("patience counts evaluations: give evaluate_every and data.val_annotations too")
         if self.pseudo is not None and self.unlabeled is None:
             raise ValueError("pseudo: has boxes of unlabeled images; give their folder as unlabeled")
+        if self.moving_teacher is not None and (fault := self._moving_fault(self.moving_teacher)):
+            raise ValueError(fault)
         if self.unlabeled is not None and self.distill is None and self.pseudo is None:
             raise ValueError(
-                "unlabeled: the images are used by distillation or with pseudo-labels; give distill.teacher or pseudo"
+                "unlabeled: the images are used by distillation or with pseudo-labels; give distill.teacher or pseudo, or the images as "
+                "moving_teacher.unlabeled"
             )
         if self.distill is not None and (fault := self.distill.fault(self.model)):
             raise ValueError(fault)
@@ -216,8 +224,41 @@ class TrainConfig(TrainingConfig):
             raise ValueError("augment.auto_augment moves pixels inside boxes: it cannot be used with masks")
         return self
 
+    def _moving_fault(self, moving: MovingTeacherConfig) -> str | None:
+        """Return an error message if other settings do not go with a moving teacher, else None."""
+        if self.distill is not None:
+            return "moving_teacher: the detector has one teacher; give distill or moving_teacher"
+        if self.unlabeled is not None or self.pseudo is not None:
+            key = "unlabeled" if self.unlabeled is not None else "pseudo"
+            return f"{key}: belongs to training without a moving teacher, which has its own moving_teacher.unlabeled; leave {key} out"
+        if self.ema is not None:
+            return "ema: the moving teacher is the average of the weights, and is evaluated and exported; leave ema out, set moving_teacher.ema_decay"
+        if self.augment.auto_augment_unlabeled or (
+            self.augment.auto_augment and self.augment.auto_augment_unlabeled is None
+        ):
+            return (
+                "augment.auto_augment moves pixels, and the two views of an unlabeled image show it at the same places; "
+                "set augment.auto_augment_unlabeled to false"
+            )
+        return moving.fault(self.model)
+
+    @property
+    def labeled_share(self) -> float:
+        """Share of labeled images in a batch with unlabeled ones."""
+        return 1 - self.moving_teacher.ratio if self.moving_teacher else self.labeled_ratio
+
+    def in_steps(self, steps: int) -> Self:
+        """Return the settings of a run of `steps` steps, with the burn-in of a moving teacher as whole steps too."""
+        config, moving = super().in_steps(steps), self.moving_teacher
+        if moving is None:
+            return config
+        burn_in = in_steps(moving.burn_in, steps)
+        return config.model_copy(update={"moving_teacher": moving.model_copy(update={"burn_in": burn_in})})
+
     def inputs(self) -> dict[str, Path]:
         files = self.data.inputs("data")
+        if self.moving_teacher:
+            files |= self.moving_teacher.inputs("moving_teacher")
         if self.backbone and self.reads_backbone and kind_of(self.backbone) in ("file", "folder", "path"):
             files["backbone"] = Path(self.backbone)
         others = {

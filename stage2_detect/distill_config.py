@@ -1,15 +1,24 @@
-"""Settings of distillation from a teacher detector. Does not import torch."""
+"""Settings of distillation from a teacher detector, and of semi-supervised training under a moving teacher. Does not import torch.
+
+A moving teacher, from files to losses: `data/unlabeled_images.py` lists the unlabeled images; `data/loaders.py` makes a weak and a strong view of
+each, of equal geometry; `training/trained_detector.py` keeps the teacher, an average of the detector; `distillation/moving.py` computes the losses
+between the two; `training/collapse.py` watches the teacher. The loop in `train.py` connects them.
+"""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from ssld.shared.config.bounds import Positive, Weight
+from ssld.shared.config.bounds import Position, Positive, Weight
 from ssld.shared.config.settings import Config
+from ssld.shared.files import ImageFolder, is_pattern
+from ssld.stage2_detect.augment_config import StrongViewConfig
+from ssld.stage2_detect.data_config import listed_inputs, one_or_list
 from ssld.stage2_detect.model_config import DetectorConfig, Fraction
 
 PKD_WEIGHT, ROI_WEIGHT = 6.0, 1.0  # defaults for R-CNN students
+RCNN_THRESHOLD, DENSE_THRESHOLD = 0.7, 0.3  # defaults of score_threshold: scores of one-stage detectors are lower
 
 
 class LDConfig(Config):
@@ -125,4 +134,84 @@ class DistillConfig(Config):
                 else "pkd_weight, cwd_weight and roi_weight"
             )
             return f"{which} are 0: no loss uses the teacher"
+        return None
+
+
+class MovingTeacherConfig(Config):
+    """Semi-supervised training: a moving average of the detector, the teacher, finds objects in unlabeled images for it."""
+
+    unlabeled: Path | list[Path]
+    """unlabeled images: a folder, a quoted pattern, a text file with one path per line, or a COCO JSON file, whose annotations are not read; or a
+    list of these"""
+    images: Path | None = None
+    """folder that the file names in COCO JSON files of `unlabeled` are relative to; null: the folder of the JSON file"""
+    ratio: float = Field(0.5, gt=0, lt=1)
+    """share of unlabeled images in a batch after the burn-in, above 0 to below 1; batches of the burn-in have the labeled images alone"""
+    burn_in: Position = 0.3
+    """length of the burn-in on labeled images alone, in optimizer steps, or as a fraction of the run; the teacher then begins as a copy"""
+    ema_decay: float = Field(0.999, ge=0, le=1)
+    """decay of the teacher's average per optimizer step, 0 to 1; increased from small values after the burn-in; 1: the teacher stays that copy"""
+    weight: Weight = 1.0
+    """weight of the losses on unlabeled images"""
+    score_threshold: Fraction | None = None
+    """score, 0 to 1, from which the teacher's detections are pseudo-boxes; null: 0.7 for R-CNN detectors, 0.3 for one-stage detectors, which do not
+    learn from these boxes: they are counted"""
+    class_thresholds: dict[str, Fraction] = {}
+    """scores in place of score_threshold for single classes, by class name"""
+    soft: bool = True
+    """learn the teacher's class probabilities for the regions of an R-CNN; false: learn the classes of the pseudo-boxes"""
+    box_jitter: int = Field(10, ge=0, le=100)
+    """shifted copies of each pseudo-box that the teacher refines, to see how certain its sides are; 0: learn the sides of all pseudo-boxes"""
+    box_spread: Positive = 0.02
+    """standard deviation of the refined copies, as a share of the box's mean side, below which the sides of a pseudo-box are learned"""
+    dense_loss: Literal["quality", "adaptive"] = "quality"
+    """loss between the class scores of one-stage detectors: quality, quality focal loss (arXiv 2207.02541); adaptive, as in ADL"""
+    dense_share: float = Field(0.01, gt=0, le=1)
+    """share of the anchors, those with the teacher's highest scores, whose boxes are learned and whose scores divide the losses; above 0 to 1"""
+    adl: ADLConfig | None = None
+    """settings of dense_loss adaptive; null: the defaults"""
+    strong: StrongViewConfig = StrongViewConfig()
+    collapse: float = Field(0.2, ge=0, lt=1)
+    """share of the highest number of pseudo-boxes per image, or of the highest agreement, below which the log warns of a collapse; 0: no warning"""
+
+    @field_validator("unlabeled", mode="before")
+    @classmethod
+    def _one_is_no_list(cls, value: Any) -> Any:
+        return one_or_list(value)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.box_jitter == 1:
+            raise ValueError("box_jitter: one copy has no spread; give 2 or more, or 0")
+        if self.adl and self.dense_loss != "adaptive":
+            raise ValueError("adl: has the settings of dense_loss adaptive; set that too, or leave adl out")
+        return self
+
+    @property
+    def sources(self) -> list[Path]:
+        """Return the sources of unlabeled images."""
+        return self.unlabeled if isinstance(self.unlabeled, list) else [self.unlabeled]
+
+    def inputs(self, key: str) -> dict[str, Path]:
+        """Return files and folders by their keys; the files of a pattern are known when it is read."""
+        given = listed_inputs(f"{key}.unlabeled", self.unlabeled)
+        files = {
+            name: ImageFolder(path) if path.is_dir() else path
+            for name, path in given.items()
+            if path.exists() or not is_pattern(str(path))
+        }
+        return files | ({f"{key}.images": ImageFolder(self.images)} if self.images else {})
+
+    def threshold(self, model: DetectorConfig) -> float:
+        """Return `score_threshold`, or its default for this detector if it is null."""
+        default = DENSE_THRESHOLD if model.is_dense else RCNN_THRESHOLD
+        return default if self.score_threshold is None else self.score_threshold
+
+    def fault(self, model: DetectorConfig) -> str | None:
+        """Return an error message if a setting does not fit a detector of this architecture, else None."""
+        kind = f"model.kind is {model.kind}"
+        if model.is_dense and not self.soft:
+            return f"moving_teacher.soft: one-stage detectors learn from scores, never from pseudo-boxes, and {kind}; leave it out"
+        if not model.is_dense and self.dense_loss != "quality":
+            return f"moving_teacher.dense_loss: applies to one-stage detectors, and {kind}; leave it out"
         return None

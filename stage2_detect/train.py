@@ -2,7 +2,8 @@
 
     python stage2_detect/train.py --backbone runs/ssld/student.safetensors --config stage2_detect/configs/faster_rcnn.yaml
 
-Writes `detector.safetensors` (last step) and, with `evaluate_every`, `detector_best.safetensors`; with evaluation images
+Writes `detector.safetensors` (last step) and, with `evaluate_every`, `detector_best.safetensors`; where a moving teacher collapses,
+`detector_last_good.safetensors` of the last checkpoint before; with evaluation images
 `analysis.json` and `pictures/` of the last evaluation, as `evaluate.py` does. Initial weights come, in this order, from (1)
 the newest checkpoint of this run, (2) `init`, a detector file or published weights (`coco:NAME`), the latter perhaps with another backbone, (3)
 the backbone, with random heads.
@@ -71,6 +72,7 @@ def train(config: TrainConfig) -> None:
     """
     import torch
 
+    from ssld.shared.checksums import remove_with_sum
     from ssld.shared.distributed.processes import (
         DTYPES,
         describe_processes,
@@ -83,7 +85,7 @@ def train(config: TrainConfig) -> None:
     from ssld.shared.errors import Stopped, UserError
     from ssld.shared.images import stable_seed
     from ssld.shared.models.backbones import check_networks
-    from ssld.shared.run_dir import RunDir
+    from ssld.shared.run_dir import RunDir, read_metrics
     from ssld.shared.training.auto_batch import find_passes
     from ssld.shared.training.batch_sheet import write_sheet
     from ssld.shared.training.optim import make_optimizer, scale_lr, set_lr
@@ -91,6 +93,7 @@ def train(config: TrainConfig) -> None:
     from ssld.shared.training.trackers import start_trackers
     from ssld.shared.training.training_state import TrainingState
     from ssld.shared.wording import count
+    from ssld.stage2_detect.data.batch_order import labeled_images
     from ssld.stage2_detect.data.sizing import Sizing
     from ssld.stage2_detect.data.training_data import read_training_data, teacher_check_images, training_loader
     from ssld.stage2_detect.deploy.writing import try_export
@@ -98,6 +101,7 @@ def train(config: TrainConfig) -> None:
     from ssld.stage2_detect.evaluation.files import write_evaluation
     from ssld.stage2_detect.evaluation.scoring import compare_expected, describe, score
     from ssld.stage2_detect.training.batch_images import first_images
+    from ssld.stage2_detect.training.collapse import CollapseWatch
     from ssld.stage2_detect.training.init_weights import open_init
     from ssld.stage2_detect.training.memory_trial import whole_step
     from ssld.stage2_detect.training.schedule import Schedule
@@ -121,6 +125,9 @@ def train(config: TrainConfig) -> None:
     start_trackers(accelerator, config, run)
 
     # ---- detector, teacher, optimizer, schedule
+    steps_per_epoch = data.steps_per_epoch(config)
+    steps = config.total_steps(steps_per_epoch * config.batch_size)
+    config = config.in_steps(steps)
     trained = TrainedDetector(config, data.train, device=device)
     optimizer = make_optimizer(config.optim.name, trained.parameter_groups(), momentum=config.optim.momentum)
     if config.auto_batch:
@@ -131,9 +138,6 @@ def train(config: TrainConfig) -> None:
         )
         config = config.model_copy(update={"accumulate": passes})
     base_lr = scale_lr(config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name)
-    steps_per_epoch = data.steps_per_epoch(config)
-    steps = config.total_steps(steps_per_epoch * config.batch_size)
-    config = config.in_steps(steps)
     assert config.log_every is not None
     schedule = Schedule.of(config.optim, steps_per_epoch, steps)
 
@@ -161,6 +165,13 @@ def train(config: TrainConfig) -> None:
                 problem = f"export_check: {error}"
         if problem := from_main_rank(problem):
             raise UserError(problem)
+    moving, collapse = config.moving_teacher, None
+    burn_in = int(moving.burn_in) if moving else 0
+    labeled = labeled_images(config.batch_size, config.labeled_share)
+    if moving:
+        unlabeled = config.batch_size - labeled
+        lines = from_main_rank(read_metrics(run.path) if run.main else [])
+        collapse = CollapseWatch(moving, unlabeled, lines, threshold=moving.threshold(config.model))
     loader = training_loader(config, data, start=start, stop=steps, rank=accelerator.process_index, ranks=ranks)
     sizing = Sizing.of(config.resize)
     evaluation: dict[str, Any] = {
@@ -259,15 +270,16 @@ def train(config: TrainConfig) -> None:
                 )
                 torch.manual_seed(stable_seed(config.seed, step, micro, accelerator.process_index))  # drop-path
                 # DDP reduces gradients once per step, in the last backward pass.
+                weak = [batch.weak.to(device, non_blocking=True)] if batch.weak else []
                 with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(model):
-                    losses = model(images, targets)
+                    losses = model(images, targets, *weak)
                     loss = torch.stack(list(losses.values())).sum()
                     accelerator.backward(loss / config.accumulate)
                 losses = {"loss": loss, **losses}
                 share = 1.0 / (config.accumulate * ranks)
                 state.watch.add(
                     step - 1,
-                    {name: part.detach() * share for name, part in losses.items()},
+                    {name: part.detach() * share for name, part in (losses | trained.measured).items()},
                     [r.image_id for r in batch.records],
                 )
             logged = step % config.log_every == 0 or step == steps
@@ -277,16 +289,22 @@ def train(config: TrainConfig) -> None:
             progress.step()
 
             if logged:
-                state.log(step, lr, grad_norm=norm)
+                state.batch_size = config.batch_size if step > burn_in else labeled
+                means = state.log(step, lr, grad_norm=norm)
+                if collapse:
+                    run.log_if(collapse.see(step, means, last=step == steps))
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
                 with progress.pausing():
                     metrics, scored = evaluate_now(step), step
                     keep_best(step, metrics)
             if step == steps or state.exhausted(config.patience):
-                state.check_last_update(step, lambda: model.train()(images, targets))  # noqa: B023 - called here
+                state.check_last_update(step, lambda: model.train()(images, targets, *weak))  # noqa: B023 - called here
             stopping = stop.agreed() and step < steps
-            if step % config.save_every == 0 or step == steps or stopping or state.exhausted(config.patience):
+            due = step % config.save_every == 0 or step == steps or (moving and step == burn_in)
+            if due or stopping or state.exhausted(config.patience):
                 state.save(step)
+                if collapse and collapse.healthy and burn_in <= step < steps:
+                    save_model(run.path / "detector_last_good.safetensors", step, metrics)
             if stopping and not state.exhausted(config.patience):
                 raise Stopped(f"checkpoint of step {step} written to {run.checkpoints}")
 
@@ -301,9 +319,16 @@ def train(config: TrainConfig) -> None:
         measured = len(data.val.images) if data.val else 0
         metrics["expected_met"], line = compare_expected(config.expected, metrics, measured, config.precision)
         run.log(line)
+    if moving:  # the burn-in has the labeled images alone
+        metrics["images_seen"] = step * labeled + max(0, step - burn_in) * (config.batch_size - labeled)
     file = run.path / "detector.safetensors"
     save_model(file, step, metrics)
-    files = [file]
+    files, last_good = [file], run.path / "detector_last_good.safetensors"
+    if collapse and collapse.healthy and run.main:
+        remove_with_sum(last_good)
+    if collapse and not collapse.healthy and last_good.exists():
+        run.log(f"warning: the moving teacher has collapsed; {last_good} is the last good file")
+        files.append(last_good)
     if data.val and accelerator.is_main_process:
         files += write_evaluation(run, data.val, detections, metrics, score_threshold=0.5)[1]
     accelerator.end_training()

@@ -87,6 +87,8 @@ def folders_of(config: CommandConfig) -> list[Path]:
         sources = config.pool
     elif isinstance(config, TrainConfig) and config.unlabeled:
         paths = [config.unlabeled]
+    elif isinstance(config, TrainConfig) and config.moving_teacher:
+        paths = config.moving_teacher.sources
     return list(dict.fromkeys(path for path in [*(Path(source.path) for source in sources), *paths] if path.is_dir()))
 
 

@@ -3,14 +3,19 @@
 A separate file from training_state.py, which owns an instance, because its arithmetic over steps and ranks is tested without a training run.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssld.shared.distributed.ranks import for_sums, gather_lists, total_over_ranks
 from ssld.shared.errors import UserError
+
+_Entry = tuple[int, Sequence[str | int], Tensor, list[str]]
+"""step, image ids, values and names of the parts of a micro-batch"""
 
 
 class NotFinite(UserError):
@@ -22,47 +27,52 @@ class NotFinite(UserError):
 
 
 class LossWatch:
-    """Collects the loss parts of every micro-batch; averages them for the log, and stops the run at the first one that is not finite."""
+    """Collects the loss parts of every micro-batch; averages them for the log, and stops the run at the first one that is not finite.
+
+    Steps may have different parts: a part is averaged over the steps that have it.
+    """
 
     def __init__(self) -> None:
-        self._pending: list[tuple[int, Sequence[str | int], Tensor]] = []
-        self._names: list[str] = []
+        self._pending: list[_Entry] = []
         self._sums: dict[str, float] = {}
-        self._steps = 0
+        self._steps: dict[str, int] = {}
 
     def add(self, step: int, parts: dict[str, Tensor], ids: Sequence[str | int]) -> None:
-        """Keep one micro-batch's parts: scalars whose sum over micro-batches and ranks is the step's value."""
-        self._names = list(parts)
-        self._pending.append((step, ids, torch.stack([part.detach().float() for part in parts.values()])))
+        """Keep one micro-batch's parts: scalars whose sum over micro-batches and ranks is the step's value. The names are the same on all ranks."""
+        values_P = torch.stack([part.detach().float() for part in parts.values()])
+        self._pending.append((step, ids, values_P, list(parts)))
 
     def check(self) -> None:
         """Read the pending losses, on all ranks together.
 
         Raises NotFinite naming step, loss parts and image ids when anything is not finite: call it before a checkpoint is written.
         """
-        if not self._pending:
-            return
-        values_NP = torch.stack([values for _, _, values in self._pending])
-        total_P = total_over_ranks(for_sums(values_NP).sum(0)).tolist()
-        if not all(math.isfinite(total) for total in total_P):
-            self._raise(values_NP.tolist())
-        for name, total in zip(self._names, total_P, strict=True):
-            self._sums[name] = self._sums.get(name, 0.0) + total
-        self._steps += len({step for step, _, _ in self._pending})
+        for names, group in itertools.groupby(list(self._pending), key=lambda entry: entry[3]):
+            entries = list(group)
+            values_NP = torch.stack([values_P for _, _, values_P, _ in entries])
+            total_P = total_over_ranks(for_sums(values_NP).sum(0)).tolist()
+            if not all(math.isfinite(total) for total in total_P):
+                self._raise(entries, values_NP.tolist())
+            steps = len({step for step, _, _, _ in entries})
+            for name, total in zip(names, total_P, strict=True):
+                self._sums[name] = self._sums.get(name, 0.0) + total
+                self._steps[name] = self._steps.get(name, 0) + steps
         self._pending.clear()
 
     def latest(self, name: str) -> Tensor | None:
         """Return this process's share of a part of the last step, a scalar on the device; None where the losses have been read since."""
         if not self._pending:
             return None
-        place, last = self._names.index(name), self._pending[-1][0]
-        return torch.stack([values[place] for step, _, values in self._pending if step == last]).sum()
+        last = self._pending[-1][0]
+        return torch.stack(
+            [values[names.index(name)] for step, _, values, names in self._pending if step == last]
+        ).sum()
 
     def averages(self) -> dict[str, float]:
         """Return the mean of every part over the steps since the last call."""
         self.check()
-        means = {name: total / max(1, self._steps) for name, total in self._sums.items()}
-        self._sums, self._steps = {}, 0
+        means = {name: total / max(1, self._steps[name]) for name, total in self._sums.items()}
+        self._sums, self._steps = {}, {}
         return means
 
     def state(self) -> dict[str, object]:
@@ -70,17 +80,20 @@ class LossWatch:
         return {"sums": self._sums, "steps": self._steps}
 
     def load_state(self, state: dict[str, object]) -> None:
-        """Restore `state`."""
-        self._sums, self._steps = dict(state["sums"]), int(state["steps"])  # type: ignore[call-overload]
+        """Restore `state`; earlier versions wrote one number of steps for all parts."""
+        sums: Any = state["sums"]
+        steps: Any = state["steps"]
+        self._sums = dict(sums)
+        self._steps = dict(steps) if isinstance(steps, dict) else dict.fromkeys(sums, int(steps))
 
-    def _raise(self, values: list[list[float]]) -> None:
+    def _raise(self, entries: list[_Entry], values: list[list[float]]) -> None:
         """Raise the same error on every rank: of the first step, and of the first rank whose own losses are not finite there."""
         faults: list[tuple[int, str]] = []
-        for (step, ids, _), row in zip(self._pending, values, strict=True):
+        for (step, ids, _, names), row in zip(entries, values, strict=True):
             if not all(math.isfinite(value) for value in row):
-                parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(self._names, row, strict=True))
+                parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, row, strict=True))
                 images = f"; images {', '.join(map(str, list(ids)[:16]))}" if ids else ""
                 faults.append((step + 1, f"at step {step + 1}: {parts}{images}"))
                 break
-        errors = gather_lists(faults) or [(self._pending[0][0] + 1, "in the sum over ranks")]
+        errors = gather_lists(faults) or [(entries[0][0] + 1, "in the sum over ranks")]
         raise NotFinite(*min(errors, key=lambda error: error[0]))

@@ -102,7 +102,7 @@ class TrainingState:
 
     def finish(self, metrics: dict[str, Any], step: int, outputs: Sequence[Path], best: Path) -> None:
         """Write result.json after the last step: the numbers of the last evaluation, and, if the file `best` exists, step and numbers of the best."""
-        metrics = metrics | {"steps": step, "images_seen": step * self.batch_size}
+        metrics = {"steps": step, "images_seen": step * self.batch_size} | metrics
         if best.exists() and self.run.main:
             facts = read_metadata(best)
             numbers = {name: value for name, value in facts["metrics"].items() if isinstance(value, int | float)}

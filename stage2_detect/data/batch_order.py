@@ -95,7 +95,8 @@ class MixedOrder:
 
     A batch of `batch_size` holds `labeled_images(batch_size, labeled_ratio)` labeled images. Its unlabeled images are drawn independently per
     step, without repetition, preferably among images of the same aspect group (wide or not) as the labeled ones, to limit padding. Each
-    micro-batch has an equal share of both kinds, labeled images first. Indices from `len(wide)` on refer to unlabeled images.
+    micro-batch has an equal share of both kinds, labeled images first. Indices from `len(wide)` on refer to unlabeled images. `ratio` is the
+    setting that errors name.
 
     Raises:
         UserError: one of the two parts is empty or does not divide over `ranks * accumulate` micro-batches, a batch needs more unlabeled
@@ -113,6 +114,7 @@ class MixedOrder:
         ranks: int = 1,
         accumulate: int = 1,
         repeats: np.ndarray | None = None,
+        ratio: str = "labeled_ratio",
     ) -> None:
         labeled = labeled_images(batch_size, labeled_ratio)
         self.labeled, self.unlabeled = labeled, batch_size - labeled
@@ -120,8 +122,8 @@ class MixedOrder:
         split = f"{labeled} labeled and {self.unlabeled} unlabeled images of a batch of {batch_size}"
         if not labeled or not self.unlabeled or labeled % micro or self.unlabeled % micro:
             raise UserError(
-                f"labeled_ratio {labeled_ratio:g}: {split} do not divide over {ranks} processes x {accumulate} accumulation steps; "
-                "change batch_size or labeled_ratio"
+                f"{ratio}: {split} do not divide over {ranks} processes x {accumulate} accumulation steps; "
+                f"change batch_size or {ratio}"
             )
         if self.unlabeled > len(unlabeled_wide):
             raise UserError(f"unlabeled: {split}, but the folder holds {len(unlabeled_wide)} images")
@@ -162,11 +164,19 @@ class MixedOrder:
 
 
 def training_order(
-    wide: Sequence[bool], unlabeled_wide: Sequence[bool], labeled_ratio: float, **options: Any
+    wide: Sequence[bool],
+    unlabeled_wide: Sequence[bool],
+    labeled_ratio: float,
+    *,
+    ratio: str = "labeled_ratio",
+    **options: Any,
 ) -> BatchOrder | MixedOrder:
-    """Return the batch order of a training run: `MixedOrder` if there are unlabeled images and labeled_ratio is below 1, else `BatchOrder`."""
+    """Return the batch order of a training run: `MixedOrder` if there are unlabeled images and labeled_ratio is below 1, else `BatchOrder`.
+
+    `ratio` is the setting that errors name.
+    """
     if unlabeled_wide and labeled_ratio < 1:
-        return MixedOrder(wide, unlabeled_wide, labeled_ratio=labeled_ratio, **options)
+        return MixedOrder(wide, unlabeled_wide, labeled_ratio=labeled_ratio, ratio=ratio, **options)
     return BatchOrder(wide, **options)
 
 

@@ -12,13 +12,13 @@ import numpy as np
 from torch import Tensor
 from torchvision.transforms.v2 import functional as kernels
 
-from ssld.stage2_detect.augment_config import AugmentConfig
+from ssld.stage2_detect.augment_config import AugmentConfig, StrongViewConfig
 
 _BLUR = (0.1, 2.0)  # standard deviation in pixels
 _ERASED_AREA, _ERASED_RATIO, _MOST_HIDDEN, _TRIES = (0.02, 0.15), 3.0, 0.5, 10
 
 
-def recolor(pixels_CHW: Tensor, augment: AugmentConfig, draw: random.Random) -> Tensor:
+def recolor(pixels_CHW: Tensor, augment: AugmentConfig | StrongViewConfig, draw: random.Random) -> Tensor:
     """Change brightness, contrast, saturation and hue of a uint8 image, then blur it, each as `augment` says."""
     for name in ("brightness", "contrast", "saturation"):
         if limit := getattr(augment, name):

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ssld.shared.distributed.processes import pins_memory, start_worker
 from ssld.shared.errors import UserError
 from ssld.shared.images import ImageHeader, UnreadableImage, decode_image, stable_seed
-from ssld.stage2_detect.augment_config import AugmentConfig
+from ssld.stage2_detect.augment_config import AugmentConfig, StrongViewConfig
 from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.data.batch_order import BatchOrder, MixedOrder, eval_batches, training_order
 from ssld.stage2_detect.data.coco import CocoData, CocoImage
@@ -30,7 +30,7 @@ from ssld.stage2_detect.data.composites import Sources, TrainingImage, compose
 from ssld.stage2_detect.data.orientation import fit_of, is_upright, misfit
 from ssld.stage2_detect.data.padding import pad_images, pad_targets
 from ssld.stage2_detect.data.sizing import MultiScaleBatch, Sizing
-from ssld.stage2_detect.data.views import TrainingViews, View, ViewedImage, view_matrix
+from ssld.stage2_detect.data.views import TrainingViews, View, ViewedImage, strong_view, view_matrix
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.mask_targets import ImageMasks
 
@@ -144,6 +144,8 @@ class TrainBatch(NamedTuple):
     records: list[CocoImage]
     unreadable: list[UnreadableImage]
     """files that could not be decoded and were replaced by the next image; the training loop records them"""
+    weak: ImageBatch | None = None
+    """under a moving teacher, the unlabeled images as the teacher sees them: the pixels of `images` before the strong changes of colors"""
 
 
 class TrainLoader:
@@ -164,6 +166,9 @@ class TrainLoader:
         repeats: repeat factors of the labeled images; the view number is then the step.
         compose_steps: number of steps, from the start of the run, in which labeled images may be composed with each other
             (`composites.py`); None: all.
+        strong: under a moving teacher, the changes of colors in the strong view of an unlabeled image; its weak view has none. The view number of
+            unlabeled images is then the step. None: unlabeled images have one view.
+        burn_in: number of steps, from the start of the run, whose batches have the labeled images alone.
 
     Raises:
         UserError: a batch does not fit the data or the ranks; while iterating: the size of an image differs from the file's.
@@ -188,15 +193,20 @@ class TrainLoader:
         pseudo: bool = False,
         repeats: np.ndarray | None = None,
         compose_steps: int | None = None,
+        strong: StrongViewConfig | None = None,
+        burn_in: int = 0,
     ) -> None:
         wide, more = ([record.width > record.height for record in records] for records in (data.images, unlabeled))
         options = {"batch_size": batch_size, "seed": seed, "ranks": ranks, "accumulate": accumulate}
-        self.order = training_order(wide, more, labeled_ratio, repeats=repeats, **options)
+        ratio = "moving_teacher.ratio" if strong else "labeled_ratio"
+        self.order = training_order(wide, more, labeled_ratio, ratio=ratio, repeats=repeats, **options)
         self.steps_per_epoch = self.order.steps_per_epoch
         self._records, self._labeled = [*data.images, *unlabeled], len(data.images)
         self._has_unlabeled = bool(unlabeled) and not pseudo
-        self._requests = _TrainSampler(self.order, rank, range(start_step, max(stop_step, start_step)))
-        make = _TrainImagesOf(self._records, self._labeled, TrainingViews(seed, resize, augment), compose_steps)
+        steps = range(start_step, max(stop_step, start_step))
+        fresh = self._labeled if strong else len(self._records)
+        self._requests = _TrainSampler(self.order, rank, steps, fresh=fresh, labeled=self._labeled, burn_in=burn_in)
+        make = _TrainImagesOf(self._records, self._labeled, TrainingViews(seed, resize, augment), compose_steps, strong)
         self._loader = BatchLoader(make, self._requests, workers)
 
     def __len__(self) -> int:
@@ -208,7 +218,7 @@ class TrainLoader:
             flags = torch.tensor([index < self._labeled for index in indices])
             labeled_B = flags if self._has_unlabeled else None
             targets = replace(made.targets, labeled_B=labeled_B, masks=self._masks(made))
-            yield TrainBatch(made.images, targets, [self._records[i] for i in indices], made.unreadable)
+            yield TrainBatch(made.images, targets, [self._records[i] for i in indices], made.unreadable, made.weak)
 
     def _masks(self, made: "_TrainImages") -> tuple[ImageMasks, ...] | None:
         """Return the masks of a batch. They are looked up in this process by the kept positions, so workers need not pickle them."""
@@ -318,8 +328,14 @@ class _Request(NamedTuple):
 
 
 class _TrainSampler(Sampler[list[_Request]]):
-    def __init__(self, order: BatchOrder | MixedOrder, rank: int, steps: range) -> None:
+    """Requests of the images of each micro-batch; images from `fresh` on have another view in every step, and those from `labeled` on are left out
+    in the first `burn_in` steps."""
+
+    def __init__(
+        self, order: BatchOrder | MixedOrder, rank: int, steps: range, *, fresh: int, labeled: int, burn_in: int
+    ) -> None:
         self.order, self.rank, self.steps = order, rank, steps
+        self.fresh, self.labeled, self.burn_in = fresh, labeled, burn_in
 
     def __len__(self) -> int:
         return len(self.steps) * self.order.accumulate
@@ -329,7 +345,12 @@ class _TrainSampler(Sampler[list[_Request]]):
             # With repeat factors an image occurs several times per epoch; the epoch as view number would repeat its view.
             view = step // self.order.steps_per_epoch if self.order.repeats is None else step
             for part in range(self.order.accumulate):
-                yield [_Request(index, view, step) for index in self.order.micro_batch(step, self.rank, part)]
+                images = self.order.micro_batch(step, self.rank, part)
+                yield [
+                    _Request(index, step if index >= self.fresh else view, step)
+                    for index in images
+                    if index < self.labeled or step >= self.burn_in
+                ]
 
 
 class _TrainImages(NamedTuple):
@@ -339,31 +360,57 @@ class _TrainImages(NamedTuple):
     targets: Targets
     sources: list[Sources]
     unreadable: list[UnreadableImage]
+    weak: ImageBatch | None
 
 
 class _TrainImagesOf:
     """Make a micro-batch from its requests."""
 
-    def __init__(self, records: list[CocoImage], labeled: int, views: TrainingViews, compose_steps: int | None) -> None:
-        self.records, self.labeled, self.compose_steps = records, labeled, compose_steps
+    def __init__(
+        self,
+        records: list[CocoImage],
+        labeled: int,
+        views: TrainingViews,
+        compose_steps: int | None,
+        strong: StrongViewConfig | None,
+    ) -> None:
+        self.records, self.labeled, self.compose_steps, self.strong = records, labeled, compose_steps, strong
         augment = views.augment
-        strong = augment.auto_augment if augment.auto_augment_unlabeled is None else augment.auto_augment_unlabeled
+        auto = augment.auto_augment if augment.auto_augment_unlabeled is None else augment.auto_augment_unlabeled
         self.views = views
-        self.unlabeled_views = replace(views, augment=augment.model_copy(update={"auto_augment": strong}))
+        # Of a moving teacher's images the weak view is made first, without any change of colors.
+        without = dict.fromkeys(StrongViewConfig.model_fields, 0.0) if strong else {}
+        self.unlabeled_views = replace(views, augment=augment.model_copy(update={"auto_augment": auto, **without}))
         self.least_side = views.resize.train_long_side if augment.large_scale_jitter else 1
 
     def __call__(self, requests: list[_Request]) -> _TrainImages:
         unreadable: list[UnreadableImage] = []
         made = [self._image(request, unreadable) for request in requests]
+        weak: list[TrainingImage] = []
+        if self.strong:
+            places = [place for place, request in enumerate(requests) if request.image >= self.labeled]
+            weak = [made[place] for place in places]
+            for place in places:
+                made[place] = self._strong(made[place], requests[place].view, self.strong)
         sources = [one.sources for one in made]
         ids = [self.records[one.index].image_id for one in sources]
         seeds = [stable_seed(self.views.seed, request.step, one) for request, one in zip(requests, ids, strict=True)]
+        images = pad_images([one.pixels_CHW for one in made], [one.scale for one in made], least_side=self.least_side)
+        # Padded alike, so that the cells of both views' feature maps correspond.
+        canvas = (images.pixels_BCHW.shape[2], images.pixels_BCHW.shape[3])
         return _TrainImages(
-            pad_images([one.pixels_CHW for one in made], [one.scale for one in made], least_side=self.least_side),
+            images,
             pad_targets([(one.boxes_M4, one.sources.labels(self.records)) for one in made], seeds),
             sources,
             unreadable,
+            pad_images([one.pixels_CHW for one in weak], [one.scale for one in weak], canvas=canvas) if weak else None,
         )
+
+    def _strong(self, weak: TrainingImage, number: int, strong: StrongViewConfig) -> TrainingImage:
+        """Return the strong view of an unlabeled image from its weak one."""
+        image_id = self.records[weak.sources.index].image_id
+        pixels = strong_view(weak.pixels_CHW, strong, seed=self.views.seed, image_id=image_id, number=number)
+        return weak._replace(pixels_CHW=pixels)
 
     def _image(self, request: _Request, unreadable: list[UnreadableImage]) -> TrainingImage:
         """Return the requested image, or the next decodable one of its part (labeled or unlabeled), composed with others as drawn."""
@@ -379,7 +426,7 @@ class _TrainImagesOf:
             seed=self.views.seed,
             number=request.view,
             record_of=self.records.__getitem__,
-            augment=self.views.augment,
+            augment=self.views.augment if labeled else self.unlabeled_views.augment,
             compositions=labeled and (self.compose_steps is None or request.step < self.compose_steps),
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ssld.shared.config.training import in_steps
 from ssld.shared.errors import UserError
 from ssld.shared.files import require_images
 from ssld.stage2_detect.config import TrainConfig
@@ -16,8 +17,7 @@ from ssld.stage2_detect.data.coco import CocoData, CocoImage, read_coco, require
 from ssld.stage2_detect.data.convert.parts import DataSet, find_data
 from ssld.stage2_detect.data.image_files import ImageFiles, records_of
 from ssld.stage2_detect.data.loaders import TrainLoader
-
-_TOO_MANY = 0.01
+from ssld.stage2_detect.data.unlabeled_images import check_unreadable, unlabeled_images
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class TrainingData:
         unlabeled: unlabeled images, with pseudo-labels if given.
         unreadable: names of unreadable unlabeled images.
         pseudo: line for the log on the pseudo-labels; None without.
+        moving: line for the log on the unlabeled images of a moving teacher; None without.
         repeats: repeat factor of each labeled image; None without.
         files: files that the labeled and the evaluation images come from.
     """
@@ -41,6 +42,7 @@ class TrainingData:
     unlabeled: list[CocoImage] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     pseudo: str | None = None
+    moving: str | None = None
     repeats: np.ndarray | None = None
     files: DataSet | None = None
 
@@ -56,7 +58,7 @@ class TrainingData:
 
     def steps_per_epoch(self, config: TrainConfig) -> int:
         """Return the number of steps in a pass over the labeled images; an incomplete batch at the end is dropped."""
-        ratio = config.labeled_ratio if self.unlabeled else 1.0
+        ratio = config.labeled_share if self.unlabeled else 1.0
         return len(self.train.images) // max(1, labeled_images(config.batch_size, ratio))
 
     def tallies(self) -> Iterator[tuple[str, CocoData]]:
@@ -74,20 +76,20 @@ class TrainingData:
         if self.repeats is not None:
             repeated = int((self.repeats > 1).sum())
             yield f"repeat factors: {repeated} images are repeated, up to {self.repeats.max():.2f} times per pass"
-        if self.pseudo:
-            yield self.pseudo
+        if self.pseudo or self.moving:
+            yield self.pseudo or str(self.moving)
         elif self.unlabeled:
             bad = f"; {len(self.unreadable)} unreadable, first {self.unreadable[0]}" if self.unreadable else ""
             yield f"{len(self.unlabeled)} unlabeled images{bad}"
-        if self.unlabeled and config.labeled_ratio < 1:
-            labeled = labeled_images(config.batch_size, config.labeled_ratio)
-            split = f"{labeled} labeled + {config.batch_size - labeled} unlabeled images per batch"
-            share = labeled / config.batch_size
-            yield (
-                split
-                if share == config.labeled_ratio
-                else f"{split}: labeled_ratio is {share:.3g}, not {config.labeled_ratio:g}"
-            )
+        if self.unlabeled and config.labeled_share < 1:
+            labeled = labeled_images(config.batch_size, config.labeled_share)
+            unlabeled = config.batch_size - labeled
+            split = f"{labeled} labeled + {unlabeled} unlabeled images per batch"
+            name, given, share = "labeled_ratio", config.labeled_ratio, labeled / config.batch_size
+            if config.moving_teacher:
+                split += f", {labeled} labeled ones in the burn-in"
+                name, given, share = "ratio", config.moving_teacher.ratio, unlabeled / config.batch_size
+            yield split if share == given else f"{split}: {name} is {share:.3g}, not {given:g}"
 
 
 def read_training_data(config: TrainConfig) -> TrainingData:
@@ -122,9 +124,13 @@ def read_training_data(config: TrainConfig) -> TrainingData:
             if part:
                 require_masks(part)
     unlabeled, unreadable, pseudo = _unlabeled(config, train.class_names)
+    moving = None
+    if config.moving_teacher:
+        listed = unlabeled_images(config.moving_teacher, train.images, val.images if val else [])
+        unlabeled, unreadable, moving = listed.records, listed.unreadable, listed.line
     threshold = settings.repeat_threshold
     repeats = repeat_factors(train.images, len(train.class_names), threshold) if threshold is not None else None
-    return TrainingData(train, val, val_objects, unlabeled, unreadable, pseudo, repeats, files)
+    return TrainingData(train, val, val_objects, unlabeled, unreadable, pseudo, moving, repeats, files)
 
 
 def _unlabeled(config: TrainConfig, class_names: Sequence[str]) -> tuple[list[CocoImage], list[str], str | None]:
@@ -157,12 +163,7 @@ def list_unlabeled(folder: Path) -> tuple[list[CocoImage], list[str]]:
     except UserError as error:
         raise UserError(f"unlabeled: {error}") from None
     records, unreadable = records_of(ImageFiles(str(folder), names), [f"unlabeled/{name}" for name in names])
-    if len(unreadable) > max(1, _TOO_MANY * len(names)):
-        raise UserError(
-            f"unlabeled: {len(unreadable)} of the {len(names)} images in {folder} cannot be read (first: {unreadable[0]}); fix or remove them"
-        )
-    if not records:
-        raise UserError(f"unlabeled: {folder}: its only image, {names[0]}, cannot be read")
+    check_unreadable("unlabeled", str(folder), len(names), unreadable)
     return records, unreadable
 
 
@@ -222,8 +223,11 @@ def training_loader(
     config: TrainConfig, data: TrainingData, *, start: int, stop: int, rank: int, ranks: int, steps: int | None = None
 ) -> TrainLoader:
     """Return this rank's micro-batches from step `start` to `stop` of a run of `steps` steps (default: `stop`). Raises UserError if the batch
-    does not fit the data or the ranks."""
-    return TrainLoader(
+    does not fit the data or the ranks, and for a burn-in as long as the run."""
+    total = stop if steps is None else steps
+    moving = config.moving_teacher
+    burn_in = in_steps(moving.burn_in, total) if moving else 0
+    loader = TrainLoader(
         data.train,
         config.resize,
         config.augment,
@@ -236,8 +240,15 @@ def training_loader(
         accumulate=config.accumulate,
         workers=config.workers,
         unlabeled=data.unlabeled,
-        labeled_ratio=config.labeled_ratio,
+        labeled_ratio=config.labeled_share,
         pseudo=data.pseudo is not None,
+        strong=moving.strong if moving else None,
+        burn_in=burn_in,
         repeats=data.repeats,
-        compose_steps=round(config.augment.compose_until * (stop if steps is None else steps)),
+        compose_steps=round(config.augment.compose_until * total),
     )
+    if moving and burn_in >= total:
+        raise UserError(
+            f"moving_teacher.burn_in: {burn_in} of {total} steps, so no unlabeled image is used; give fewer, or train longer"
+        )
+    return loader

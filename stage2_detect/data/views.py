@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from ssld.shared.images import stable_seed
-from ssld.stage2_detect.augment_config import AugmentConfig
+from ssld.stage2_detect.augment_config import AugmentConfig, StrongViewConfig
 from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.data.auto_augment import auto_augment
 from ssld.stage2_detect.data.coco import MIN_SIDE
-from ssld.stage2_detect.data.colors import recolor
+from ssld.stage2_detect.data.colors import erase, recolor
 
 _UPSAMPLE = {"bicubic": torch.ops.aten.upsample_bicubic2d, "bilinear": torch.ops.aten.upsample_bilinear2d}
 
@@ -149,6 +149,13 @@ class TrainingViews:
         vertical = draw.random() < self.augment.vertical_flip
         turns = draw.randint(1, 3) if draw.random() < self.augment.quarter_turns else 0
         return replace(view, vertical=vertical, turns=turns)
+
+
+def strong_view(pixels_CHW: Tensor, strong: StrongViewConfig, *, seed: int, image_id: int | str, number: int) -> Tensor:
+    """Return the strong view of an unlabeled image from its weak one, uint8 [C, H, W]: other colors and an erased rectangle, at the same places."""
+    pixels_CHW = recolor(pixels_CHW, strong, random.Random(stable_seed(seed, image_id, number, "colors")))
+    draw = random.Random(stable_seed(seed, image_id, number, "erase"))
+    return erase(pixels_CHW, np.zeros((0, 4)), draw) if draw.random() < strong.erasing else pixels_CHW
 
 
 def fit_view(height: int, width: int, *, short_side: int, long_side: int) -> View:

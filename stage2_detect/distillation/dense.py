@@ -217,13 +217,20 @@ def losses_under_adl(
     losses = head.losses(outputs, grids, sizes_B2, targets, ranks, assigned)
     if not term.weight:
         return losses
-    loss_BAK = adaptive_distillation(outputs[0], teacher_outputs[0], beta=term.beta, gamma=term.gamma, form=term.form)
+    return losses | {"loss_adl": adaptive_loss(term, outputs[0], teacher_outputs[0], assigned.labels_BA >= 0, ranks)}
+
+
+def adaptive_loss(
+    term: ADLConfig, logits_BAK: Tensor, teacher_BAK: Tensor, counted_BA: Tensor, ranks: Ranks = ONE_RANK
+) -> Tensor:
+    """Compute ADL times its weight: a sum over the anchors that `counted_BA` marks, divided by the teacher's probabilities at all anchors."""
+    loss_BAK = adaptive_distillation(logits_BAK, teacher_BAK, beta=term.beta, gamma=term.gamma, form=term.form)
     # As in the released code, ignored anchors are not in the sum, but they are in the divisor.
-    total = torch.where(assigned.labels_BA >= 0, loss_BAK.sum(dim=-1), 0.0).sum()
-    mass = adaptive_normalizer(teacher_outputs[0])
+    total = torch.where(counted_BA, loss_BAK.sum(dim=-1), 0.0).sum()
+    mass = adaptive_normalizer(teacher_BAK)
     if term.normalization == "global":
         total, mass = total * ranks.world_size, ranks.total(mass)
-    return losses | {"loss_adl": term.weight * total / mass.clamp(min=1)}
+    return term.weight * total / mass.clamp(min=1)
 
 
 def imitated_cells(

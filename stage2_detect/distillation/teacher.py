@@ -30,6 +30,7 @@ from ssld.stage2_detect.models.class_rows import permute_classes
 from ssld.stage2_detect.models.dense import DenseDetector, Outputs
 from ssld.stage2_detect.models.inference import for_inference
 from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.models.rpn import Proposals
 
 
 class FrozenDetector:
@@ -61,6 +62,19 @@ class FrozenDetector:
         assert isinstance(self.model, RCNN)
         logits_NK: Tensor = self.model.roi_heads.classify(features, rois_BR4, valid_BR)
         return logits_NK
+
+    @torch.no_grad()
+    def detect(self, features: Sequence[Tensor], images: ImageBatch) -> list[Detections]:
+        """Detect objects with an R-CNN, in network coordinates, on the CPU, from the teacher's maps of the images."""
+        assert isinstance(self.model, RCNN)
+        return self.model.detect_network(features, images)
+
+    @torch.no_grad()
+    def refine(self, features: Sequence[Tensor], rois_BR4: Tensor, valid_BR: Tensor, sizes_B2: Tensor) -> Tensor:
+        """Compute the boxes [B, R, K or 1, 4] that the box heads make of RoIs in network coordinates, from the teacher's maps."""
+        assert isinstance(self.model, RCNN)
+        boxes_BRD4, _ = self.model.roi_heads.score(features, Proposals(rois_BR4, valid_BR), sizes_B2)
+        return boxes_BRD4
 
     @torch.no_grad()
     def outputs(self, features: Sequence[Tensor]) -> Outputs:

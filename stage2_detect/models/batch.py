@@ -69,6 +69,8 @@ class Targets:
     """bool, on the CPU: False is an image without annotations, used for distillation only; None: all images have annotations."""
     masks: tuple[ImageMasks, ...] | None = None
     """Shapes of the objects of each image, for a mask head; always on the CPU."""
+    regressed_BG: Tensor | None = None
+    """bool: False is an object whose sides are uncertain, which R-CNN detectors learn to find and to classify, but not to fit; None: fit all."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
         """Copy to `device`."""
@@ -77,6 +79,7 @@ class Targets:
             boxes_BG4=self.boxes_BG4.to(device, non_blocking=non_blocking),
             labels_BG=self.labels_BG.to(device, non_blocking=non_blocking),
             seeds_B=self.seeds_B.to(device, non_blocking=non_blocking),
+            regressed_BG=None if self.regressed_BG is None else self.regressed_BG.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "Targets":
@@ -87,6 +90,12 @@ class Targets:
             labels_BG=self.labels_BG.pin_memory(),
             seeds_B=self.seeds_B.pin_memory(),
         )
+
+    def fits(self, positive_BN: Tensor, objects_BN: Tensor) -> Tensor:
+        """Mark the boxes whose sides are learned: bool [B, N], those of `positive_BN` whose object, at index `objects_BN`, is to be fitted."""
+        if self.regressed_BG is None or not self.regressed_BG.shape[1]:
+            return positive_BN
+        return positive_BN & self.regressed_BG.gather(1, objects_BN)
 
     def first(self, count: int) -> "Targets":
         """Return the targets of the first `count` images."""

@@ -60,7 +60,7 @@ class RCNN(nn.Module):
         if self.training:
             assert targets is not None, "training needs targets"
             return self.losses(features, images.sizes_B2, targets, self.ranks)[0]
-        network = self._detect(features, images)
+        network = self.detect_network(features, images)
         originals, kept = self._to_originals(network, images)
         if self.mask_head is None:
             return originals
@@ -72,7 +72,7 @@ class RCNN(nn.Module):
     def detect_boxes(self, images: ImageBatch) -> tuple[list[Tensor], list[Detections]]:
         """The pyramid's maps, and detections of each image without masks, in pixels of the originals."""
         features = self.features(images)
-        return features, self._to_originals(self._detect(features, images), images)[0]
+        return features, self._to_originals(self.detect_network(features, images), images)[0]
 
     @torch.no_grad()
     def mask_maps(self, features: Sequence[Tensor], images: ImageBatch, detections: Sequence[Detections]) -> Tensor:
@@ -105,9 +105,12 @@ class RCNN(nn.Module):
         return maps
 
     def losses(
-        self, features: Sequence[Tensor], sizes_B2: Tensor, targets: Targets, ranks: Ranks
+        self, features: Sequence[Tensor], sizes_B2: Tensor, targets: Targets, ranks: Ranks, *, masks: bool = True
     ) -> tuple[dict[str, Tensor], tuple[SampledRoIs, Tensor]]:
         """Compute the losses of `forward` from feature maps.
+
+        Args:
+            masks: whether a mask head is trained, for which the targets need masks.
 
         Returns:
             The losses; and the RoIs that the first box head is trained on, with its float32 logits [N, K + 1] of them.
@@ -115,14 +118,14 @@ class RCNN(nn.Module):
         proposals, losses = self.rpn(features, sizes_B2, targets)
         sampled = self.roi_heads.sample(proposals, targets)
         # Copied before the box heads are launched: a GPU computes these while the host rasterizes masks.
-        positives = positives_on_host(sampled) if self.mask_head else None
+        positives = positives_on_host(sampled) if self.mask_head and masks else None
         roi_losses, logits_NK = self.roi_heads.losses(features, sampled, sizes_B2, targets, ranks)
         if self.mask_head and positives:
             losses |= self.mask_head.losses(features, sampled, positives, targets, ranks)
         return losses | roi_losses, (sampled, logits_NK)
 
-    def _detect(self, features: Sequence[Tensor], images: ImageBatch) -> list[Detections]:
-        """Detections in coordinates of the network's input."""
+    def detect_network(self, features: Sequence[Tensor], images: ImageBatch) -> list[Detections]:
+        """Detections without masks, in coordinates of the network's input."""
         proposals, _ = self.rpn(features, images.sizes_B2)
         return self.roi_heads.detect_network(features, proposals, images.sizes_B2)
 

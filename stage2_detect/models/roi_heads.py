@@ -319,7 +319,7 @@ class RoIHeads(nn.Module):
         # the loss: an infinite gradient, multiplied by the zero of `where`, would be NaN.
         row_N = class_N.clamp(0, deltas_ND4.shape[1] - 1)
         deltas_N4 = deltas_ND4[torch.arange(len(row_N), device=row_N.device), row_N]
-        positive_N = positive_BR.flatten()
+        positive_N = targets.fits(positive_BR, objects_BR).flatten()
         deltas_N4 = torch.where(positive_N[:, None], deltas_N4, 0.0)
         target_N4 = torch.where(positive_N[:, None], target_BR4.flatten(0, 1), 0.0)
         distance = torch.where(positive_N, self.box_loss(deltas_N4, target_N4, stage.delta_weights), 0.0).sum()

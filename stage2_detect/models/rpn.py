@@ -136,7 +136,8 @@ class RPN(nn.Module):
         proposals = self._propose(logits, deltas, anchors_A4, sizes_B2)
         if targets is None:
             return proposals, {}
-        chosen, objects_BS4 = self._sample(anchors_A4, targets)
+        chosen, objects_BS = self._sample(anchors_A4, targets)
+        objects_BS4 = boxes.take(targets.boxes_BG4, objects_BS)
         if sparse:
             logits_BS, deltas_BS4 = sparse_rpn.head_at(
                 features,
@@ -157,7 +158,7 @@ class RPN(nn.Module):
             divisor = chosen.valid_BS.sum().clamp(min=1)
         return proposals, {
             "loss_rpn_cls": torch.where(chosen.valid_BS, objectness_BS, 0.0).sum() / divisor,
-            "loss_rpn_box": torch.where(chosen.positive_BS, distance_BS, 0.0).sum() / divisor,
+            "loss_rpn_box": torch.where(targets.fits(chosen.positive_BS, objects_BS), distance_BS, 0.0).sum() / divisor,
         }
 
     def anchors(self, grids: anchors.Grids, device: torch.device) -> Tensor:
@@ -199,7 +200,7 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def _sample(self, anchors_A4: Tensor, targets: Targets) -> tuple[sampling.Sample, Tensor]:
-        """Sample the anchors of the losses; also return the object of each [B, S, 4]."""
+        """Sample the anchors of the losses; also return the index of each one's object, int64 [B, S]."""
         assigned = assign.assign(
             anchors_A4.expand(len(targets.seeds_B), -1, -1),
             targets.boxes_BG4,
@@ -217,7 +218,7 @@ class RPN(nn.Module):
         chosen = sampling.sample(
             assigned.labels_BA, priority_BA, count=self.samples_per_image, positive_fraction=self.positive_fraction
         )
-        return chosen, boxes.take(targets.boxes_BG4, assigned.objects_BA.gather(1, chosen.index_BS))
+        return chosen, assigned.objects_BA.gather(1, chosen.index_BS)
 
 
 def _flatten(map_BCHW: Tensor, values: int) -> Tensor:

@@ -4,6 +4,7 @@ Its images have the largest size and the objects of the image with the most. A s
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -46,8 +47,13 @@ def whole_step(
             masks=(masks_of(fullest, view),) * images if config.model.has_masks else None,
         ).to(device)
         trained.model.train()
+        batch, weak = _noise(images, high, wide, device), None
+        if config.moving_teacher and images > 1:
+            unlabeled = min(max(1, round(images * config.moving_teacher.ratio)), images - 1)
+            targets = replace(targets, labeled_B=torch.arange(images) < images - unlabeled)
+            weak = _noise(unlabeled, high, wide, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            losses = trained.model(_noise(images, high, wide, device), targets)
+            losses = trained.model(batch, targets, *([] if weak is None else [weak]))
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

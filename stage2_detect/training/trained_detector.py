@@ -10,14 +10,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssld.shared.distributed.ranks import all_ranks, from_main_rank, rank
+from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import body_args, create_body, input_settings, licence, network_args, place
 from ssld.shared.models.references import parse_reference
 from ssld.shared.training.optim import parameter_groups
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.coco import CocoData
 from ssld.stage2_detect.detector_file import save_detector
-from ssld.stage2_detect.distill_config import ADLConfig, DistillConfig, LDConfig
+from ssld.stage2_detect.distill_config import ADLConfig, DistillConfig, LDConfig, MovingTeacherConfig
 from ssld.stage2_detect.distillation.dense import DistilledDense
+from ssld.stage2_detect.distillation.moving import SemiSupervised
 from ssld.stage2_detect.distillation.rcnn import DistilledRCNN
 from ssld.stage2_detect.distillation.teacher import FrozenDetector, open_teacher
 from ssld.stage2_detect.models.build import Detector, build_detector
@@ -28,7 +30,7 @@ from ssld.stage2_detect.training.init_weights import open_init
 
 
 class TrainedDetector:
-    """A detector in training.
+    """A detector in training. With a moving teacher, `config` has the burn-in in steps (`TrainConfig.in_steps`).
 
     Its initial weights are those of `config.init` if given, rows of its heads by class name; else those of the backbone, and random heads. Beside
     published weights (`coco:NAME`) a backbone replaces theirs.
@@ -36,14 +38,14 @@ class TrainedDetector:
     Attributes:
         detector: the detector that is written to the file.
         model: the module to train: the detector, or the detector with its teacher.
-        ema: moving average of the detector, if there is one.
+        ema: moving average of the detector, if there is one; a moving teacher is it.
         teacher: teacher detector, if there is one.
         unit_scale: scales of the backbone's maps, by which the initial weights of the pyramid were divided, finest first; None: not divided.
         arch: timm name of the backbone.
         loaded: line for the log on the loaded weights.
 
     Raises:
-        UserError: see `parse_reference`, `create_body`, `open_init`, `build_detector` and `open_teacher`.
+        UserError: see `parse_reference`, `create_body`, `open_init`, `build_detector` and `open_teacher`; thresholds of unknown classes.
     """
 
     def __init__(self, config: TrainConfig, data: CocoData, *, device: torch.device) -> None:
@@ -83,6 +85,8 @@ class TrainedDetector:
         self.ema = ModelEmaV3(self.detector, decay=ema.decay, use_warmup=ema.warmup) if ema else None
         self.teacher: FrozenDetector | None = None
         self.model: nn.Module = self.detector
+        if config.moving_teacher:
+            self.ema, self.model = self._with_moving_teacher(config.moving_teacher)
         if config.distill:
             self.teacher = open_teacher(
                 config.distill.teacher,
@@ -101,6 +105,7 @@ class TrainedDetector:
             **({"init": str(config.init)} if config.init else {}),
             **({"unit_scale": self.unit_scale} if self.unit_scale else {}),
             **({"teacher": self.teacher.facts} if self.teacher else {}),
+            **({"moving_teacher": config.moving_teacher.model_dump(mode="json")} if config.moving_teacher else {}),
         }
 
     def _to_unit_scale(self, device: torch.device) -> list[float]:
@@ -127,6 +132,27 @@ class TrainedDetector:
             )
         terms = (distill.ld or LDConfig()) if model.kind == "gfl" else (distill.adl or ADLConfig())
         return DistilledDense(self.detector, teacher, terms, cwd_class_weight=distill.cwd_class_weight, **maps)
+
+    def _with_moving_teacher(self, moving: MovingTeacherConfig) -> tuple[ModelEmaV3, SemiSupervised]:
+        """Return the average of the detector, which is a copy of it until the burn-in ends, and the detector under it."""
+        names, model = self._data.class_names, self._config.model
+        if strange := sorted(set(moving.class_thresholds) - set(names)):
+            raise UserError(
+                f"moving_teacher.class_thresholds: {strange[0]!r} is no class of the training annotations ({', '.join(names)})"
+            )
+        ema = ModelEmaV3(
+            self.detector,
+            decay=moving.ema_decay,
+            use_warmup=moving.ema_decay < 1,
+            update_after_step=int(moving.burn_in),
+        )
+        thresholds_K = torch.tensor([moving.class_thresholds.get(name, moving.threshold(model)) for name in names])
+        return ema, SemiSupervised(self.detector, FrozenDetector(ema.module), moving, thresholds_K)
+
+    @property
+    def measured(self) -> dict[str, torch.Tensor]:
+        """Numbers about a moving teacher in the last forward pass, equal on every rank; empty without one, and in its burn-in."""
+        return self.model.measured if isinstance(self.model, SemiSupervised) else {}
 
     @property
     def evaluated(self) -> Detector:
@@ -184,12 +210,31 @@ class TrainedDetector:
             yield f"model.freeze_norm: {self.arch} has no BatchNorm, so there is nothing to freeze"
         if unread := config.model.unread:
             yield f"{', '.join(f'model.{name}' for name in unread)}: unused by kind: {config.model.kind}"
+        if config.moving_teacher:
+            yield self._describe_moving(config.moving_teacher)
         if config.distill and self.teacher:
             facts = self.teacher.facts
             assert isinstance(self.model, DistilledRCNN | DistilledDense)
             terms = self.model.weights()
             weights = ", ".join(f"{name} x{weight:g}" for name, weight in terms.items() if weight)
             yield f"teacher {facts['file']} ({facts['kind']} on {facts['arch']}): {weights}"
+
+    def _describe_moving(self, moving: MovingTeacherConfig) -> str:
+        model = self._config.model
+        what = f"{moving.dense_loss} loss at all anchors, boxes at {100 * moving.dense_share:g} % of them"
+        if not model.is_dense:
+            sides = (
+                f"sides where {moving.box_jitter} copies spread below {moving.box_spread:g}"
+                if moving.box_jitter
+                else "all sides"
+            )
+            classes = "the teacher's class probabilities" if moving.soft else "their classes"
+            masks = ", masks of labeled images alone" if model.has_masks else ""
+            what = f"pseudo-boxes from score {moving.threshold(model):g}, {classes}, {sides}{masks}"
+        return (
+            f"moving teacher: a copy until step {moving.burn_in}, then an average with decay up to {moving.ema_decay:g}, evaluated and exported; "
+            f"losses on unlabeled images x{moving.weight:g}: {what}"
+        )
 
     def save(self, path: Path, **facts: Any) -> None:
         """Write the detector file, with `facts` in its metadata."""

@@ -9,6 +9,7 @@ from PIL import Image
 
 from ssld.pipelines.checks.data import folder_lines, folders_of
 from ssld.stage1_ssld.config import CurateConfig, TeachConfig
+from ssld.stage2_detect.config import TrainConfig
 
 OPTIM = {"lr": 0.1, "reference_batch": 2}
 
@@ -44,3 +45,6 @@ def test_folders_of_a_command(folder: Path) -> None:
     assert folders_of(TeachConfig.model_validate(common | teach | {"steps": 2, "batch_size": 2})) == [folder]
     curate = {"pool": source, "keep": 1, "teacher": {"model": "random:test_resnet"}}
     assert folders_of(CurateConfig.model_validate(common | curate)) == [folder]
+    moving = {"unlabeled": [str(folder), str(folder / "gone"), str(folder / "0.png")]}
+    detector = {"backbone": "random:test_resnet", "data": str(folder), "moving_teacher": moving, "optim": OPTIM}
+    assert folders_of(TrainConfig.model_validate(common | detector | {"steps": 2, "batch_size": 2})) == [folder]

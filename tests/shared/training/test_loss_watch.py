@@ -36,6 +36,25 @@ def test_state_goes_on() -> None:
     assert three.averages() == one.averages() == {"loss": 2.5, "hits": 2}
 
 
+def test_state_of_an_earlier_version_goes_on() -> None:
+    watch = LossWatch()
+    watch.load_state({"sums": {"loss": 3.0, "hits": 6}, "steps": 3})
+    watch.add(3, part(5.0), ["a"])
+    assert watch.averages() == {"loss": 2.0, "hits": 2}
+
+
+def test_a_part_is_averaged_over_the_steps_that_have_it() -> None:
+    watch = LossWatch()
+    watch.add(0, part(1.0), ["a"])
+    for value in (2.0, 4.0):
+        watch.add(1, part(value) | {"more": torch.tensor(value)}, ["a"])
+    watch.add(2, part(8.0) | {"more": torch.tensor(10.0)}, ["a"])
+    assert watch.latest("more") == 10
+    assert watch.averages() == {"loss": (1 + 6 + 8) / 3, "hits": 8 / 3, "more": 8.0}
+    watch.add(3, part(1.0), ["a"])
+    assert watch.averages() == {"loss": 1, "hits": 2}
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_not_finite(value: float) -> None:
     watch = LossWatch()

@@ -125,8 +125,8 @@ def test_batches_have_the_stated_content(data: CocoData) -> None:
     assert len(batches) == len(loader(data)) == 6
     seen_boxes = 0
     for step, batch in enumerate(batches):
-        images, targets, records, unreadable = batch
-        assert unreadable == []
+        images, targets, records, unreadable, weak = batch
+        assert (unreadable, weak) == ([], None)
         assert images.pixels_BCHW.dtype == torch.uint8
         assert images.sizes_B2.dtype == targets.labels_BG.dtype == targets.seeds_B.dtype == torch.int64
         assert images.scales_B.dtype == targets.boxes_BG4.dtype == torch.float32

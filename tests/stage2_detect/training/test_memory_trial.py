@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ssld.stage2_detect import train
+from ssld.stage2_detect.distillation.moving import SemiSupervised
 from ssld.stage2_detect.models.pyramid import TimmPyramid
 
 Settings = dict[str, Any]
@@ -31,6 +32,30 @@ def test_auto_batch_uses_the_passes_that_fit(
     assert sizes == [2 * most, *[most] * (1 + 2 * 2 + 1)]  # the last pass checks the last update
     explicit, automatic = (load_file(tmp_path / name / "detector.safetensors") for name in ("explicit", "run"))
     assert all(torch.equal(explicit[name], automatic[name]) for name in explicit)
+
+
+def test_the_trial_has_the_views_of_a_moving_teacher(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = train_settings["data"]["val_images"]
+    moving = {"unlabeled": images, "score_threshold": 0.2, "burn_in": 1, "ratio": 0.25}
+    passes: list[tuple[int, int | None]] = []
+    forward = SemiSupervised.forward
+
+    def watched(self: SemiSupervised, images: Any, targets: Any = None, weak: Any = None) -> Any:
+        passes.append((len(images.sizes_B2), len(weak.sizes_B2) if weak else None))
+        return forward(self, images, targets, weak)
+
+    monkeypatch.setattr(SemiSupervised, "forward", watched)
+    data = {key: value for key, value in train_settings["data"].items() if "val" not in key}
+    settings = train_settings | {"data": data, "moving_teacher": moving, "auto_batch": True, "steps": 2}
+    assert call(train.main, arguments(settings)) == 0
+    assert passes == [
+        (4, 1),
+        (3, None),
+        (4, 1),
+        (4, 1),
+    ]  # the trial, the burn-in, the second step, the check of the last update
 
 
 def test_the_trial_is_as_large_as_the_largest_batch(
