@@ -147,6 +147,38 @@ def test_a_crop_keeps_objects_and_drops_what_it_cuts_off(data: CocoData) -> None
 # Colors
 
 
+def test_boxes_and_masks_follow_the_pixels_of_a_jittered_image(data: CocoData) -> None:
+    """Scales of 0.3 to 2 in a square of 64 pixels: cut where they are above 1, smaller than the square below."""
+    scales, cut, compared, masked = [], 0, 0, 0
+    for made in images(data, 60, large_scale_jitter=(0.3, 2.0)):
+        height, width = made.pixels_CHW.shape[1:]
+        assert max(height, width) <= 64
+        scales.append(made.scale)
+        cut += OBJECTS - len(made.boxes_M4)
+        of = objects_of(made)
+        has_masks = data.images[0].segmentations is not None
+        grids = shown_by_masks(made, data) if has_masks and of else None
+        shown = made.pixels_CHW[0].numpy().astype(int)
+        for row, ((x1, y1, x2, y2), (_, position)) in enumerate(zip(made.boxes_M4, of, strict=True)):
+            if min(x2 - x1, y2 - y1) < 6:  # its edges are interpolated
+                continue
+            near = np.abs(shown - level(0, position)) <= 2
+            inside = np.zeros_like(near)
+            inside[int(y1) : int(np.ceil(y2)), int(x1) : int(np.ceil(x2))] = True
+            rows, columns = np.nonzero(near & inside)
+            extent = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            assert np.abs(extent - [x1, y1, x2, y2]).max() < 2.5
+            compared += 1
+            if grids is not None:
+                assert (grids[row] & near & inside).sum() > 0.5 * (grids[row] | (near & inside)).sum()
+                masked += 1
+    assert min(scales) < 0.5
+    assert max(scales) > 1.7
+    assert cut > 30
+    assert compared > 60
+    assert (masked > 60) == (data.images[0].segmentations is not None)
+
+
 def test_colors_change_as_their_definitions_say() -> None:
     draw = np.random.default_rng(0)
     image = torch.from_numpy(draw.integers(0, 256, (3, 12, 10), dtype=np.uint8))
