@@ -9,29 +9,39 @@ import math
 import random
 
 import numpy as np
+import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as kernels
 
 from ssld.stage2_detect.augment_config import AugmentConfig
 
 _BLUR = (0.1, 2.0)  # standard deviation in pixels
+_STRIP = 1 << 14  # pixels whose intermediate values, some 15 float planes, fit into a core's cache
 _ERASED_AREA, _ERASED_RATIO, _MOST_HIDDEN, _TRIES = (0.02, 0.15), 3.0, 0.5, 10
 
 
 def recolor(pixels_CHW: Tensor, augment: AugmentConfig, draw: random.Random) -> Tensor:
     """Change brightness, contrast, saturation and hue of a uint8 image, then blur it, each as `augment` says."""
+    if augment.recolors:  # the kernels take half the time where each channel is in one piece
+        pixels_CHW = pixels_CHW.contiguous()
     for name in ("brightness", "contrast", "saturation"):
         if limit := getattr(augment, name):
             change = getattr(kernels, f"adjust_{name}")
             pixels_CHW = change(pixels_CHW, draw.uniform(1 - limit, 1 + limit))
     if augment.hue:
-        pixels_CHW = kernels.adjust_hue(pixels_CHW, draw.uniform(-augment.hue, augment.hue))
+        pixels_CHW = adjust_hue(pixels_CHW, draw.uniform(-augment.hue, augment.hue))
     if augment.blur and draw.random() < augment.blur and min(pixels_CHW.shape[1:]) > 1:
         sigma = draw.uniform(*_BLUR)
         # Beyond three standard deviations the kernel is almost zero; a reflected border cannot exceed the image.
         half = min(math.ceil(3 * sigma), min(pixels_CHW.shape[1:]) - 1)
         pixels_CHW = kernels.gaussian_blur(pixels_CHW, [2 * half + 1] * 2, [sigma] * 2)
     return pixels_CHW
+
+
+def adjust_hue(pixels_CHW: Tensor, shift: float) -> Tensor:
+    """Shift the hue of a uint8 image, as torchvision's kernel does and with equal values, in strips of rows: half the time."""
+    rows = max(1, _STRIP // pixels_CHW.shape[2])
+    return torch.cat([kernels.adjust_hue(strip, shift) for strip in pixels_CHW.split(rows, 1)], 1)
 
 
 def erase(pixels_CHW: Tensor, boxes_M4: np.ndarray, draw: random.Random) -> Tensor:

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image, ImageOps
 from run_files import content
 
+from ssld.stage1_ssld.data.sources import ImageSource
+from ssld.stage1_ssld.data_config import SourceConfig
 from ssld.stage2_detect import audit, evaluate, predict
 from ssld.stage2_detect.data.image_files import find_images
 from ssld.stage2_detect.prediction import annotate_next
@@ -122,6 +124,7 @@ def test_the_most_doubtful_photos_are_listed_without_copies(
         f"{values['listed']} photos to annotate next, of 14, {len(copies)} near-duplicates left out: doubt from" in log
     )
 
+    assert len(ImageSource(SourceConfig(path=str(run / LIST)), 0)) == values["listed"]  # a source of stage 1
     assert call(predict.main, predict_line("--threshold", "0.2", "--write", "json", images=run / LIST)) == 0
     predicted = content(tmp_path / "predicted" / "predictions.json")
     names = {image["id"]: image["file_name"] for image in predicted["images"]}

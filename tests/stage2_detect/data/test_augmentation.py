@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as kernels
 
 from ssld.shared.models.model_file import read_metadata
 from ssld.stage2_detect import train
 from ssld.stage2_detect.augment_config import PRESETS, AugmentConfig
 from ssld.stage2_detect.config import ResizeConfig, TrainConfig
 from ssld.stage2_detect.data.coco import CocoData, read_coco
-from ssld.stage2_detect.data.colors import erase, recolor
+from ssld.stage2_detect.data.colors import adjust_hue, erase, recolor
 from ssld.stage2_detect.data.composites import TrainingImage, compose
 from ssld.stage2_detect.data.loaders import TrainBatch, TrainLoader, load_record
 from ssld.stage2_detect.data.views import TrainingViews, View, ViewedImage, view_boxes, view_image, view_matrix
@@ -212,6 +213,15 @@ def test_colors_change_as_their_definitions_say() -> None:
         5: (1, 0, 1 - part),
     }
     assert np.allclose(hue, 255 * np.array(closed[int(sector)]), atol=2)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (3, 20_000), (130, 300)])
+def test_the_hue_in_strips_is_that_of_the_whole_image(size: tuple[int, int]) -> None:
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    for shift in (-0.3, 0.02, 0.5):
+        changed = adjust_hue(image, shift)
+        assert torch.equal(changed, kernels.adjust_hue(image, shift))
+    assert size == (1, 1) or not torch.equal(changed, image)
 
 
 def test_blur_is_a_gaussian_of_the_drawn_width() -> None:
