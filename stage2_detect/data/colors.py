@@ -1,6 +1,6 @@
 """Changes of the colors of a training image: brightness, contrast, saturation, hue, blur, and an erased rectangle; no box moves.
 
-The kernels are those of torchvision.transforms.v2; every number is drawn by the caller's generator.
+The kernels are those of torchvision.transforms.v2, but for the hue; every number is drawn by the caller's generator.
 
 Legend: C channels, H height, W width, M objects.
 """
@@ -16,7 +16,6 @@ from torchvision.transforms.v2 import functional as kernels
 from ssld.stage2_detect.augment_config import AugmentConfig
 
 _BLUR = (0.1, 2.0)  # standard deviation in pixels
-_STRIP = 1 << 14  # pixels whose intermediate values, some 15 float planes, fit into a core's cache
 _ERASED_AREA, _ERASED_RATIO, _MOST_HIDDEN, _TRIES = (0.02, 0.15), 3.0, 0.5, 10
 
 
@@ -29,7 +28,7 @@ def recolor(pixels_CHW: Tensor, augment: AugmentConfig, draw: random.Random) -> 
             change = getattr(kernels, f"adjust_{name}")
             pixels_CHW = change(pixels_CHW, draw.uniform(1 - limit, 1 + limit))
     if augment.hue:
-        pixels_CHW = adjust_hue(pixels_CHW, draw.uniform(-augment.hue, augment.hue))
+        pixels_CHW = shift_hue(pixels_CHW, draw.uniform(-augment.hue, augment.hue))
     if augment.blur and draw.random() < augment.blur and min(pixels_CHW.shape[1:]) > 1:
         sigma = draw.uniform(*_BLUR)
         # Beyond three standard deviations the kernel is almost zero; a reflected border cannot exceed the image.
@@ -38,10 +37,23 @@ def recolor(pixels_CHW: Tensor, augment: AugmentConfig, draw: random.Random) -> 
     return pixels_CHW
 
 
-def adjust_hue(pixels_CHW: Tensor, shift: float) -> Tensor:
-    """Shift the hue of a uint8 image, as torchvision's kernel does and with equal values, in strips of rows: half the time."""
-    rows = max(1, _STRIP // pixels_CHW.shape[2])
-    return torch.cat([kernels.adjust_hue(strip, shift) for strip in pixels_CHW.split(rows, 1)], 1)
+def shift_hue(pixels_CHW: Tensor, shift: float) -> Tensor:
+    """Shift the hue of a uint8 image by a share of the color circle, within one level of torchvision's `adjust_hue`, in a third of its time.
+
+    With hue h in 0..6, chroma C and least channel m of a pixel, red is m + C * clamp(|h - 3| - 1), green m + C * clamp(2 - |h - 2|) and blue
+    m + C * clamp(2 - |h - 4|), clamped to 0..1.
+    """
+    red, green, blue = pixels_CHW.float()
+    most = torch.maximum(torch.maximum(red, green), blue)
+    least = torch.minimum(torch.minimum(red, green), blue)
+    chroma = most - least
+    inverse = chroma.clamp(min=1).reciprocal_()  # of a grey pixel the numerators are 0
+    hue = torch.where(most == green, (blue - red).mul_(inverse).add_(2), (red - green).mul_(inverse).add_(4))
+    hue = torch.where(most == red, (green - blue).mul_(inverse), hue).add_(6 * shift).remainder_(6)
+    shares = (hue - 3).abs_().sub_(1), (hue - 2).abs_().neg_().add_(2), (hue - 4).abs_().neg_().add_(2)
+    # As torchvision's conversion from 0..1 to uint8: times 255.999, then rounded down.
+    channels = [share.clamp_(0, 1).mul_(chroma).add_(least).mul_(255.999 / 255).to(torch.uint8) for share in shares]
+    return torch.stack(channels)
 
 
 def erase(pixels_CHW: Tensor, boxes_M4: np.ndarray, draw: random.Random) -> Tensor:

@@ -17,7 +17,7 @@ from ssld.stage2_detect import train
 from ssld.stage2_detect.augment_config import PRESETS, AugmentConfig
 from ssld.stage2_detect.config import ResizeConfig, TrainConfig
 from ssld.stage2_detect.data.coco import CocoData, read_coco
-from ssld.stage2_detect.data.colors import adjust_hue, erase, recolor
+from ssld.stage2_detect.data.colors import erase, recolor, shift_hue
 from ssld.stage2_detect.data.composites import TrainingImage, compose
 from ssld.stage2_detect.data.loaders import TrainBatch, TrainLoader, load_record
 from ssld.stage2_detect.data.views import TrainingViews, View, ViewedImage, view_boxes, view_image, view_matrix
@@ -216,12 +216,22 @@ def test_colors_change_as_their_definitions_say() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (3, 20_000), (130, 300)])
-def test_the_hue_in_strips_is_that_of_the_whole_image(size: tuple[int, int]) -> None:
+def test_the_shift_of_the_hue_is_torchvisions(size: tuple[int, int]) -> None:
+    """To one level; grey pixels and the largest and least channel stay, and so does everything without a shift."""
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    for shift in (-0.3, 0.02, 0.5):
-        changed = adjust_hue(image, shift)
-        assert torch.equal(changed, kernels.adjust_hue(image, shift))
-    assert size == (1, 1) or not torch.equal(changed, image)
+    image[:, :1] = image[:1, :1]  # a row of greys
+    for shift in (-0.5, -0.3, -0.02, 0.01, 1 / 3, 0.5):
+        shifted = shift_hue(image.permute(1, 2, 0).contiguous().permute(2, 0, 1), shift)
+        apart = (shifted.int() - kernels.adjust_hue(image, shift).int()).abs()
+        assert apart.max() <= 1
+        assert apart.float().mean() < 0.01
+        assert torch.equal(shifted[:, :1], image[:, :1])
+        for least_or_most in (torch.amin, torch.amax):
+            assert (least_or_most(shifted, 0).int() - least_or_most(image, 0).int()).abs().max() <= 1
+    assert size == (1, 1) or not torch.equal(shifted, image)
+    assert torch.equal(shift_hue(image, 0.0), image)
+    thirds = shift_hue(image, 1 / 3).int() - image[[2, 0, 1]].int()  # red becomes green, green blue, blue red
+    assert thirds.abs().max() <= 1
 
 
 def test_blur_is_a_gaussian_of_the_drawn_width() -> None:
