@@ -86,11 +86,6 @@ class AugmentConfig(Config):
         return self
 
     @property
-    def recolors(self) -> bool:
-        """Whether brightness, contrast, saturation or hue may change."""
-        return self.brightness + self.contrast + self.saturation + self.hue > 0
-
-    @property
     def composes(self) -> bool:
         """Whether an image may be composed of several."""
         return self.copy_paste + self.mosaic + self.mixup > 0

@@ -21,8 +21,6 @@ _ERASED_AREA, _ERASED_RATIO, _MOST_HIDDEN, _TRIES = (0.02, 0.15), 3.0, 0.5, 10
 
 def recolor(pixels_CHW: Tensor, augment: AugmentConfig, draw: random.Random) -> Tensor:
     """Change brightness, contrast, saturation and hue of a uint8 image, then blur it, each as `augment` says."""
-    if augment.recolors:  # the kernels take half the time where each channel is in one piece
-        pixels_CHW = pixels_CHW.contiguous()
     for name in ("brightness", "contrast", "saturation"):
         if limit := getattr(augment, name):
             change = getattr(kernels, f"adjust_{name}")
