@@ -76,7 +76,7 @@ def test_equal_views_agree_in_any_order() -> None:
         (found((A, 0.8)), found((B, 0.6)), 0.7),
         (found((A, 0.8, 0)), found((A, 0.6, 1)), 0.7),  # other class
         (found((A, 0.8)), found((A, 0.6)), 0.1),  # the scores alone differ
-        (found((A, 0.8)), found(([5, 0, 15, 10], 0.6)), 0.7 - 0.6 / 3),  # IoU of a third
+        (found((A, 0.8)), found(([5.0, 0, 15, 10], 0.6)), 0.7 - 0.6 / 3),  # IoU of a third
         (found((A, 0.8), (B, 0.9)), found((B, 0.9), (A, 0.8)), 0),
         (found((A, 0.8), (A, 0.5)), found((A, 0.8)), 0.25),  # the better pair first; the other box is alone
         (found((A, 0.15)), found((A, 0.1)), 0),  # below the threshold
