@@ -37,6 +37,10 @@ COMMANDS = {
         "ssld.stage2_detect.predict",
         "detect objects in images and videos; write drawn images, COCO JSON, CSV, YOLO labels, crops or pseudo-labels",
     ),
+    "audit": (
+        "ssld.stage2_detect.audit",
+        "list unlabeled photos to annotate next by a detector's doubts, or labels to look at first",
+    ),
     "export": ("", "export a backbone or detector file to ONNX and torch.export, checked, and to a folder for the hub"),
     "convert-paddle": ("ssld.stage1_ssld.convert_paddle", "convert a PaddleClas ResNet_vd file to a backbone file"),
     "convert-paddle-detector": (
@@ -65,7 +69,7 @@ COMMANDS = {
 _GROUPS = {
     "start": ("init", "doctor", "run", "report", "recipes", "inspect"),
     "backbones": ("prototypes", "curate", "teach", "soft-labels", "distill"),
-    "detectors": ("train", "predict"),
+    "detectors": ("train", "predict", "audit"),
     "both": ("evaluate", "export"),
     "data and files of other projects": (
         "convert-data",

@@ -29,6 +29,7 @@ CommandName = Literal[
     "evaluate_detector",
     "export_detector",
     "predict",
+    "audit",
     "report",
 ]
 

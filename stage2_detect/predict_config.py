@@ -1,4 +1,4 @@
-"""Settings of `predict.py`. Does not import torch."""
+"""Settings of `predict.py` and `audit.py`. Does not import torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,11 +6,13 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ssld.shared.config.bounds import Count
 from ssld.shared.files import is_pattern
 from ssld.stage2_detect.config import RunDetectorConfig, Side
 from ssld.stage2_detect.model_config import Fraction
 
 THRESHOLD, PSEUDO_THRESHOLD = 0.5, 0.4
+DOUBTED, CONFIDENT = 0.2, 0.5
 Written = Literal["json", "images", "csv", "yolo", "yolo_scores", "crops", "label_studio", "cvat"]
 
 
@@ -46,13 +48,7 @@ class PredictConfig(RunDetectorConfig):
 
     @model_validator(mode="after")
     def _writes_elsewhere(self) -> Self:
-        if not self.images:
-            raise ValueError("images: names no image, folder or list")
-        folder = Path(self.images)
-        if folder.is_dir() and self.output.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(
-                f"output: {self.output} is inside `images`: drawn images would be read as input; give another folder"
-            )
+        require_elsewhere(self.images, self.output)
         return self
 
     @model_validator(mode="after")
@@ -79,7 +75,80 @@ class PredictConfig(RunDetectorConfig):
         return not {"json", "images"}.isdisjoint(kinds) if self.write is None else not set(self.write).isdisjoint(kinds)
 
     def inputs(self) -> dict[str, Path]:
-        files = {"model": self.model}
-        if Path(self.images).exists() or not is_pattern(self.images):
-            files["images"] = Path(self.images)
+        files = {"model": self.model} | images_input(self.images)
         return files | ({"exclude": self.exclude} if self.exclude else {})
+
+
+class AuditConfig(RunDetectorConfig):
+    """List unlabeled photos to annotate next, by the doubts of a detector; with annotations, list labels to look at first."""
+
+    other_names: ClassVar[Mapping[str, str]] = {
+        "detector": "model",
+        "weights": "model",
+        "source": "images",
+        "data": "annotations",
+        "threshold": "score_threshold",
+        "conf": "score_threshold",
+        "imgsz": "short_side",
+    }
+
+    images: str
+    """unlabeled photos: image, folder (searched recursively), quoted pattern ('photos/**/*.jpg'), or text file with one path per line; with
+    annotations: folder that the file names in them are relative to"""
+    annotations: Path | None = None
+    """COCO JSON file whose labels are compared with the detections, to find labels to look at first; null: the photos are unlabeled"""
+    count: Count = 100
+    """number of unlabeled photos to list"""
+    exclude: Path | None = None
+    """COCO JSON file whose images are left out, such as the labeled ones; matched by path relative to the folder in `images`"""
+    score_threshold: float | None = Field(None, ge=0, lt=1)
+    """lowest score of the boxes that count, 0 to below 1; null: 0.2 for unlabeled photos, 0.5 with annotations"""
+    write: list[Literal["label_studio", "cvat"]] = []
+    """further outputs: label_studio and cvat, the boxes of the listed photos to correct in these tools"""
+    label_studio_prefix: str = "/data/local-files/?d="
+    """text before the path of each image in label_studio.json: the place from which Label Studio reads the images"""
+    cache_annotations: bool = True
+    """cache large annotation files, parsed, and the EXIF orientation of images in ~/.cache/ssld (or $XDG_CACHE_HOME/ssld) for later starts"""
+
+    @model_validator(mode="after")
+    def _writes_elsewhere(self) -> Self:
+        require_elsewhere(self.images, self.output)
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_photos(self) -> Self:
+        if self.annotations is None and self.tta is not None:
+            raise ValueError("tta: the two views that are compared are the image and its mirror image; leave it out")
+        unlabeled_alone = [key for key in ("exclude", "write") if getattr(self, key)]
+        if self.annotations is not None and unlabeled_alone:
+            raise ValueError(
+                f"{unlabeled_alone[0]}: is for unlabeled photos, and annotations are given; leave one of them out"
+            )
+        return self
+
+    @property
+    def least(self) -> float:
+        """The score threshold as it is for this run."""
+        default = DOUBTED if self.annotations is None else CONFIDENT
+        return default if self.score_threshold is None else self.score_threshold
+
+    def inputs(self) -> dict[str, Path]:
+        files = {"model": self.model} | images_input(self.images)
+        given = {"annotations": self.annotations, "exclude": self.exclude}
+        return files | {key: path for key, path in given.items() if path is not None}
+
+
+def require_elsewhere(images: str, output: Path) -> None:
+    """Raise ValueError where `images` names nothing, or `output` is inside it: written images would be input of the next run."""
+    if not images:
+        raise ValueError("images: names no image, folder or list")
+    folder = Path(images)
+    if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"output: {output} is inside `images`: drawn images would be read as input; give another folder"
+        )
+
+
+def images_input(images: str) -> dict[str, Path]:
+    """Return the input `images` of a run; none for a pattern, whose files may be anywhere."""
+    return {"images": Path(images)} if Path(images).exists() or not is_pattern(images) else {}

@@ -115,7 +115,7 @@ def test_every_ratio_of_the_detection_loader_is_printed(tmp_path: Path, capsys: 
         torch.set_num_threads(threads)
     lines = capsys.readouterr().out.splitlines()
     values = {line[:3]: [float(value) for value in re.findall(r"\d+\.\d{3}", line)] for line in lines[1:-3]}
-    assert list(values) == ["(a)", "(b)", "(c)", "(d)", "(e)"]
+    assert list(values) == [f"({letter})" for letter in "abcdefghi"]
     assert all(low <= middle <= high for middle, low, high in values.values())
     # three images of one color each, but for what JPEG makes of it; and noise
     assert [line.rpartition(": ")[2] for line in lines[-3:-1]] == ["0.00 grey levels in the mean, 0 at most"] * 2
@@ -141,6 +141,16 @@ def test_the_detection_loaders_opponent_makes_the_same_batch(tmp_path: Path) -> 
     assert theirs.shape == (4, 3, 128, 192)
     assert difference.max() * 255 * max(benchmark.STD) < 6
     assert difference.mean() * 255 * max(benchmark.STD) < 1
+    # A crop too: v2 cuts whole pixels before it resizes, which moves the window by up to one.
+    crop = benchmark.AugmentConfig(crop=1.0)
+    (ours,) = batches.loader(1, kernel="fast", augment=crop)
+    geometry = benchmark.TrainingViews(0, benchmark.ResizeConfig(train_short_sides=[120]), crop).geometry
+    views = [geometry(60, 90, one.boxes_N4, image_id=one.image_id, number=0) for one in ours.records]
+    assert any(view.cropped and view.top and view.left for view in views)
+    theirs = benchmark.opponent_v2(ours.records, views, benchmark.v2.Identity())
+    difference = (benchmark.Normalize(benchmark.MEAN, benchmark.STD)(ours.images) - theirs).abs()
+    assert difference.max() * 255 * max(benchmark.STD) < 9
+    assert difference.mean() * 255 * max(benchmark.STD) < 3
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ from ssld.stage2_detect.config import ConvertDataConfig, ConvertTorchvisionConfi
 from ssld.stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
 from ssld.stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
 from ssld.stage2_detect.export_config import ExportDetectorConfig
-from ssld.stage2_detect.predict_config import PredictConfig
+from ssld.stage2_detect.predict_config import AuditConfig, PredictConfig
 
 LOGS = "logs"
 _SPLITS = tuple(
@@ -95,6 +95,7 @@ KINDS: dict[CommandName, Kind] = {
         PredictConfig,
         ("predictions.json", "pseudo_labels.json", "pictures", "predictions.csv", "labels", "crops"),
     ),
+    "audit": Kind("stage2_detect/audit.py", AuditConfig, ("annotate_next.txt", "annotate_next.json")),
     "report": Kind("pipelines/report.py", ReportConfig, ("report.html",), remake=True, one_process=True),
 }
 

@@ -23,7 +23,7 @@ COMMON = (
     "config", "model", "model.model", "student.model", "teacher.model", "backbone", "init", "data", "data.path",
     "source", "weights", "pool", "data.source", "data.train", "data.val", "data.train_annotations", "data.train_images",
     "data.val_annotations", "data.val_images", "annotations", "images", "compare", "unlabeled", "pseudo", "distill.teacher",
-    "store", "keep", "output", "steps", "train_epochs", "train_images", "batch_size", "data.image_size", "image_size",
+    "store", "keep", "count", "output", "steps", "train_epochs", "train_images", "batch_size", "data.image_size", "image_size",
     "model.kind", "optim.name", "optim.lr", "optim.warmup_steps", "optim.warmup_epochs", "precision", "workers",
     "evaluate_every", "patience", "score_threshold", "threshold", "write", "tile", "device", "print_config",
 )

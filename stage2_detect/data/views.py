@@ -80,19 +80,7 @@ class TrainingViews:
         """Return view `number` of a decoded image and its boxes, `zoom` times as large as drawn; boxes outside the view are dropped."""
         height, width = image_CHW.shape[1:]
         resize, augment = self.resize, self.augment
-        view = draw_view(
-            height,
-            width,
-            seed=self.seed,
-            image_id=image_id,
-            view=number,
-            train_short_sides=resize.train_short_sides,
-            train_long_side=resize.train_long_side,
-            flip=resize.flip,
-            large_scale_jitter=augment.large_scale_jitter,
-        )
-        if augment.crop or augment.vertical_flip or augment.quarter_turns:
-            view = self._turned(self._cropped(view, height, width, boxes_N4, image_id, number), image_id, number)
+        view = self.geometry(height, width, boxes_N4, image_id=image_id, number=number)
         if zoom != 1:
             view = _zoomed(view, height, width, zoom)
         kept = np.arange(len(boxes_N4))
@@ -108,6 +96,24 @@ class TrainingViews:
         pixels_CHW = view_image(image_CHW, view, resize.interpolation, resize.kernel)
         pixels_CHW = recolor(pixels_CHW, augment, random.Random(stable_seed(self.seed, image_id, number, "colors")))
         return ViewedImage(pixels_CHW, view, boxes[sound], kept[sound])
+
+    def geometry(self, height: int, width: int, boxes_N4: np.ndarray, *, image_id: int | str, number: int) -> View:
+        """Draw the geometry of view `number` of an image of [height, width] with these boxes."""
+        resize, augment = self.resize, self.augment
+        view = draw_view(
+            height,
+            width,
+            seed=self.seed,
+            image_id=image_id,
+            view=number,
+            train_short_sides=resize.train_short_sides,
+            train_long_side=resize.train_long_side,
+            flip=resize.flip,
+            large_scale_jitter=augment.large_scale_jitter,
+        )
+        if augment.crop or augment.vertical_flip or augment.quarter_turns:
+            view = self._turned(self._cropped(view, height, width, boxes_N4, image_id, number), image_id, number)
+        return view
 
     def _cropped(
         self, view: View, height: int, width: int, boxes_N4: np.ndarray, image_id: int | str, number: int

@@ -64,7 +64,7 @@ class Parts:
         return missing
 
     def write(
-        self, number: int, rows: dict[Id, list[dict[str, Any]]], unreadable: list[list[str]], best: float
+        self, number: int, rows: dict[Id, list[dict[str, Any]]], unreadable: list[list[str]], best: float, **more: Any
     ) -> None:
         """Write a part.
 
@@ -72,11 +72,12 @@ class Parts:
             rows: COCO results by image id, for images with detections.
             unreadable: (file name, reason) pairs.
             best: highest score of any detection, below the threshold too.
+            more: further JSON values of the part, by key.
         """
         self._folder.mkdir(exist_ok=True)
         images = [record.image_id for record in self.records[number]]
         content = {"images": images, "unreadable": unreadable, "best": best, "found": list(rows.items())}
-        write_with_sum(self._file(number), json.dumps(content, allow_nan=False))
+        write_with_sum(self._file(number), json.dumps(content | more, allow_nan=False))
 
     def read(self, number: int) -> dict[str, Any]:
         """Read an existing part."""

@@ -79,19 +79,7 @@ def find_work(config: PredictConfig) -> Work:
     Raises UserError where there are none, `exclude` matches none of them, PyAV is missing for videos, or files would overwrite each other.
     """
     listed = Tally()
-    folder, names = find_images(config.images, listed)
-    excluded = 0
-    if config.exclude:
-        known = set(read_table(str(config.exclude), segmentations=False).file_names)
-        excluded = sum(name in known for name in names)
-        if not excluded:
-            raise UserError(
-                f"exclude: no image below {folder} has a file name of {config.exclude}, such as {min(known, default='')!r}; "
-                "both have to be relative to the same folder"
-            )
-        names = [name for name in names if name not in known]
-        if not names:
-            raise UserError(f"exclude: {config.exclude} names all images of {config.images}; nothing is left")
+    folder, names, excluded = list_names(config.images, config.exclude, listed)
     videos = [name for name in names if is_video(f"{folder}/{name}")]
     if videos:
         require_av(f"{folder}/{videos[0]}")
@@ -106,6 +94,29 @@ def find_work(config: PredictConfig) -> Work:
     by_id: dict[Id, str] = dict(enumerate(names, 1))
     records, unreadable = records_of(ImageFiles(folder, names), list(by_id))
     return Work(folder, by_id, records, unreadable, videos, excluded, listed)
+
+
+def list_names(images: str, exclude: Path | None, listed: Tally) -> tuple[str, list[str], int]:
+    """List the images and videos of the setting `images` without those of the COCO file `exclude`.
+
+    Returns:
+        The folder, the paths below it, and the number of files left out by `exclude`. `listed` counts other files of a folder.
+
+    Raises UserError where there are none, or `exclude` matches none of them, or all.
+    """
+    folder, names = find_images(images, listed)
+    if exclude is None:
+        return folder, names, 0
+    known = set(read_table(str(exclude), segmentations=False).file_names)
+    left = [name for name in names if name not in known]
+    if len(left) == len(names):
+        raise UserError(
+            f"exclude: no image below {folder} has a file name of {exclude}, such as {min(known, default='')!r}; "
+            "both have to be relative to the same folder"
+        )
+    if not left:
+        raise UserError(f"exclude: {exclude} names all images of {images}; nothing is left")
+    return folder, left, len(names) - len(left)
 
 
 def check_detector(config: PredictConfig, loaded: "LoadedDetector") -> None:

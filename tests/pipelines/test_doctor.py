@@ -275,6 +275,7 @@ def test_settings_of_a_command(coco: Path, capfd: pytest.CaptureFixture[str]) ->
     ("command", "values"),
     [
         ("predict", {"model": "FILE", "images": "DIR", "threshold": 0.5}),
+        ("audit", {"model": "FILE", "images": "DIR", "count": 5}),
         ("curate", {"pool": [{"path": "DIR"}], "teacher": {"model": "random:test_resnet"}, "keep": 3}),
         ("evaluate_detector", {"model": "FILE", "annotations": "JSON", "images": "DIR", "workers": 1}),
         ("evaluate_backbone", {"model": "FILE", "data": {"path": "DIR"}}),

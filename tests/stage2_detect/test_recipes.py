@@ -53,7 +53,8 @@ PSS: dict[str, tuple[tuple[int, int], list[int], int, tuple[float, ...]]] = {
     "pss_cascade_dcn_r50vd": ((1000, 1500), list(range(640, 1025, 32)), 1500, ()),
     "pss_cascade_dcn_r101vd": ((800, 1333), list(range(640, 1025, 32)), 1500, ()),
 }
-OTHERS = {"faster_rcnn", "faster_rcnn_mobilenetv3_ssld_1x", "faster_rcnn_convnext_tiny_1x"}
+LSJ = "mask_rcnn_r50_lsj_100e"
+OTHERS = {LSJ, "faster_rcnn", "faster_rcnn_mobilenetv3_ssld_1x", "faster_rcnn_convnext_tiny_1x"}
 
 
 def resolved(name: str, *flags: str) -> TrainConfig:
@@ -205,12 +206,43 @@ def test_recipes_without_a_counterpart() -> None:
     assert modern.optim.backbone_lr_factors == [0.3, 0.4, 0.55, 0.75, 1.0]
 
 
+def test_the_recipe_with_large_scale_jitter() -> None:
+    """detectron2@2a365640, configs/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py and the files that it imports."""
+    config = resolved(LSJ)
+    assert expected_scores(config) == (44.6,)
+    assert config.backbone == "random:resnet50"
+    assert (config.augment.large_scale_jitter, config.resize.train_long_side) == ((0.1, 2.0), 1024)
+    assert (config.resize.flip, config.resize.interpolation) == (0.5, "bilinear")
+    assert (config.resize.short_side, config.resize.long_side) == (800, 1333)
+    assert (config.batch_size, config.total_steps(None)) == (64, 184_375)
+    assert config.total_steps(None) * 64 == 100 * 118_000  # as the source counts passes
+    optim = config.optim
+    assert (optim.name, optim.momentum, optim.weight_decay, optim.decay_norm_and_bias) == ("sgd", 0.9, 4e-5, False)
+    assert optim.backbone_lr_factors == [1.0] * 5
+    assert optim.milestones(1, 184_375) == [163_889, 177_546]
+    assert [rate(config, step) for step in (0, 250, 500, 163_888, 163_889, 177_546)] == pytest.approx(
+        [0.0067, 0.1 * (0.067 + 0.933 / 2), 0.1, 0.1, 0.01, 0.001]
+    )
+    model = config.model
+    assert (model.kind, model.freeze_stages, model.freeze_norm, model.fpn_norm) == ("mask_rcnn", 0, False, "batch")
+    assert (model.fpn_channels, model.rpn.convolutions, model.rpn.samples_per_image) == (256, 2, 256)
+    assert (model.roi.convolutions, model.roi.fully_connected, model.roi.hidden) == (4, 1, 1024)
+    assert (model.roi.norm, model.mask.norm, model.mask.convolutions, model.mask.hidden) == ("batch", "batch", 4, 256)
+    assert (model.rpn.post_nms_top_n_train, model.rpn.post_nms_top_n_test) == (1000, 1000)
+    assert not config.data.keep_empty
+    longer = header(LSJ).partition("Longer: ")[2].partition(". ")[0].split(", or ")
+    for factor, line in zip((2, 4), longer, strict=True):
+        more = resolved(LSJ, *line.split())
+        assert more.total_steps(None) == factor * 184_375
+        assert more.optim.milestones(1, 10**6) == [factor * 163_889, factor * 177_546]
+
+
 def header(name: str) -> str:
     head = (CONFIGS / f"{name}.yaml").read_text().partition("\n\n")[0]
     return " ".join(line[1:].strip() for line in head.splitlines() if line.startswith("#"))
 
 
-@pytest.mark.parametrize("name", [*SSLD, *PSS])
+@pytest.mark.parametrize("name", [*SSLD, *PSS, LSJ])
 def test_the_hours_in_a_header_are_those_of_its_step_times(name: str) -> None:
     """The step times are for 16 images on 8 GPUs; the cost is the sum of the parts named in the header."""
     cost = header(name).partition("Cost: ")[2]

@@ -27,6 +27,7 @@ PUBLISHED = {
     "cascade_mask_rcnn_r50vd_ssld_2x": ("45.7 / 39.7 AP", "800 px", "124 V100 h"),
     "cascade_rcnn_r50vd_1x": ("", "800 px", "52 V100 h"),  # its cost is said to be that of another recipe
     "pss_cascade_dcn_r50vd": ("47.8 AP", "1000 px", "208 V100 h"),
+    "mask_rcnn_r50_lsj_100e": ("44.6 AP", "800 px", "608 V100 h"),
     "retinanet_r50_600_adl_3x": ("", "600 px", ""),  # published only with unlabeled images in addition
     "gfl_r18_ld_1x": ("37.5 AP", "800 px", ""),
     "toy_gfl": ("", "128 px", ""),

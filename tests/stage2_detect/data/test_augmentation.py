@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as kernels
 
 from ssld.shared.models.model_file import read_metadata
 from ssld.stage2_detect import train
 from ssld.stage2_detect.augment_config import PRESETS, AugmentConfig
 from ssld.stage2_detect.config import ResizeConfig, TrainConfig
 from ssld.stage2_detect.data.coco import CocoData, read_coco
-from ssld.stage2_detect.data.colors import erase, recolor
+from ssld.stage2_detect.data.colors import erase, recolor, shift_hue
 from ssld.stage2_detect.data.composites import TrainingImage, compose
 from ssld.stage2_detect.data.loaders import TrainBatch, TrainLoader, load_record
 from ssld.stage2_detect.data.views import TrainingViews, View, ViewedImage, view_boxes, view_image, view_matrix
@@ -147,6 +148,38 @@ def test_a_crop_keeps_objects_and_drops_what_it_cuts_off(data: CocoData) -> None
 # Colors
 
 
+def test_boxes_and_masks_follow_the_pixels_of_a_jittered_image(data: CocoData) -> None:
+    """Scales of 0.3 to 2 in a square of 64 pixels: cut where they are above 1, smaller than the square below."""
+    scales, cut, compared, masked = [], 0, 0, 0
+    for made in images(data, 60, large_scale_jitter=(0.3, 2.0)):
+        height, width = made.pixels_CHW.shape[1:]
+        assert max(height, width) <= 64
+        scales.append(made.scale)
+        cut += OBJECTS - len(made.boxes_M4)
+        of = objects_of(made)
+        has_masks = data.images[0].segmentations is not None
+        grids = shown_by_masks(made, data) if has_masks and of else None
+        shown = made.pixels_CHW[0].numpy().astype(int)
+        for row, ((x1, y1, x2, y2), (_, position)) in enumerate(zip(made.boxes_M4, of, strict=True)):
+            if min(x2 - x1, y2 - y1) < 6:  # its edges are interpolated
+                continue
+            near = np.abs(shown - level(0, position)) <= 2
+            inside = np.zeros_like(near)
+            inside[int(y1) : int(np.ceil(y2)), int(x1) : int(np.ceil(x2))] = True
+            rows, columns = np.nonzero(near & inside)
+            extent = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            assert np.abs(extent - [x1, y1, x2, y2]).max() < 2.5
+            compared += 1
+            if grids is not None:
+                assert (grids[row] & near & inside).sum() > 0.5 * (grids[row] | (near & inside)).sum()
+                masked += 1
+    assert min(scales) < 0.5
+    assert max(scales) > 1.7
+    assert cut > 15
+    assert compared > 60
+    assert (masked > 60) == (data.images[0].segmentations is not None)
+
+
 def test_colors_change_as_their_definitions_say() -> None:
     draw = np.random.default_rng(0)
     image = torch.from_numpy(draw.integers(0, 256, (3, 12, 10), dtype=np.uint8))
@@ -180,6 +213,25 @@ def test_colors_change_as_their_definitions_say() -> None:
         5: (1, 0, 1 - part),
     }
     assert np.allclose(hue, 255 * np.array(closed[int(sector)]), atol=2)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (3, 20_000), (130, 300)])
+def test_the_shift_of_the_hue_is_torchvisions(size: tuple[int, int]) -> None:
+    """To one level; grey pixels and the largest and least channel stay, and so does everything without a shift."""
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    image[:, :1] = image[:1, :1]  # a row of greys
+    for shift in (-0.5, -0.3, -0.02, 0.01, 1 / 3, 0.5):
+        shifted = shift_hue(image.permute(1, 2, 0).contiguous().permute(2, 0, 1), shift)
+        apart = (shifted.int() - kernels.adjust_hue(image, shift).int()).abs()
+        assert apart.max() <= 1
+        assert apart.float().mean() < 0.01
+        assert torch.equal(shifted[:, :1], image[:, :1])
+        for least_or_most in (torch.amin, torch.amax):
+            assert (least_or_most(shifted, 0).int() - least_or_most(image, 0).int()).abs().max() <= 1
+    assert size == (1, 1) or not torch.equal(shifted, image)
+    assert torch.equal(shift_hue(image, 0.0), image)
+    thirds = shift_hue(image, 1 / 3).int() - image[[2, 0, 1]].int()  # red becomes green, green blue, blue red
+    assert thirds.abs().max() <= 1
 
 
 def test_blur_is_a_gaussian_of_the_drawn_width() -> None:
