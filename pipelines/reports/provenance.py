@@ -76,7 +76,8 @@ def alone(table: TableConfig, runs: Path) -> tuple[str, str] | None:
     if of_training and isinstance(seen, int):
         facts = [fact for fact in facts if not fact.endswith(" seen")]
         facts.append(f"{seen / of_training:.3g} passes over {count(of_training, 'photo')}")
-    evaluated = _images_read(runs / rows[0].detector[0], "annotations")
+    stage = runs / rows[0].detector[0]
+    evaluated = _images_read(stage, "annotations") or _images_read(stage, "data.val")
     facts += [f"evaluated on {count(evaluated, 'photo')}"] if evaluated else []
     like = f"with like: {run.name}, " if run.is_relative_to(runs) else ""
     return (
