@@ -85,8 +85,7 @@ def _run_inside(pipeline: PipelineConfig, file: Path, arguments: Namespace, vari
         try:
             _estimate(plan, lambda folder: build_stages(pipeline, file, output=folder, **options), output)
         except Stopped as error:
-            say(f"{error}; the rates measured before are kept", sys.stderr)
-            return STOPPED
+            raise Stopped(f"{error}; the rates measured before are kept") from None
     if arguments.dry_run:
         _print_plan(plan, to_erase(stages, redo), output, estimated=arguments.estimate)
     for line in downloads(plan):

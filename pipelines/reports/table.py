@@ -59,7 +59,7 @@ class Record:
     smoke: bool
     pipeline: PipelineConfig
     folder: Path | None = None
-    """folder that the relative paths in the records of the stages begin in; None: not recorded, as by version 0.2, or gone"""
+    """folder that the relative paths in the records of the stages begin in; None: not recorded, as by version 0.2, or the runs were moved away"""
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,8 @@ def write_record(output: Path, record: Record) -> None:
     content = {
         "name": record.name,
         "smoke": record.smoke,
-        "folder": os.path.relpath(Path.cwd(), output),  # which holds after both are moved
+        "folder": os.path.relpath(Path.cwd(), output),  # which holds after all is moved together
+        "output": str(output),
         "pipeline": record.pipeline.model_dump(mode="json"),
     }
     write_atomically(output / RECORD, json.dumps(content, indent=1) + "\n")
@@ -191,9 +192,10 @@ def read_record(output: Path) -> Record | None:
         name, smoke, pipeline = (content[key] for key in ("name", "smoke", "pipeline"))
         pipeline.items()
         folder = Path(os.path.abspath(output / content["folder"])) if "folder" in content else None
+        moved_away = folder and os.path.abspath(folder / content["output"]) != os.path.abspath(output)
     except (OSError, *MALFORMED):
         raise UserError(f"{file}: not readable; delete it and give --pipeline") from None
-    there = folder.resolve() if folder and folder.is_dir() else None
+    there = folder.resolve() if folder and not moved_away and folder.is_dir() else None
     return Record(str(name), bool(smoke), validate(PipelineConfig, pipeline, source=str(file)), there)
 
 

@@ -180,8 +180,10 @@ def _command(name: str, stages: dict[str, Any]) -> Any:
     """Return the command of a stage, its own or that of the stage it is like; None for a file with mistakes, which its check reports."""
     for _ in stages:
         stage = stages.get(name)
-        if not isinstance(stage, dict) or "command" in stage:
-            return stage and stage.get("command")
+        if not isinstance(stage, dict):
+            return None
+        if "command" in stage:
+            return stage["command"]
         name = str(stage.get("like"))
     return None
 
@@ -302,7 +304,7 @@ def _build_stage(
     arguments = [*flags(values), "--output", str(output / name)]
     if settings.config:
         file = Path(located(_substitute(settings.config, names[0], used, names[1])))
-        if left_behind(file):
+        if file.suffix and left_behind(file):  # without one it may be the name of a recipe
             raise UserError(f"config: {missing_text(file)}")
         arguments = ["--config", str(file), *arguments]
     config = parse_config(kind.config_type, arguments, program=kind.script)

@@ -278,6 +278,9 @@ def test_a_report_from_elsewhere(sub: Path, started: list[str], monkeypatch: pyt
     monkeypatch.chdir(sub.parent)
     assert report.main(["--runs", "moved/with its runs/runs/first"]) == 0
     assert f"{sub.parent}/moved/with its runs" in inspect_text(Path("moved/with its runs/runs/first/a"))
+    shutil.copytree(sub / "runs/first", "moved/the runs alone")
+    assert report.main(["--runs", "moved/the runs alone"]) == 0
+    assert "paths begin in" not in inspect_text(Path("moved/the runs alone/a"))
 
 
 def test_doctor_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
