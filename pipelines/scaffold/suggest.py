@@ -316,8 +316,10 @@ def pipeline_text(
 
 def _as_seen_from(folder: Path, facts: Facts, chosen: Settings) -> tuple[Facts, Settings]:
     """Return facts and settings with relative paths as they are written in a file in `folder`."""
-    paths = {key: written_in(path, folder) for key, path in vars(facts).items() if isinstance(path, Path)}
-    networks = {
+    paths: dict[str, Any] = {
+        key: written_in(path, folder) for key, path in vars(facts).items() if isinstance(path, Path)
+    }
+    networks: dict[str, Any] = {
         role: str(written_in(Path(text), folder))
         for role in ("backbone", "teacher")
         if kind_of(text := getattr(chosen.networks, role)) in ("file", "folder", "path")
