@@ -58,8 +58,8 @@ def _run(argv: list[str]) -> int:
     arguments = parser.parse_args(words)
     if arguments.smoke and not pipeline.smoke:
         raise UserError(f"{file}: --smoke needs a section `smoke:` with the smallest sizes")
-    with inside_folder_of(file) as own:
-        return _run_inside(pipeline, own, arguments, variables)
+    with inside_folder_of(file) as there:
+        return _run_inside(pipeline, there, arguments, variables)
 
 
 def _run_inside(pipeline: PipelineConfig, file: Path, arguments: Namespace, variables: dict[str, str]) -> int:

@@ -28,10 +28,9 @@ def check(line: str) -> None:
         words = shlex.split(words[3])
     if words[0] == "ssld":
         assert words[1] in COMMANDS, line
-        script = script_of(words[1:])
-        if script == "pipelines/cli.py":
+        words = ["python", script_of(words[1:]), *words[2:]]
+        if words[1] == "pipelines/cli.py":
             return
-        words = ["python", script, *words[2:]]
     script = next((word for word in words if word in TYPES), None)
     if script:
         arguments = words[words.index(script) + 1 :]

@@ -9,7 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ssld.pipelines.config import (
     REFERENCE,
@@ -190,9 +190,9 @@ def _command(name: str, stages: dict[str, Any]) -> Any:
 
 def _with_paths(command: Any, given: dict[str, str]) -> dict[str, str]:
     """Return settings of the command line with their paths as they are written in the current folder."""
-    kind = KINDS.get(command) if isinstance(command, str) else None
-    if kind is None:
+    if command not in get_args(CommandName):
         return given
+    kind = KINDS[command]
     return {k: rebased_value(v) if takes_path(kind.config_type, k.split(".")) else v for k, v in given.items()}
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ssld.pipelines.folder import inside_folder_of
 from ssld.pipelines.runner.estimate import (
@@ -42,7 +43,7 @@ def trials(facts: Facts, files: Mapping[Path, str]) -> Iterator[Trial]:
             write_atomically(moved[file], text)
         names = ("annotations", "val_annotations", "pool", "held_out", "listing", "shown")
         there = replace(facts, **{key: moved.get(getattr(facts, key), getattr(facts, key)) for key in names})
-        paths = {key: path.absolute() for key, path in vars(there).items() if isinstance(path, Path)}
+        paths: dict[str, Any] = {key: path.absolute() for key, path in vars(there).items() if isinstance(path, Path)}
         there = replace(there, **paths)  # as an error of the trial has to name them
         yield lambda settings, trained: _rate(folder, there, settings, trained)
 

@@ -14,6 +14,7 @@ from ssld.pipelines.folder import folder_of, inside, left_behind, rebased, rebas
 from ssld.pipelines.inspecting import inspect_text
 from ssld.pipelines.run import main
 from ssld.pipelines.runner.stages import ROOT, build_stages, read_pipeline
+from ssld.shared.config.settings import CommandConfig
 from ssld.shared.config.words import takes_path
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect import check_data
@@ -152,7 +153,7 @@ def test_values_that_are_no_paths_stay(tmp_path: Path, monkeypatch: pytest.Monke
         assert list(map(rebased_value, values)) == expected
         assert json.loads(rebased_value('[{"path": "photos", "weight": 2}]')) == [{"path": "../photos", "weight": 2}]
         assert rebased_value("[photos") == "[photos"
-    kinds = [
+    kinds: list[tuple[type[CommandConfig], str]] = [
         (DistillConfig, "data.train"),
         (DistillConfig, "student.model"),
         (TrainConfig, "data.train_images"),
@@ -161,7 +162,7 @@ def test_values_that_are_no_paths_stay(tmp_path: Path, monkeypatch: pytest.Monke
     assert all(takes_path(kind, key.split(".")) for kind, key in kinds)
     for key in ("objective", "steps", "optim.lr", "nothing", "data.nothing", "channels_last"):
         assert not takes_path(DistillConfig, key.split(".")), key
-    set_ = {
+    set_: dict[str, Any] = {
         "student.model": "random:${net}",
         "teacher.model": "${net}",
         "data.train": ["${photos}/x", "y"],
