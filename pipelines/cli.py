@@ -114,7 +114,9 @@ def _call(name: str, rest: list[str]) -> int:
     if name == "completion":
         return _completion(rest)
     if name in _BY_KIND and {"-h", "--help"} & set(rest) and _model(rest) is None:
-        print(f"usage: ssld {name} --model FILE ...\n\nThe settings are those of {_scripts(name)}:")
+        print(
+            f"usage: ssld {name} --model FILE ...\n\nThe settings depend on the kind of the file, {' or '.join(_BY_KIND[name][1])}:"
+        )
         for kind, module in _BY_KIND[name][1].items():
             print(f"\n---- {kind} file ----\n")
             with suppress(SystemExit):  # as argparse ends after a help
@@ -230,7 +232,9 @@ def _script(name: str, argv: list[str]) -> str:
 
     file = _model(argv)
     if file is None:
-        raise UserError(f"usage: ssld {name} --model FILE ...; the settings are those of {_scripts(name)}")
+        raise UserError(
+            f"usage: ssld {name} --model FILE ...; ssld {name} --help lists the settings for each kind of file"
+        )
     kind = read_metadata(Path(file)).get("kind", "backbone")  # a file of plain timm has no kind
     done, scripts = _BY_KIND[name]
     if kind not in scripts:
@@ -247,13 +251,6 @@ def _model(argv: list[str]) -> str | None:
 
         file = read_yaml(Path(config)).get("model")
     return file if isinstance(file, str) else None
-
-
-def _scripts(name: str) -> str:
-    return ", ".join(
-        f"{module.removeprefix('ssld.').replace('.', '/')}.py for a {kind}"
-        for kind, module in _BY_KIND[name][1].items()
-    )
 
 
 def _value(argv: list[str], flag: str) -> str | None:

@@ -13,6 +13,7 @@ Changes nothing; `--fix DIR` writes cleaned copies of the JSON files there, `--l
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,8 @@ if find_spec("ssld") is None:
 from ssld.pipelines.checks.data import FLAGS, DataNeeds, DataSet, check_words, words_of
 from ssld.pipelines.checks.look import sheet_lines
 from ssld.pipelines.checks.machine import Line, ask_torch, machine_lines
-from ssld.pipelines.checks.settings import settings_lines
+from ssld.pipelines.checks.settings import is_pipeline, settings_lines
+from ssld.pipelines.folder import inside_folder_of, rebased
 from ssld.pipelines.runner.stages import find_pipeline
 from ssld.shared.config.command import USER_ERROR, exit_code
 from ssld.shared.config.settings import Parser, underscored
@@ -59,12 +61,14 @@ def _doctor(argv: list[str]) -> int:
     report(machine_lines(probe))
     if settings:
         say(f"\nsettings: {arguments.settings}")
-        findings, data_sets = settings_lines(settings, probe(), dict(arguments.variable), quick=arguments.quick)
-        report(iter(findings))
-        data = data or data_sets
-    if settings and arguments.look:
-        say("\nfirst training images")
-        report(sheet_lines(settings, arguments.look, dict(arguments.variable)))
+        with inside_folder_of(settings) if is_pipeline(settings) else nullcontext(settings) as own:
+            variables = dict(arguments.variable)
+            findings, data_sets = settings_lines(own, probe(), variables, quick=arguments.quick)
+            report(iter(findings))
+            data = data or data_sets
+            if arguments.look:
+                say("\nfirst training images")
+                report(sheet_lines(own, rebased(arguments.look), variables))
     codes = []
     for data_set, needs in data.items():
         print("\ndata", flush=True)

@@ -29,6 +29,7 @@ if find_spec("ssld") is None:
 from ssld.pipelines.checks.data import FLAGS, check_data, run_script, words_of
 from ssld.pipelines.checks.machine import ask_torch
 from ssld.pipelines.config import ReportConfig
+from ssld.pipelines.folder import inside_folder_of
 from ssld.pipelines.runner.cost import disk_text, steps_text, total_text
 from ssld.pipelines.runner.estimate import Costs
 from ssld.pipelines.runner.plan import names_architecture
@@ -124,7 +125,8 @@ def _init(arguments: Namespace) -> int:
     for file, text in files.items():  # the YAML file comes last: if it exists, all files exist
         write_atomically(file, text)
         say(f"wrote {file}")
-    _tell(fitting, *keep_rates(output, fitting.rates), minutes)
+    with inside_folder_of(output) as own:
+        _tell(fitting, *keep_rates(own, fitting.rates), minutes)
     say(f"read {output}, then start it: ssld run {shlex.quote(str(output))}")
     return 0
 
@@ -280,8 +282,9 @@ def _check_arguments(arguments: Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 < value <= 1e6:
             raise UserError(f"--{name} {value:g}: give a number above 0")
-    if (Path("runs") / output.stem / "pipeline.json").exists():
-        raise UserError(f"runs/{output.stem}: has runs of another pipeline; give another --output, or delete it")
+    runs = output.parent / "runs" / output.stem
+    if (runs / "pipeline.json").exists():
+        raise UserError(f"{runs}: has runs of another pipeline; give another --output, or delete it")
     if not 0 < arguments.val_share < 1:
         raise UserError(f"--val_share {arguments.val_share:g}: give a share between 0 and 1")
     if arguments.unlabeled and not arguments.unlabeled.is_dir():

@@ -233,6 +233,9 @@ def _run(path: Path) -> tuple[str, dict[str, Any]]:
     main = {key: settings[key] for key in _OF_A_RUN if settings.get(key) is not None}
     if isinstance(main.get("model"), dict) and "kind" in main["model"]:
         main["model"] = main["model"]["kind"]
+    record = read_record(path.absolute().parent)
+    if record and record.folder not in (None, Path.cwd()):
+        facts["paths begin in"] = str(record.folder)
     state = "finished" if result else "not finished: the same command resumes it"
     return f"run directory, {state}", facts | {"settings": main}
 

@@ -18,11 +18,12 @@ if find_spec("ssld") is None:
     sys.exit(2)
 
 from ssld.pipelines.config import PipelineConfig, ReportConfig, RowConfig, TableConfig
+from ssld.pipelines.folder import inside, rebased, shown
 from ssld.pipelines.reports.blocks import StageFolder, blocks_of, read_evaluations, stage_folders, stage_views
 from ssld.pipelines.reports.budget import Budget
 from ssld.pipelines.reports.charts import COLORS, Chart, precision_recall
 from ssld.pipelines.reports.photos import ComparedPhotos, Evaluation, Photos, compare
-from ssld.pipelines.reports.provenance import compared, start
+from ssld.pipelines.reports.provenance import alone, compared, start
 from ssld.pipelines.reports.stage_view import MINUS, StageView, mean_curve, percent, read_json
 from ssld.pipelines.reports.table import (
     CLAIMS,
@@ -147,21 +148,26 @@ def report(config: ReportConfig) -> None:
     """Write report.html. Raises UserError if `runs` holds no run directory."""
     if not config.runs.is_dir():
         raise UserError(f"runs: {config.runs}: no such folder")
-    record = read_record(config.runs)
-    pipeline = read_pipeline(config.pipeline) if config.pipeline else record.pipeline if record else None
     single = (config.runs / "config.yaml").is_file()
+    record = read_record(config.runs)
+    of_runs = record or (read_record(config.runs.absolute().parent) if single else None)
+    pipeline = read_pipeline(config.pipeline) if config.pipeline else record.pipeline if record else None
     if pipeline is None and not single and not _runs_below(config.runs):
         raise UserError(
             f"runs: {config.runs}: neither a run directory nor a folder of them; give the --output of a run or of a pipeline"
         )
-    _forget_last(config.output)
-    run = RunDir(config, "report")
     title = config.pipeline.stem if config.pipeline else record.name if record else config.runs.resolve().name
-    page = render(pipeline, config.runs, title=title, smoke=bool(record and record.smoke))
-    file = run.path / "report.html"
-    write_atomically(file, page.encode(errors="replace").decode())  # names in JSON may hold lone surrogates
-    run.finish({}, [file])
-    run.log(f"wrote {file}")
+    with inside((of_runs and of_runs.folder) or Path.cwd()) as moved:  # where paths in the stages' records begin
+        if moved:
+            paths = {key: rebased(path) for key in ("runs", "output", "pipeline") if (path := getattr(config, key))}
+            config = config.model_copy(update=paths)
+        _forget_last(config.output)
+        run = RunDir(config, "report")
+        page = render(pipeline, config.runs, title=title, smoke=bool(record and record.smoke))
+        file = run.path / "report.html"
+        write_atomically(file, page.encode(errors="replace").decode())  # names in JSON may hold lone surrogates
+        run.finish({}, [file])
+        run.log(f"wrote {shown(file)}")
 
 
 def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bool = False) -> str:
@@ -184,6 +190,7 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
     rows = table_rows(table, runs) if table else []
     difference = gain(table, runs) if table else None
     objects = objects_of(table, runs) if table else None
+    one = alone(table, runs) if table else None
     filled = [0, *(n + 1 for n in _COLUMN_ORDER if any(row.values[n] is not None for row in rows))]
     environment = Environment(
         loader=PackageLoader("ssld.pipelines", "reports"),
@@ -203,7 +210,7 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
         rows=[[row.cells()[n] for n in filled] for row in rows],
         gain=[_gain_cells(difference)[n] for n in filled] if difference else None,
         gains=gains(table, rows, difference) if table and difference else [],
-        compared=compared(table, runs) if table else None,
+        compared=" ".join(one) if one else compared(table, runs) if table else None,
         starts={name: start(row, runs) for name, row in table.rows.items()} if table else {},
         triples=triples if triples and (triples.gained or triples.lost) else None,
         table_gain=table.gain if table else None,

@@ -23,7 +23,9 @@ if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from ssld.pipelines.reports.table import Record, table_text, write_record
+from ssld.pipelines.config import PipelineConfig, ReportConfig
+from ssld.pipelines.folder import inside_folder_of, left_behind, rebased, shown
+from ssld.pipelines.reports.table import RECORD, Record, read_record, table_text, write_record
 from ssld.pipelines.runner.cost import disk_text, steps_text, total_text
 from ssld.pipelines.runner.estimate import expected_costs, read_rates, write_rates
 from ssld.pipelines.runner.launch import Signals, command_line, run_stage
@@ -56,10 +58,25 @@ def _run(argv: list[str]) -> int:
     arguments = parser.parse_args(words)
     if arguments.smoke and not pipeline.smoke:
         raise UserError(f"{file}: --smoke needs a section `smoke:` with the smallest sizes")
-    output = arguments.output or Path(f"{pipeline.output}_smoke" if arguments.smoke else pipeline.output)
+    with inside_folder_of(file) as there:
+        return _run_inside(pipeline, there, arguments, variables)
+
+
+def _run_inside(pipeline: PipelineConfig, file: Path, arguments: Namespace, variables: dict[str, str]) -> int:
+    """Run the pipeline in `file`, inside its folder."""
+    output = Path(f"{pipeline.output}_smoke" if arguments.smoke else pipeline.output)
+    if arguments.output:
+        output = rebased(arguments.output)
+    elif (old := left_behind(output / RECORD)) and (record := read_record(old.parent)) and not record.folder:
+        raise UserError(
+            f"{shown(file)}: output: {output} has runs in the current folder, made before paths in a pipeline became relative to its folder, "
+            f"{shown(Path())}: move the pipeline's file here to go on with them, or delete them"
+        )
     stages = build_stages(pipeline, file, output=output, variables=variables, smoke=arguments.smoke)
     redo = _redo(arguments, stages)
     plan = make_plan(stages, redo)
+    if (folder := shown(Path())) != Path():
+        say(f"the stages run in {folder}: their paths are relative to it")
     if arguments.estimate:
         if not arguments.dry_run:
             raise UserError("--estimate: give --dry-run too; a run itself logs the time it needs")
@@ -68,8 +85,7 @@ def _run(argv: list[str]) -> int:
         try:
             _estimate(plan, lambda folder: build_stages(pipeline, file, output=folder, **options), output)
         except Stopped as error:
-            say(str(error), sys.stderr)
-            return STOPPED
+            raise Stopped(f"{error}; the rates measured before are kept") from None
     if arguments.dry_run:
         _print_plan(plan, to_erase(stages, redo), output, estimated=arguments.estimate)
     for line in downloads(plan):
@@ -78,7 +94,7 @@ def _run(argv: list[str]) -> int:
         return 0
     with _locked(output):
         for run in erase(stages, redo, output):
-            say(f"deleted {run}")
+            say(f"deleted {shown(run)}")
         record = Record(file.stem, arguments.smoke, pipeline)
         write_record(output, record)
         if any(planned.state == "damaged" for planned in plan):
@@ -113,7 +129,7 @@ def _run_stages(plan: list[Planned], record: Record | None, output: Path, file: 
             if outcome.code:
                 for line in outcome.lines:
                     named = outcome.code == USER_ERROR and stage.names_setting(line)
-                    place = f" (stages.{stage.name}.set in {file})" if named else ""
+                    place = f" (stages.{stage.name}.set in {shown(file)})" if named else ""
                     say(f"error: stage {stage.name}: {line}{place}", sys.stderr)
                 return outcome.code
             say(f"{label}: {(time.monotonic() - begun) / 60:.1f} min")
@@ -121,6 +137,9 @@ def _run_stages(plan: list[Planned], record: Record | None, output: Path, file: 
         return 0
     if record.pipeline.table:
         say(f"\n{table_text(record.pipeline.table, output, smoke=record.smoke)}\n")
+    if shown(output) != output:
+        reports = [one.stage.run for one in plan if isinstance(one.stage.config, ReportConfig)]
+        say(f"results: {', '.join(str(shown(path)) for path in (output, *(run / 'report.html' for run in reports)))}")
     say(_closing_line(plan, time.monotonic() - started, measured=ran))
     return 0
 
@@ -146,7 +165,7 @@ def _estimate(plan: list[Planned], build: Callable[[Path], list[Stage]], output:
 def _print_plan(plan: list[Planned], doomed: list[Path], output: Path, *, estimated: bool) -> None:
     costs = expected_costs(plan, output)
     for run in doomed:
-        say(f"would delete {run}")
+        say(f"would delete {shown(run)}")
     for number, planned in enumerate(plan, 1):
         stage = planned.stage
         state = {"done": "done, skipped", "begun": "resumes", "damaged": "finished, but files are missing", "new": ""}[
@@ -154,6 +173,8 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path, *, estima
         ]
         time_needed = costs.times.get(stage.name)
         parts = [state, steps_text(stage), "" if time_needed is None else f"about {duration(time_needed)}"]
+        if estimated and stage.name in costs.times and time_needed is None:
+            parts.append("time not estimated")
         parts.append(disk_text(costs.disk[stage.name]) if stage.name in costs.disk else "")
         say(f"[{number}/{len(plan)}] {stage.name}: {'; '.join(text for text in parts if text) or 'new'}")
         for note in planned.notes:
@@ -165,7 +186,7 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path, *, estima
     if (None in costs.times.values() or costs.remembered) and not estimated:
         notes.append("--estimate measures it")
     needed = "; ".join([costs.time_text(), *notes])
-    say(f"{count(len(plan), 'stage')} in {output}: {needed}; {total_text(costs.disk)}; data sets not counted")
+    say(f"{count(len(plan), 'stage')} in {shown(output)}: {needed}; {total_text(costs.disk)}; data sets not counted")
 
 
 def _own_flags(argv: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -221,17 +242,19 @@ def _redo(arguments: Namespace, stages: list[Stage]) -> set[str]:
 def _locked(output: Path) -> Iterator[None]:
     """Hold the pipeline's folder; the lock dies with the process."""
     if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is a file, not a folder; give another --output")
+        raise UserError(f"{shown(output)}: is a file, not a folder; give another --output")
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = (output / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"{output}: {error.strerror or error}") from None
+        raise UserError(f"{shown(output)}: {error.strerror or error}") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{output}: in use by another pipeline; wait for it or give another --output") from None
+            raise UserError(
+                f"{shown(output)}: in use by another pipeline; wait for it or give another --output"
+            ) from None
         clear_leftovers(output.glob(".*.*"))
         yield
 

@@ -41,7 +41,7 @@ class SourceConfig(Config):
 
     path: str
     """folder of images (in class folders, or nested arbitrarily), Parquet files, WebDataset .tar files, list file (.txt: per line a path, optionally
-    a class number), manifest of curate.py, or hub:ORG/NAME; all but the last two as a local path, a pattern with *, or an fsspec URL"""
+    a class number), manifest of ssld curate, or hub:ORG/NAME; all but the last two as a local path, a pattern with *, or an fsspec URL"""
     weight: Positive | None = None
     """share of training images drawn from this source, relative to the weights of the others; null for all sources: they are concatenated"""
     labels: str = "auto"

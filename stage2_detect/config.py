@@ -137,7 +137,7 @@ class TrainConfig(TrainingConfig):
     unlabeled: Path | None = None
     """folder of unlabeled images, for distillation or with `pseudo`"""
     pseudo: Path | None = None
-    """pseudo_labels.json for `unlabeled`, from predict.py --pseudo_labels: boxes to train on; images without boxes are left out"""
+    """pseudo_labels.json for `unlabeled`, from ssld predict --pseudo_labels: boxes to train on; images without boxes are left out"""
     labeled_ratio: float = Field(0.5, gt=0, le=1)
     """share of labeled images in a batch, above 0 to 1, if `unlabeled` is given; 1: no unlabeled images"""
     distill: DistillConfig | None = None
@@ -218,7 +218,7 @@ class TrainConfig(TrainingConfig):
         if self.unlabeled is not None and self.pseudo is None and self.model.is_dense:
             raise ValueError(
                 f"unlabeled: images without pseudo-labels are used by R-CNN detectors only, and model.kind is {self.model.kind}; "
-                "give pseudo, which predict.py --pseudo_labels writes"
+                "give pseudo, which ssld predict --pseudo_labels writes"
             )
         if (self.augment.auto_augment or self.augment.auto_augment_unlabeled) and self.model.has_masks:
             raise ValueError("augment.auto_augment moves pixels inside boxes: it cannot be used with masks")

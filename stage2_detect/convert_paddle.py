@@ -197,7 +197,7 @@ def recognize(names: Collection[str], source: str) -> str:
     first = next(iter(names), "no parameters")
     raise UserError(
         f"{source}: not a detector of PaddleDetection (first of {len(names)} parameters: {first}); "
-        "a backbone of PaddleClas is converted by stage1_ssld/convert_paddle.py"
+        "a backbone of PaddleClas is converted by ssld convert-paddle"
     )
 
 

@@ -34,7 +34,7 @@ class PredictConfig(RunDetectorConfig):
     label_studio_prefix: str = "/data/local-files/?d="
     """text before the path of each image in label_studio.json: the place from which Label Studio reads the images"""
     pseudo_labels: bool = False
-    """write only pseudo_labels.json, for train.py --pseudo: the images with at least one box"""
+    """write only pseudo_labels.json, for ssld train --pseudo: the images with at least one box"""
     threshold: Fraction | None = None
     """lowest score of a written box, 0 to 1; null: 0.5, or 0.4 with pseudo_labels (the only threshold in SAD's released settings)"""
     classes: list[str] = []

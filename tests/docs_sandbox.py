@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
+from ssld.pipelines.cli import _BY_KIND, COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 SIDE = 64
 NAMES = ("wide", "tall")
@@ -78,6 +80,15 @@ def commands(page: Path) -> list[str]:
     if page.parent.name == "benchmarks":  # the output of scripts is indented too
         lines = [line for line in lines if line.startswith("python ")]
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def script_of(words: list[str]) -> str:
+    """The script of a command line of `ssld`, without this word; of evaluations and exports by the name of the model's file, as of its kind."""
+    module = COMMANDS[words[0]][0]
+    if words[0] in _BY_KIND and "--model" in words:
+        name = Path(words[words.index("--model") + 1]).name
+        module = _BY_KIND[words[0]][1]["detector" if name.startswith("detector") else "backbone"]
+    return f"{(module or 'ssld.pipelines.cli').removeprefix('ssld.').replace('.', '/')}.py"
 
 
 def shrunk(script: str, words: list[str]) -> list[str]:

@@ -9,11 +9,11 @@ import yaml
 
 from ssld.pipelines import doctor
 from ssld.pipelines.cli import COMMANDS
-from ssld.pipelines.runner.stages import KINDS, build_stages, read_pipeline
+from ssld.pipelines.runner.stages import KINDS, build_stages, find_pipeline, read_pipeline
 from ssld.shared.config.settings import parse_config
 from ssld.stage1_ssld.data_config import DataConfig, LossConfig, TeacherConfig
 from ssld.stage2_detect.augment_config import AugmentConfig
-from tests.docs_sandbox import ROOT, commands
+from tests.docs_sandbox import ROOT, commands, script_of
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 RESULTS = sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
@@ -28,17 +28,16 @@ def check(line: str) -> None:
         words = shlex.split(words[3])
     if words[0] == "ssld":
         assert words[1] in COMMANDS, line
-        module = COMMANDS[words[1]][0]
-        if not module:
+        words = ["python", script_of(words[1:]), *words[2:]]
+        if words[1] == "pipelines/cli.py":
             return
-        words = ["python", f"{module.removeprefix('ssld.').replace('.', '/')}.py", *words[2:]]
     script = next((word for word in words if word in TYPES), None)
     if script:
         arguments = words[words.index(script) + 1 :]
         output = [] if "--output" in arguments else ["--output", "runs/x"]
         parse_config(TYPES[script], [*arguments, *output], program=script)
     elif words[:2] == ["python", "pipelines/run.py"]:
-        file = ROOT / words[2]
+        file = find_pipeline(words[2])
         switches = {"--dry-run", "--estimate", "--smoke"} & set(words)
         given = [word for word in words[3:] if word not in switches]
         flags = dict(zip(given[::2], given[1::2], strict=True))
@@ -50,7 +49,7 @@ def check(line: str) -> None:
         build_stages(pipeline, file, output=pipeline.output, variables=variables)
     elif words[:2] == ["python", "pipelines/doctor.py"]:
         settings = doctor.parser().parse_args(words[2:]).settings
-        assert settings is None or (ROOT / settings).exists(), line
+        assert settings is None or find_pipeline(settings).exists(), line
     else:
         assert words[0] in ("pip", "python"), line
         assert all((ROOT / word).exists() for word in words if word.endswith(".py")), line
@@ -84,10 +83,12 @@ def test_the_pages_have_commands(name: str) -> None:
 
 
 @pytest.mark.parametrize("file", PIPELINES, ids=lambda file: file.name)
-def test_the_command_in_the_header_of_a_pipeline_starts_it(file: Path) -> None:
+def test_the_command_in_the_header_of_a_pipeline_starts_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header = file.read_text(encoding="utf-8").partition("output:")[0]
-    lines = re.findall(r"^# {5}(python .*)$", header, flags=re.MULTILINE)
-    assert lines[0].startswith(f"python pipelines/run.py {file.relative_to(ROOT)}")
+    lines = re.findall(r"^# {5}((?:ssld|python) .*)$", header, flags=re.MULTILINE)
+    name = file.stem if file.is_relative_to(ROOT / "pipelines") else str(file.relative_to(ROOT))
+    assert re.match(rf"ssld run {re.escape(name)}( |$)", lines[0])
+    monkeypatch.chdir(ROOT)
     for line in lines:
         check(line)
 

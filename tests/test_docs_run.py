@@ -21,7 +21,7 @@ from ssld.pipelines.runner.estimate import Rate
 from ssld.pipelines.runner.launch import Outcome, Signals
 from ssld.pipelines.runner.stages import KINDS, Stage
 from ssld.stage2_detect import check_data
-from tests.docs_sandbox import ROOT, TINY, Sandbox, build, commands, shrunk, tiny_pipeline
+from tests.docs_sandbox import ROOT, TINY, Sandbox, build, commands, script_of, shrunk, tiny_pipeline
 
 PAGES = [
     ROOT / "README.md",
@@ -56,6 +56,11 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, call: Callable[..., int], s
         return Outcome(call(main_of(stage.kind.script), list(stage.arguments)))
 
     monkeypatch.chdir(sandbox.folder)
+    for place in ("folder", "runner.stages"):  # the pipelines of the sandbox are the shipped ones
+        monkeypatch.setattr(f"ssld.pipelines.{place}.ROOT", sandbox.folder)
+    for kind in KINDS.values():
+        if recipes := kind.config_type.recipes:
+            monkeypatch.setattr(kind.config_type, "recipes", sandbox.folder / recipes.relative_to(ROOT))
     for place in ("ssld.pipelines.run", "ssld.pipelines.runner.trial"):
         monkeypatch.setattr(f"{place}.run_stage", run_here)
     for module in (doctor, init):
@@ -150,8 +155,11 @@ def program(line: str) -> tuple[str, list[str]]:
     words = shlex.split(line)
     if words[:3] == ["srun", "bash", "-c"]:
         words = shlex.split(words[3])
-    if words[0] == "ssld" or words[:3] == ["python", "-m", "ssld.pipelines.cli"]:
-        return "pipelines/cli.py", words[1 if words[0] == "ssld" else 3 :]
+    if words[:3] == ["python", "-m", "ssld.pipelines.cli"]:
+        words = ["ssld", *words[3:]]
+    if words[0] == "ssld":
+        script = script_of(words[1:])
+        return (script, words[2:]) if script in TINY else ("pipelines/cli.py", words[1:])
     place = next((number for number, word in enumerate(words) if word.endswith(".py")), None)
     known = words[0] in ("python", "accelerate", "torchrun") and place is not None
     assert known, (

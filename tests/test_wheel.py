@@ -133,7 +133,8 @@ def test_a_pipeline_runs_from_the_wheel(installed: tuple[Path, Path]) -> None:
 
 
 def test_from_photos_to_a_detector(installed: tuple[Path, Path], tmp_path: Path) -> None:
-    """`init` with a real trial, `run`, `predict` and `report`, from an empty folder; the time that `init` told is that of the dry run."""
+    """`init` with a real trial, `run`, `predict` and `report`, all from another folder than the pipeline's, which the last run starts from; the time
+    that `init` told is that of the dry run."""
     command, _ = installed
     folder = tmp_path / "photos of mine"
     write_coco(tmp_path / "all.json", folder, 0, count=12)
@@ -148,17 +149,20 @@ def test_from_photos_to_a_detector(installed: tuple[Path, Path], tmp_path: Path)
         "--minutes",
         "600",
     ]
-    told = run(command, "init", *words, "--output", "mine.yaml", cwd=tmp_path, **quiet)
+    told = run(command, "init", *words, "--output", "my/mine.yaml", cwd=tmp_path, **quiet)
     assert "trial of detector: 3 steps" in told
-    planned = run(command, "run", "mine.yaml", "--dry-run", cwd=tmp_path, **quiet)
+    planned = run(command, "run", "my/mine.yaml", "--dry-run", cwd=tmp_path, **quiet)
     time = re.search(r"  detector +(about [^;]+);", told)
     assert time
     assert f"; {time[1]}; " in planned
     shorter = ["--stages.detector.steps", "2", "--stages.detector.evaluate_every", "null"]
-    run(command, "run", "mine.yaml", *shorter, cwd=tmp_path, **quiet)
-    model, photo = tmp_path / "runs/mine/detector/detector.safetensors", next(folder.iterdir())
+    out = run(command, "run", "my/mine.yaml", *shorter, cwd=tmp_path, **quiet)
+    assert "results: my/runs/mine, my/runs/mine/report/report.html\n" in out
+    again = run(command, "run", "mine.yaml", *shorter, cwd=tmp_path / "my", **quiet)
+    assert again.count(": finished earlier\n") == 3
+    model, photo = tmp_path / "my/runs/mine/detector/detector.safetensors", next(folder.iterdir())
     run(command, "predict", "--model", model, "--images", photo, "--output", "found", cwd=tmp_path, **quiet)
     assert (tmp_path / "found" / "predictions.json").is_file()
-    (tmp_path / "runs/mine/report/report.html").unlink()
-    run(command, "report", "--runs", "runs/mine", cwd=tmp_path, **quiet)
-    assert "<html" in (tmp_path / "runs/mine/report/report.html").read_text()
+    (tmp_path / "my/runs/mine/report/report.html").unlink()
+    run(command, "report", "--runs", "my/runs/mine", cwd=tmp_path, **quiet)
+    assert "<html" in (tmp_path / "my/runs/mine/report/report.html").read_text()

@@ -20,6 +20,7 @@ from PIL import Image
 
 from ssld.pipelines.checks.machine import Line
 from ssld.pipelines.config import ROOT
+from ssld.pipelines.folder import shown
 from ssld.shared.config.settings import CommandConfig
 from ssld.shared.files import escaped, list_images, spread
 from ssld.shared.tally import Tally
@@ -110,20 +111,19 @@ def folder_lines(folder: Path, *, most: int = MOST) -> list[Line]:
             broken.append(name)
         else:
             digests[hashlib.sha256(content).digest()] += 1
-    text = f"{folder}: {count(len(names), 'image')}"
+    place = shown(folder)
+    text = f"{place}: {count(len(names), 'image')}"
     lines = [Line("ok", "images", text + (f", {most:,} of them were opened" if len(opened) < len(names) else ""))]
     if loss := tally.bulk_loss():
-        lines.append(Line("fault", "images", f"{folder}: {loss}: training stops unless data.allow_loss is true"))
+        lines.append(Line("fault", "images", f"{place}: {loss}: training stops unless data.allow_loss is true"))
     elif dropped := tally.describe():
-        lines.append(Line("warning" if tally.dropped("image") else "note", "images", f"{folder}: {dropped}"))
+        lines.append(Line("warning" if tally.dropped("image") else "note", "images", f"{place}: {dropped}"))
     if broken:
         stops = len(broken) > 1 and len(broken) > 0.01 * len(opened)
         effect = "training stops: more than 1 %" if stops else "training skips them"
         which = f"{count(len(broken), 'image')} of {len(opened):,} cannot be read ({escaped(broken[0])})"
-        lines.append(Line("fault" if stops else "warning", "images", f"{folder}: {which}: {effect}"))
+        lines.append(Line("fault" if stops else "warning", "images", f"{place}: {which}: {effect}"))
     copies = sum(digests.values()) - len(digests)
     if copies:
-        lines.append(
-            Line("note", "images", f"{folder}: {count(copies, 'image')} with the same content as another file")
-        )
+        lines.append(Line("note", "images", f"{place}: {count(copies, 'image')} with the same content as another file"))
     return lines

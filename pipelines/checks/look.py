@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ssld.pipelines.checks.machine import Line
 from ssld.pipelines.checks.settings import stages_of
+from ssld.pipelines.folder import shown
 from ssld.pipelines.runner.launch import Signals, run_stage
 from ssld.pipelines.runner.stages import Stage
 from ssld.pipelines.runner.trial import with_settings, without_evaluation
@@ -36,10 +37,10 @@ def sheet_lines(file: Path, folder: Path, variables: dict[str, str]) -> Iterator
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--look {folder}: cannot be made ({error.strerror}); give another folder") from None
-    with tempfile.TemporaryDirectory(prefix="ssld_look_") as temporary, Signals() as signals:
+        raise UserError(f"--look {shown(folder)}: cannot be made ({error.strerror}); give another folder") from None
+    with Signals(kill=True) as signals, tempfile.TemporaryDirectory(prefix="ssld_look_") as temporary:
         for stage in stages:
-            absent = [str(path) for path in stage.config.inputs().values() if not path.exists()]
+            absent = [str(shown(path)) for path in stage.config.inputs().values() if not path.exists()]
             if waits := sorted(stage.needs - done):
                 yield Line("note", "look", f"{stage.name}: no sheet yet, it reads from {some(waits)}")
             elif absent:
@@ -60,7 +61,7 @@ def _sheet_line(stage: Stage, temporary: Path, folder: Path, signals: Signals) -
     if not sheet.is_file():
         return Line("fault", "look", f"{stage.name}: {' '.join(outcome.lines)}")
     shutil.copyfile(sheet, folder / f"{stage.name}.jpg")
-    return Line("ok", "look", f"{stage.name}: {folder / f'{stage.name}.jpg'}")
+    return Line("ok", "look", f"{stage.name}: {shown(folder / f'{stage.name}.jpg')}")
 
 
 def _alone(stage: Stage) -> Stage:

@@ -12,6 +12,7 @@ from typing import Any
 from ssld.pipelines.checks.data import DataNeeds, DataSet, folder_lines, folders_of, words_of
 from ssld.pipelines.checks.machine import Level, Line
 from ssld.pipelines.config import CommandName
+from ssld.pipelines.folder import shown
 from ssld.pipelines.runner.cost import total_text
 from ssld.pipelines.runner.estimate import Costs, expected_costs
 from ssld.pipelines.runner.plan import make_plan, unnamed_networks
@@ -30,12 +31,21 @@ _NO_OUTPUT = "runs/unnamed"
 """placeholder for an output that the file leaves to the command line"""
 
 
+def is_pipeline(file: Path) -> bool:
+    """Return whether a settings file is that of a pipeline; False for one that cannot be read, which its check reports."""
+    try:
+        return "stages" in read_recipe(file)
+    except UserError:
+        return False
+
+
 def settings_lines(
     file: Path, probe: dict[str, Any], variables: dict[str, str], *, quick: bool = False
 ) -> tuple[list[Line], dict[DataSet, DataNeeds]]:
     """Check a settings file, and open its images unless `quick`.
 
-    Returns (findings, {existing detection data set: what training needs of it}). Raises UserError if the file does not exist.
+    Returns (findings, {existing detection data set: what training needs of it}), with paths as the user can open them. Raises UserError if the
+    file does not exist.
     """
     try:
         commands, lines = _commands(file, variables)
@@ -48,7 +58,7 @@ def settings_lines(
     for name, config in commands:
         for line in _fits(config, probe):
             stages_of.setdefault((line.level, line.text), []).append(name)
-        data = _detection_data(config)
+        data = _shown(_detection_data(config))
         if data and isinstance(config, TrainConfig):
             before = data_sets.get(data, DataNeeds(masks=False, allow_loss=True))
             data_sets[data] = DataNeeds(
@@ -64,6 +74,11 @@ def settings_lines(
         for folder in dict.fromkeys(folder for _, config in commands for folder in folders_of(config)):
             lines += folder_lines(folder)
     return lines, data_sets
+
+
+def _shown(data: DataSet | None) -> DataSet | None:
+    """Return the words that name a data set with paths as the user can open them."""
+    return data and tuple(word if word.startswith(("--", "hub:")) else str(shown(Path(word))) for word in data)
 
 
 def stages_of(file: Path, variables: dict[str, str]) -> list[Stage]:
@@ -124,7 +139,7 @@ def _time_line(costs: Costs, file: Path) -> Line:
     if costs.remembered:
         parts.append(f"{count(len(costs.remembered), 'stage')} by the last known rate of this machine")
     if None in costs.times.values() or costs.remembered:
-        parts.append(f"ssld run {file} --dry-run --estimate measures it")
+        parts.append(f"ssld run {shown(file)} --dry-run --estimate measures it")
     return Line("ok", "time", "; ".join(parts))
 
 

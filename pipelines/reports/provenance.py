@@ -57,6 +57,54 @@ def compared(table: TableConfig, runs: Path) -> str | None:
     return f"Compared: {', '.join([detector or backbones, *facts])}. {'. '.join(clauses)}."
 
 
+def alone(table: TableConfig, runs: Path) -> tuple[str, str] | None:
+    """Say what the AP of a table with one detector is of, and how to compare it; None for other tables, and while its AP is not measured.
+
+    Returns:
+        a sentence on the detector, its photos and that nothing was compared; the lines that compare it.
+    """
+    rows = [row for row in table.rows.values() if row.detector]
+    if len(rows) != 1 or table.gain is not None:
+        return None
+    run, settings = _detector_settings(rows[0].detector, runs)
+    training = _training(rows[0].detector, runs)
+    if run is None or training is None or "AP" not in _metrics(runs / rows[0].detector[0]):
+        return None
+    start, facts = training
+    of_training = _images_read(run, "data.train") if _setting(settings, "data", "keep_empty") is not False else None
+    seen = _metrics(run).get("images_seen")
+    if of_training and isinstance(seen, int):
+        facts = [fact for fact in facts if not fact.endswith(" seen")]
+        facts.append(f"{seen / of_training:.3g} passes over {count(of_training, 'photo')}")
+    stage = runs / rows[0].detector[0]
+    evaluated = _images_read(stage, "annotations") or _images_read(stage, "data.val")
+    facts += [f"evaluated on {count(evaluated, 'photo')}"] if evaluated else []
+    like = f"with like: {run.name}, " if run.is_relative_to(runs) else ""
+    return (
+        f"One detector, from {start}: {', '.join(facts)}. Nothing was compared.",
+        "To compare it with one whose backbone stage 1 has trained: ssld init --unlabeled DIR --distill yes. "
+        f"With one of other settings: a second stage {like}its evaluation, and gain in the table.",
+    )
+
+
+def _metrics(run: Path) -> dict[str, Any]:
+    """Return the metrics of a run; empty if they are missing or damaged."""
+    try:
+        metrics = (read_result(run) or {}).get("metrics")
+    except (*MALFORMED, UserError):
+        return {}
+    return metrics if isinstance(metrics, dict) else {}
+
+
+def _images_read(run: Path, place: str) -> int | None:
+    """Return the number of images that a run has read from the sources whose setting begins with `place`; None if it is not recorded."""
+    try:
+        read = (read_result(run) or {})["read"]
+        return sum(int(tally["image"]["kept"]) for key, tally in read.items() if key.startswith(place)) or None
+    except (*MALFORMED, UserError):
+        return None
+
+
 def origin(row: RowConfig, runs: Path) -> str | None:
     """Describe the training of a row's backbone and detector from their run directories; None if neither is known.
 
@@ -169,11 +217,7 @@ def _made_by(backbone: str, runs: Path) -> Path | None:
 
 def _extent(run: Path, settings: dict[str, Any], group: str, key: str) -> list[str]:
     """Return the number of images seen in training (repeats included) and their size, in words."""
-    try:
-        images_seen = ((read_result(run) or {}).get("metrics") or {}).get("images_seen")
-    except (*MALFORMED, UserError):
-        images_seen = None
-    side = settings[group].get(key) if isinstance(settings.get(group), dict) else None
+    images_seen, side = _metrics(run).get("images_seen"), _setting(settings, group, key)
     words = [f"{count(images_seen, 'image')} seen"] if isinstance(images_seen, int) else []
     return words + ([f"{side} px"] if isinstance(side, int) else [])
 
@@ -186,8 +230,12 @@ def _settings(run: Path) -> dict[str, Any]:
         return {}
 
 
+def _setting(settings: dict[str, Any], group: str, key: str) -> Any:
+    return settings[group].get(key) if isinstance(settings.get(group), dict) else None
+
+
 def _text(settings: dict[str, Any], group: str, key: str) -> str | None:
-    value = settings[group].get(key) if isinstance(settings.get(group), dict) else None
+    value = _setting(settings, group, key)
     return value if isinstance(value, str) else None
 
 

@@ -12,6 +12,7 @@ because both are evaluated on the same images. Rows with different runs have a d
 
 import json
 import math
+import os
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from ssld.pipelines.config import PipelineConfig, RowConfig, TableConfig
 from ssld.pipelines.reports.audit_view import images_of
+from ssld.pipelines.reports.provenance import alone
 from ssld.shared.config.settings import validate
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import write_atomically
@@ -45,7 +47,7 @@ _STUDENT = (
     2.306,
     2.262,
 )  # the same of Student's t with 1 to 9 degrees of freedom
-_RECORD = "pipeline.json"  # beside the run directories
+RECORD = "pipeline.json"  # beside the run directories
 SMOKE = "smoke sizes: these numbers only show that everything runs"
 
 
@@ -56,6 +58,8 @@ class Record:
     name: str
     smoke: bool
     pipeline: PipelineConfig
+    folder: Path | None = None
+    """folder that the relative paths in the records of the stages begin in; None: not recorded, as by version 0.2, or the runs were moved away"""
 
 
 @dataclass(frozen=True)
@@ -167,23 +171,32 @@ def objects_of(table: TableConfig, output: Path) -> int | None:
 
 
 def write_record(output: Path, record: Record) -> None:
-    """Write the record into the folder of the run directories."""
-    content = {"name": record.name, "smoke": record.smoke, "pipeline": record.pipeline.model_dump(mode="json")}
-    write_atomically(output / _RECORD, json.dumps(content, indent=1) + "\n")
+    """Write the record into the folder of the run directories; the current folder is that of the pipeline."""
+    content = {
+        "name": record.name,
+        "smoke": record.smoke,
+        "folder": os.path.relpath(Path.cwd(), output),  # which holds after all is moved together
+        "output": str(output),
+        "pipeline": record.pipeline.model_dump(mode="json"),
+    }
+    write_atomically(output / RECORD, json.dumps(content, indent=1) + "\n")
 
 
 def read_record(output: Path) -> Record | None:
     """Read the record in a folder; None if there is none. Raises UserError if it is unreadable."""
-    file = output / _RECORD
+    file = output / RECORD
     if not file.is_file():
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         name, smoke, pipeline = (content[key] for key in ("name", "smoke", "pipeline"))
         pipeline.items()
+        folder = Path(os.path.abspath(output / content["folder"])) if "folder" in content else None
+        moved_away = folder and os.path.abspath(folder / content["output"]) != os.path.abspath(output)
     except (OSError, *MALFORMED):
         raise UserError(f"{file}: not readable; delete it and give --pipeline") from None
-    return Record(str(name), bool(smoke), validate(PipelineConfig, pipeline, source=str(file)))
+    there = folder.resolve() if folder and not moved_away and folder.is_dir() else None
+    return Record(str(name), bool(smoke), validate(PipelineConfig, pipeline, source=str(file)), there)
 
 
 def table_text(table: TableConfig, output: Path, *, smoke: bool = False) -> str:
@@ -213,6 +226,7 @@ def table_text(table: TableConfig, output: Path, *, smoke: bool = False) -> str:
             lines.append(intervals_note(table))
         if (objects := objects_of(table, output)) is not None and objects < FEW_OBJECTS:
             lines.append(few_objects_text(objects))
+    lines += alone(table, output) or ()
     if smoke:
         lines.append(SMOKE)
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from ssld.shared.config.settings import dump
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.files import user_cache, write_atomically
 from ssld.shared.machine import cores
-from ssld.shared.wording import count, duration
+from ssld.shared.wording import duration
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
 from ssld.stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
@@ -180,16 +180,15 @@ def expected_costs(plan: list[Planned], output: Path) -> Costs:
 
 
 def time_text(times: dict[str, float | None]) -> str:
-    """Format the sum of the seconds of stages, by name; None if unknown."""
+    """Format the sum of the seconds of stages, by name, and name those whose time is unknown (None)."""
     if not times:
         return "nothing to run"
     known = [time for time in times.values() if time is not None]
-    missing = len(times) - len(known)
-    if not missing:
-        return f"about {duration(sum(known))}"
+    missing = [name for name, time in times.items() if time is None]
     if not known:
         return "unknown time"
-    return f"about {duration(sum(known))}, and {count(missing, 'stage')} of unknown time"
+    left_out = f", and {', '.join(missing)} of unknown time" if missing else ""
+    return f"about {duration(sum(known))}{left_out}"
 
 
 def rate_key(stage: Stage, output: Path) -> str:

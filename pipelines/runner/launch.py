@@ -14,20 +14,23 @@ import sys
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO
+from typing import IO, Any
 
 from ssld.pipelines.runner.stages import KINDS, Stage, own_file, typed_name
 from ssld.shared.config.command import STOPPED, USER_ERROR
+from ssld.shared.errors import Stopped
 from ssld.shared.run_dir import read_result
 from ssld.shared.terminal import say
 
 TAIL_LINES = 15
 _GRACE_SECONDS = 600  # after a signal: time to end the step and write the checkpoint
 _ERROR = b"error: "  # beginning of a line about a user's mistake
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LINGER_SECONDS = 10  # after a normal end: time for loader processes to exit
 
 
@@ -42,19 +45,21 @@ class Outcome:
 class Signals:
     """Context manager that forwards SIGINT, SIGTERM and SIGHUP to the running stage; signals ignored by `nohup` stay ignored.
 
+    Args:
+        kill: whether the stage is killed instead, because nothing of its work will be kept.
+
     Attributes:
         received: the first signal received, or None.
         group: process group of the running stage, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, kill: bool = False) -> None:
         self.received: int | None = None
         self.group: int | None = None
+        self._kill = kill
 
     def __enter__(self) -> "Signals":
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        handled = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._forward) for number in handled}
+        self._before = _handled_by(self.forward)
         return self
 
     def __exit__(
@@ -63,11 +68,49 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _forward(self, number: int, frame: FrameType | None) -> None:
+    def forward(self, number: int, frame: FrameType | None = None) -> None:
+        """Pass a signal on to the running stage."""
         self.received = self.received or number
-        if self.group is not None:
+        if self.group is not None and self._kill:
+            _kill_all(self.group)
+        elif self.group is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.group, number)
+
+
+@contextmanager
+def stoppable(message: str) -> Iterator[None]:
+    """Raise Stopped with this message at SIGINT, SIGTERM and SIGHUP, so that what surrounds the work is cleared up; ignored signals stay ignored."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(message)
+
+    before = _handled_by(stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Set the handler of the signals that stop a command, unless they are ignored; return the handlers before."""
+    handled = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in handled}
+
+
+def _kill_all(group: int) -> None:
+    """Kill a process group and all processes below its leader: torch's launcher starts each rank in a group of its own."""
+    import psutil
+
+    below: list[psutil.Process] = []
+    with suppress(psutil.Error):
+        below = psutil.Process(group).children(recursive=True)
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+    for process in below:
+        with suppress(psutil.Error):
+            process.kill()
 
 
 def command_line(stage: Stage) -> list[str]:
@@ -111,8 +154,7 @@ def run_stage(stage: Stage, console: Path, signals: Signals, *, quiet: bool = Fa
         )
         signals.group = process.pid
         if signals.received:  # between two stages
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signals.received)
+            signals.forward(signals.received)
         assert process.stdout is not None
         reader = threading.Thread(target=_pass_through, args=(process.stdout, log, tail, errors, quiet), daemon=True)
         reader.start()

@@ -10,6 +10,7 @@ from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
+from ssld.pipelines.folder import missing_text, shown
 from ssld.pipelines.runner.stages import Stage, followers
 from ssld.shared.config.settings import CommandConfig
 from ssld.shared.errors import UserError
@@ -56,7 +57,7 @@ def make_plan(stages: list[Stage], redo: set[str]) -> list[Planned]:
         if refused:
             differences = "; ".join(refused[:4])
             errors.append(
-                f"stage {stage.name}: {stage.run} holds a run with another configuration ({differences}); "
+                f"stage {stage.name}: {shown(stage.run)} holds a run with another configuration ({differences}); "
                 f"--redo {stage.name} computes it and the stages that depend on it again"
             )
         elif planned.state != "new" and waits_for and not stage.kind.remake:
@@ -129,9 +130,9 @@ def erase(stages: list[Stage], redo: set[str], output: Path) -> list[Path]:
     with ExitStack() as locks:
         for run in doomed:
             if run.is_symlink() or not run.resolve().is_relative_to(output.resolve()):
-                raise UserError(f"{run}: not a folder inside {output}; delete it yourself")
+                raise UserError(f"{shown(run)}: not a folder inside {shown(output)}; delete it yourself")
             if not (run / "config.yaml").is_file():
-                raise UserError(f"{run}: not a run directory; delete it yourself")
+                raise UserError(f"{shown(run)}: not a run directory; delete it yourself")
             locks.enter_context(_locked(run))
         for run in reversed(doomed):
             run.rename(output / f"{_DOOMED}{run.name}")
@@ -153,7 +154,7 @@ def _locked(run: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"{run}: in use by another process; wait for it before you compute the stage again"
+                f"{shown(run)}: in use by another process; wait for it before you compute the stage again"
             ) from None
         yield
 
@@ -189,7 +190,7 @@ def _inputs(
             digests[key] = input_digest(path, stage.run)
         else:
             hint = f"; --redo {writer.name} makes it again" if writer else ""
-            missing[path] = f"{key}: {path}: no such file or folder{hint}"
+            missing[path] = f"{key}: {missing_text(path)}{hint}"
     return digests, missing
 
 
@@ -205,5 +206,5 @@ def _compare(stage: Stage, digests: dict[str, str], erased: set[str]) -> tuple[P
         return Planned(stage, "done" if same and not refused else "new"), []
     if result is None or permitted:
         return Planned(stage, "begun", tuple(f"changed since the last start: {line}" for line in permitted)), refused
-    notes = tuple(f"{stage.run / name} is missing or has changed; recomputing it" for name in changed)
+    notes = tuple(f"{shown(stage.run / name)} is missing or has changed; recomputing it" for name in changed)
     return Planned(stage, "damaged" if notes else "done", notes), refused

@@ -9,7 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ssld.pipelines.config import (
     REFERENCE,
@@ -21,9 +21,11 @@ from ssld.pipelines.config import (
     flatten,
     located,
 )
+from ssld.pipelines.folder import inside_folder_of, left_behind, missing_text, rebased_value, shown
 from ssld.pipelines.toy_data import ToyDataConfig
 from ssld.shared.config.settings import CommandConfig, did_you_mean, parse_config, validate
 from ssld.shared.config.training import TrainingConfig
+from ssld.shared.config.words import takes_path
 from ssld.shared.config.yaml_files import read_settings
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.config import (
@@ -147,7 +149,7 @@ class Stage:
 
 
 def read_pipeline(file: Path, given: dict[str, dict[str, str]] | None = None, *, smoke: bool = False) -> PipelineConfig:
-    """Read a pipeline from a YAML file.
+    """Read a pipeline from a YAML file, which may be in another folder than the current one.
 
     Args:
         given: {stage: {dotted key: value}} that replace settings of the file, for stages `like` it too.
@@ -156,21 +158,43 @@ def read_pipeline(file: Path, given: dict[str, dict[str, str]] | None = None, *,
     Raises:
         UserError: one line per wrong key, or an unknown stage in `given`.
     """
-    values = read_settings(file)
+    values, source = read_settings(file), str(shown(file))
     stages = values.get("stages")
     known = stages if isinstance(stages, dict) else {}
     sets = [stage.get("set") for stage in known.values() if isinstance(stage, dict)]
     in_file = {key for one in sets if isinstance(one, dict) for key, _ in flatten(one)}
-    for name, settings in (given or {}).items():
-        if not isinstance(known.get(name), dict):
-            raise UserError(f"--stages.{name}: no such stage{did_you_mean(name, list(known))}")
-        known[name] = {**known[name], "set": _with_given(known[name].get("set", {}), settings, in_file)}
-    pipeline = validate(PipelineConfig, values, source=str(file))
+    with inside_folder_of(file):
+        for name, settings in (given or {}).items():
+            if not isinstance(known.get(name), dict):
+                raise UserError(f"--stages.{name}: no such stage{did_you_mean(name, list(known))}")
+            settings = _with_paths(_command(name, known), settings)
+            known[name] = {**known[name], "set": _with_given(known[name].get("set", {}), settings, in_file)}
+        pipeline = validate(PipelineConfig, values, source=source)
     for name, settings in (given or {}).items() if smoke else ():
         command = pipeline.stages[name].command
         for key in dict(flatten(pipeline.smoke.get(command, {}))).keys() & settings.keys():
             raise UserError(f"--stages.{name}.{key}: the section smoke of the file sets it too; leave out this flag")
     return pipeline
+
+
+def _command(name: str, stages: dict[str, Any]) -> Any:
+    """Return the command of a stage, its own or that of the stage it is like; None for a file with mistakes, which its check reports."""
+    for _ in stages:
+        stage = stages.get(name)
+        if not isinstance(stage, dict):
+            return None
+        if "command" in stage:
+            return stage["command"]
+        name = str(stage.get("like"))
+    return None
+
+
+def _with_paths(command: Any, given: dict[str, str]) -> dict[str, str]:
+    """Return settings of the command line with their paths as they are written in the current folder."""
+    if command not in get_args(CommandName):
+        return given
+    kind = KINDS[command]
+    return {k: rebased_value(v) if takes_path(kind.config_type, k.split(".")) else v for k, v in given.items()}
 
 
 def _with_given(own: Any, given: dict[str, str], in_file: set[str]) -> Any:
@@ -189,25 +213,26 @@ def build_stages(
     variables: dict[str, str] | None = None,
     smoke: bool = False,
 ) -> list[Stage]:
-    """Build every stage, with its command line parsed and checked.
+    """Build every stage, with its command line parsed and checked; inside the pipeline's folder, where relative paths begin.
 
     Args:
         pipeline: content of `file`.
         output: folder of the run directories.
-        variables: values that replace those in the file.
+        variables: values that replace those in the file, with paths as the user has typed them.
         smoke: whether to apply the file's `smoke` settings.
 
     Raises:
         UserError: one line per mistake, over all stages.
     """
     names = _variables(pipeline, file, variables or {}) | {"output": str(output), "pipeline": str(file)}
+    paths = {name: rebased_value(value) for name, value in (variables or {}).items()}
     stages: list[Stage] = []
     errors: list[str] = []
     for name, settings in pipeline.stages.items():
         try:
             _check_name(name, names)
             extra = pipeline.smoke.get(settings.command, {}) if smoke else {}
-            stages.append(_build_stage(name, settings, extra, names, output, stages))
+            stages.append(_build_stage(name, settings, extra, (names, paths), output, stages))
         except UserError as error:
             errors += [f"stage {name}: {line}" for line in str(error).splitlines()]
         names = {**names, name: str(output / name)}
@@ -258,19 +283,31 @@ def flags(values: dict[str, Any]) -> list[str]:
 
 
 def _build_stage(
-    name: str, settings: StageConfig, extra: dict[str, Any], names: dict[str, str], output: Path, earlier: list[Stage]
+    name: str,
+    settings: StageConfig,
+    extra: dict[str, Any],
+    names: tuple[dict[str, str], dict[str, str]],
+    output: Path,
+    earlier: list[Stage],
 ) -> Stage:
+    """Build a stage with its settings and `extra` on top; `names` are the values of ${NAME}, and those of the names that may be paths."""
     kind = KINDS[settings.command]
     if settings.processes > 1 and kind.one_process:
         raise UserError(f"{settings.command} runs as one process; remove processes: {settings.processes}")
     used: set[str] = set()
-    values = dict(flatten(_substitute(settings.set, names, used))) | dict(flatten(_substitute(extra, names, used)))
+    values = {}
+    for key, value in (*flatten(settings.set), *flatten(extra)):
+        paths = names[1] if takes_path(kind.config_type, key.split(".")) else {}
+        values[key] = _substitute(value, names[0], used, paths)
     for key in ("output", "config"):
         if key in values:
             raise UserError(f"set.{key}: not allowed; the runner sets --{key}")
     arguments = [*flags(values), "--output", str(output / name)]
     if settings.config:
-        arguments = ["--config", located(_substitute(settings.config, names, used)), *arguments]
+        file = Path(located(_substitute(settings.config, names[0], used, names[1])))
+        if file.suffix and left_behind(file):  # without one it may be the name of a recipe
+            raise UserError(f"config: {missing_text(file)}")
+        arguments = ["--config", str(file), *arguments]
     config = parse_config(kind.config_type, arguments, program=kind.script)
     needs = {stage.name for stage in earlier if stage.name in used or "output" in used}
     for path in config.inputs().values():
@@ -289,18 +326,18 @@ def _variables(pipeline: PipelineConfig, file: Path, given: dict[str, str]) -> d
     values = pipeline.variables | given
     for name, value in values.items():
         if name in ("output", "pipeline"):
-            raise UserError(f"{file}: variables.{name}: this name is reserved by the runner")
+            raise UserError(f"{shown(file)}: variables.{name}: this name is reserved by the runner")
         if value is None:
-            raise UserError(f"{file}: variable {name} has no value; give it as --variables.{name} VALUE")
+            raise UserError(f"{shown(file)}: variable {name} has no value; give it as --variables.{name} VALUE")
     return {name: str(value) for name, value in values.items()}
 
 
-def _substitute(value: Any, names: dict[str, str], used: set[str]) -> Any:
-    """Replace every ${NAME} in `value`; the names are added to `used`."""
+def _substitute(value: Any, names: dict[str, str], used: set[str], paths: dict[str, str]) -> Any:
+    """Replace every ${NAME} in `value`, at the beginning of a path by that of `paths` if it has one; the names are added to `used`."""
     if isinstance(value, dict):
-        return {key: _substitute(inner, names, used) for key, inner in value.items()}
+        return {key: _substitute(inner, names, used, paths) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_substitute(inner, names, used) for inner in value]
+        return [_substitute(inner, names, used, paths) for inner in value]
     if not isinstance(value, str):
         return value
 
@@ -311,7 +348,8 @@ def _substitute(value: Any, names: dict[str, str], used: set[str]) -> Any:
                 f"${{{name}}}: no variable and no earlier stage of this name{did_you_mean(name, list(names))}"
             )
         used.add(name)
-        return names[name]
+        begins_path = match.start() == 0 and value[match.end() : match.end() + 1] in ("", "/")
+        return paths.get(name, names[name]) if begins_path else names[name]
 
     return REFERENCE.sub(replacement, value)
 

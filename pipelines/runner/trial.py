@@ -52,11 +52,11 @@ def measure(plan: list[Planned], build: Callable[[Path], list[Stage]], output: P
 
     Raises:
         UserError: a stage failed in the trial.
-        Stopped: after Ctrl-C or SIGTERM.
+        Stopped: after Ctrl-C or SIGTERM, at once.
     """
     keys = {planned.stage.name: rate_key(planned.stage, output) for planned in plan}
     done = {planned.stage.name for planned in plan if planned.state == "done"}
-    with tempfile.TemporaryDirectory(prefix="ssld_trial_") as folder, Signals() as signals:
+    with Signals(kill=True) as signals, tempfile.TemporaryDirectory(prefix="ssld_trial_") as folder:
         stages = build(Path(folder))
         needed = _needed(stages, {name for name, key in keys.items() if key not in rates and name not in done}) - done
         ready: set[str] = set()
@@ -71,6 +71,8 @@ def measure(plan: list[Planned], build: Callable[[Path], list[Stage]], output: P
             elif isinstance(stage.config, EVALUATIONS) and key not in rates:
                 rate = evaluation_rate(stage, stages, {other.name: rates.get(keys[other.name]) for other in stages})
                 rates |= {key: rate} if rate else {}
+            if signals.received:
+                raise Stopped("trial: stopped")
 
 
 def _needed(stages: list[Stage], unknown: set[str]) -> set[str]:
@@ -91,7 +93,7 @@ def _try_stage(stage: Stage, signals: Signals) -> Rate:
     outcome = run_stage(stage if whole else shortened(stage), stage.run.with_suffix(".trial.txt"), signals, quiet=True)
     total = time.monotonic() - begun
     if signals.received:
-        raise Stopped(f"trial of {stage.name}: stopped; the rates of the stages before it are kept")
+        raise Stopped(f"trial of {stage.name}: stopped")
     _check(stage, outcome)
     return rate_of(stage.run, total, images=images, val_images=val_images)
 

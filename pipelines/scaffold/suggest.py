@@ -16,7 +16,9 @@ from typing import Any
 import jinja2
 import yaml
 
+from ssld.pipelines.folder import folder_of, written_in
 from ssld.shared.errors import UserError
+from ssld.shared.models.downloads import kind_of
 from ssld.shared.wording import duration, printable
 
 
@@ -281,13 +283,14 @@ def _leaders(together: list[list[Any]]) -> dict[Any, Any]:
 def pipeline_text(
     output: Path, facts: Facts, chosen: Settings, minutes: float = 60, seconds: float | None = None
 ) -> str:
-    """Render the YAML file. Every value that the template does not mark as a comment is written by a YAML dumper.
+    """Render the YAML file, with paths relative to its folder. Every value that the template does not mark as a comment is written by a YAML dumper.
 
     Args:
         output: the YAML file.
         minutes: time that the settings fit.
         seconds: expected time of the pipeline; None before it is known.
     """
+    facts, chosen = _as_seen_from(folder_of(output), facts, chosen)
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -309,6 +312,19 @@ def pipeline_text(
         expected="not measured" if seconds is None else f"about {duration(seconds)}",
         machine=f"{facts.gpu[0]}, {facts.gpu[2] / 2**30:.0f} GB" if facts.gpu else f"no GPU, {facts.cores} CPU cores",
     )
+
+
+def _as_seen_from(folder: Path, facts: Facts, chosen: Settings) -> tuple[Facts, Settings]:
+    """Return facts and settings with relative paths as they are written in a file in `folder`."""
+    paths: dict[str, Any] = {
+        key: written_in(path, folder) for key, path in vars(facts).items() if isinstance(path, Path)
+    }
+    networks: dict[str, Any] = {
+        role: str(written_in(Path(text), folder))
+        for role in ("backbone", "teacher")
+        if kind_of(text := getattr(chosen.networks, role)) in ("file", "folder", "path")
+    }
+    return replace(facts, **paths), replace(chosen, networks=replace(chosen.networks, **networks))
 
 
 def _dumped(value: Any) -> str:

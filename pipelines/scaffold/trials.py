@@ -5,7 +5,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from ssld.pipelines.folder import inside_folder_of
 from ssld.pipelines.runner.estimate import (
     EVALUATIONS,
     Costs,
@@ -16,6 +18,7 @@ from ssld.pipelines.runner.estimate import (
     read_rates,
     write_rates,
 )
+from ssld.pipelines.runner.launch import stoppable
 from ssld.pipelines.runner.plan import Planned
 from ssld.pipelines.runner.stages import Stage, build_stages, read_pipeline
 from ssld.pipelines.runner.trial import measure
@@ -27,19 +30,21 @@ from ssld.shared.files import write_atomically
 
 @contextmanager
 def trials(facts: Facts, files: Mapping[Path, str]) -> Iterator[Trial]:
-    """Yield a function that measures the rate of a training.
+    """Yield a function that measures the rate of a training; Stopped is raised at Ctrl-C or SIGTERM.
 
     Args:
         facts: names files that are not written yet.
         files: their content.
     """
-    with tempfile.TemporaryDirectory(prefix="ssld_init_") as name:
+    with stoppable("stopped; nothing is written"), tempfile.TemporaryDirectory(prefix="ssld_init_") as name:
         folder = Path(name)
         moved = {file: folder / file.name for file in files}
         for file, text in files.items():
             write_atomically(moved[file], text)
         names = ("annotations", "val_annotations", "pool", "held_out", "listing", "shown")
         there = replace(facts, **{key: moved.get(getattr(facts, key), getattr(facts, key)) for key in names})
+        paths: dict[str, Any] = {key: path.absolute() for key, path in vars(there).items() if isinstance(path, Path)}
+        there = replace(there, **paths)  # as an error of the trial has to name them
         yield lambda settings, trained: _rate(folder, there, settings, trained)
 
 
@@ -47,20 +52,21 @@ def _rate(folder: Path, facts: Facts, settings: Settings, trained: Trained) -> R
     """Measure the rate of one training of the pipeline with these settings."""
     file, output = folder / "trial.yaml", folder / "runs"
     write_atomically(file, pipeline_text(file, facts, settings))
-    pipeline = read_pipeline(file)
     name = "detector_plain" if trained == "detector" and facts.unlabeled else trained
 
     def build(output: Path) -> list[Stage]:
         return [stage for stage in build_stages(pipeline, file, output=output) if stage.name == name]
 
-    (stage,) = build(output)
-    rates: dict[str, Rate] = {}
-    measure([Planned(stage, "new")], build, output, rates)
-    return rates[rate_key(stage, output)]
+    with inside_folder_of(file):
+        pipeline = read_pipeline(file)
+        (stage,) = build(output)
+        rates: dict[str, Rate] = {}
+        measure([Planned(stage, "new")], build, output, rates)
+        return rates[rate_key(stage, output)]
 
 
 def keep_rates(file: Path, rates: Mapping[Trained, Rate]) -> tuple[list[Stage], Costs]:
-    """Keep the rates of a written pipeline's trainings in its folder; returns its stages and their expected costs."""
+    """Keep the rates of a written pipeline's trainings, inside its folder; returns its stages and their expected costs."""
     pipeline = read_pipeline(file)
     stages = build_stages(pipeline, file, output=pipeline.output)
     known: dict[str, Rate | None] = {}

@@ -227,11 +227,15 @@ def _worded(argv: Sequence[str]) -> list[str]:
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """Return the exit code of `work`, for a command without a run directory: its own, or 2 after a user's mistake, printed in one line or more."""
+    """Return the exit code of `work`, for a command without a run directory: its own, 2 after a user's mistake, printed in one line or more, or 143
+    after a signal that raised Stopped."""
     try:
         return work()
     except UserError as error:
         return _report(str(error), 0, 1, None)
+    except Stopped as error:
+        say(str(error), sys.stderr)
+        return STOPPED
     except BrokenPipeError:  # as in `ssld inspect FILE | head`: the reader needs no more
         silence(sys.stdout)
         return _NOBODY_READS

@@ -14,7 +14,7 @@ class PlainValues(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
-        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        kinds = kinds_in(cls.model_fields[info.field_name or ""].annotation)
         for one in value if isinstance(value, list | tuple) else (value,):
             if isinstance(one, bool) and kinds & {int, float} and bool not in kinds:
                 raise PydanticCustomError("int_type" if int in kinds else "float_type", "has to be a number")
@@ -25,11 +25,11 @@ class PlainValues(BaseModel):
         return str(value) if Path in kinds and type(value) is int else value
 
 
-def _kinds(annotation: Any) -> set[Any]:
+def kinds_in(annotation: Any) -> set[Any]:
     """Return the types in an annotation: those of `int | None` are int and NoneType."""
     inner = typing.get_args(annotation)
     if typing.get_origin(annotation) is Literal:
         return set()
     if typing.get_origin(annotation) is Annotated:
         inner = inner[:1]
-    return set[Any]().union(*map(_kinds, inner)) if inner else {annotation}
+    return set[Any]().union(*map(kinds_in, inner)) if inner else {annotation}

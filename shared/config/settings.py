@@ -173,18 +173,19 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class Parser(ArgumentParser):
-    """An argument parser whose mistakes are UserErrors of one line; an unknown flag names the nearest known one."""
+    """An argument parser whose mistakes are UserErrors of one line each; an unknown flag names the nearest known one."""
 
     config_type: "type[CommandConfig] | None" = None
     """whose keys its flags are"""
 
     def error(self, message: str) -> typing.NoReturn:
         known = list(self._option_string_actions)
-        unknown = next((word for word in message.split() if word.startswith("--")), None)
+        unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
         if message.startswith("unrecognized arguments") and unknown:
-            flag = unknown.split("=")[0]
-            key = self.config_type.other_names.get(flag.removeprefix("--")) if self.config_type else None
-            raise UserError(f"{flag}: unknown flag{did_you_mean(f'--{key}' if key else flag, known)}")
+            others = self.config_type.other_names if self.config_type else {}
+            keys = {flag: others.get(flag.removeprefix("--")) for flag in unknown}
+            lines = (f"{f}: unknown flag{did_you_mean(f'--{key}' if key else f, known)}" for f, key in keys.items())
+            raise UserError("\n".join(lines))
         if message.startswith("the following arguments are required"):
             self.print_usage(sys.stderr)
         raise UserError(message)

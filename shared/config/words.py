@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from ssld.shared.config.help import models_in
+from ssld.shared.config.plain_values import kinds_in
 
 
 def underscored(word: str) -> str:
@@ -93,6 +94,17 @@ def _lists_sources(model: type[BaseModel], path: Sequence[str]) -> bool:
         groups = typing.get_origin(field.annotation) is list and any("path" in one.model_fields for one in inner)
         return groups or list[Path] in kinds
     return any(_lists_sources(one, path[1:]) for one in inner)
+
+
+def takes_path(model: type[BaseModel], path: Sequence[str]) -> bool:
+    """Return whether a value of the key, in its parts, may be a path: a path, text, a group of settings, or a list of these."""
+    field = model.model_fields.get(path[0])
+    if field is None:
+        return False
+    inner = models_in(field.annotation)
+    if len(path) == 1:
+        return bool(inner) or not kinds_in(field.annotation).isdisjoint({Path, str})
+    return any(takes_path(one, path[1:]) for one in inner)
 
 
 def _is_switch(model: type[BaseModel], path: Sequence[str]) -> bool:

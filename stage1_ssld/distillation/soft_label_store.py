@@ -109,7 +109,7 @@ class SoftLabelStore:
         self.path = path
         if not (path / HEADER).is_file():
             unfinished = any(path.glob("shard-*.bin")) if path.is_dir() else False
-            what = "is unfinished: run write_soft_labels.py again" if unfinished else f"holds no {HEADER}: not a store"
+            what = "is unfinished: run ssld soft-labels again" if unfinished else f"holds no {HEADER}: not a store"
             raise UserError(f"{path}: {what}")
         try:
             self.header: dict[str, Any] = json.loads((path / HEADER).read_text(encoding="utf-8"))
@@ -231,7 +231,7 @@ class SoftLabelStore:
         errors = gather_lists(errors)
         if errors:
             raise UserError(
-                f"store {self.path}: {errors[0]}; run write_soft_labels.py again with the settings of {self.path.parent} to write that file again"
+                f"store {self.path}: {errors[0]}; run ssld soft-labels again with the settings of {self.path.parent} to write that file again"
             )
 
     def _other_versions(self) -> str:

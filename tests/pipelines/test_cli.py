@@ -75,8 +75,14 @@ def test_evaluate_and_export_go_by_the_file(
     ("argv", "message"),
     [
         (["destill"], "error: ssld destill: no such command; did you mean 'distill'?"),
-        (["evaluate"], "error: usage: ssld evaluate --model FILE ...; the settings are those of stage1"),
-        (["export"], "error: usage: ssld export --model FILE ...; the settings are those of stage1"),
+        (
+            ["evaluate"],
+            "error: usage: ssld evaluate --model FILE ...; ssld evaluate --help lists the settings for each kind of file",
+        ),
+        (
+            ["export"],
+            "error: usage: ssld export --model FILE ...; ssld export --help lists the settings for each kind of file",
+        ),
         (["evaluate", "--model", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
         (["inspect"], "error: usage: ssld inspect FILE_OR_FOLDER"),
         (["recipes", "gfl"], "error: usage: ssld recipes"),
@@ -95,7 +101,7 @@ def test_mistakes_end_in_one_line(argv: list[str], message: str, capsys: pytest.
 def test_help_of_evaluate_needs_no_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--help"]) == 0
     out = capsys.readouterr().out
-    assert "stage1_ssld/evaluate.py for a backbone, stage2_detect/evaluate.py for a detector" in out
+    assert "The settings depend on the kind of the file, backbone or detector:" in out
     detector = out.partition("---- detector file ----")[2]
     flags = re.findall(r"^  (--\w+)", detector.partition("more:")[0], re.MULTILINE)
     assert [

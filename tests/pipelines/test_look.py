@@ -1,6 +1,9 @@
 """`ssld doctor FILE --look DIR`: sheets of the first training images, with the real trainings, in this process."""
 
 import importlib
+import os
+import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,24 @@ def detector_settings(tmp_path: Path, tiny: Any) -> dict[str, Any]:
         "model": {"fpn_channels": 16, "roi": {"hidden": 32}},
         "optim": {"lr": 0.01, "reference_batch": 2, "warmup_steps": 2, "milestones_steps": [4]},
     }
+
+
+def test_a_signal_ends_the_sheets_with_their_folder(
+    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def be_stopped(*_: Any, **__: Any) -> Outcome:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Outcome(1, ("killed",))
+
+    monkeypatch.setattr(doctor, "ask_torch", lambda: SOUND)
+    monkeypatch.setattr(look, "run_stage", be_stopped)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump(detector_settings(tmp_path, tiny)))
+    assert doctor.main([str(file), "--quick", "--look", str(tmp_path / "sheets")]) == 143
+    assert capsys.readouterr().err == "stopped; the sheets of the stages before are written\n"
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_every_training_that_can_start_has_a_sheet(

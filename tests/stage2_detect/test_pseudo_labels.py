@@ -303,7 +303,7 @@ def test_user_errors(
     )
     assert "pseudo: " in message(pseudo=str(tmp_path / "nowhere.json"))
     assert "pseudo: has boxes of unlabeled images; give their folder" in message(unlabeled=None)
-    assert "give pseudo, which predict.py --pseudo_labels writes" in message(pseudo=None)
+    assert "give pseudo, which ssld predict --pseudo_labels writes" in message(pseudo=None)
     assert "give distill.teacher or pseudo" in message(pseudo=None, distill=None)
     for ratio in (0, -0.5, 1.5):
         assert "labeled_ratio" in message(labeled_ratio=ratio)

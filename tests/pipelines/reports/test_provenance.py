@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from ssld.pipelines.config import RowConfig, TableConfig
-from ssld.pipelines.reports.provenance import Start, compared, origin, start
+from ssld.pipelines.config import PipelineConfig, RowConfig, TableConfig
+from ssld.pipelines.report import render
+from ssld.pipelines.reports.provenance import Start, alone, compared, origin, start
+from ssld.pipelines.reports.table import table_text
 
 
 def write(run: Path, settings: Any, images_seen: Any = None) -> None:
@@ -109,3 +111,46 @@ def test_runs_without_known_settings_have_no_sentence(settings: Any, tmp_path: P
     assert start(row, tmp_path) is None
     assert compared(TableConfig(rows={"a": row}), tmp_path) is None
     assert origin(RowConfig(classifier=("gone",), detector=("gone",)), tmp_path) is None
+
+
+def photos(number: int) -> dict[str, Any]:
+    return {"image": {"kept": number, "dropped": {}, "changed": {}}}
+
+
+def test_a_single_detector_is_compared_with_nothing(tmp_path: Path) -> None:
+    settings = {"backbone": "timm:resnet18d", "model": {"kind": "faster_rcnn"}, "resize": {"short_side": 320}}
+    write(tmp_path / "detector", settings | {"data": {"keep_empty": True}})
+    read = {"data.train_annotations": photos(160), "data.val_annotations": photos(40)}
+    record: dict[str, Any] = {"metrics": {"images_seen": 2400, "AP": 0.3}, "read": read}
+    (tmp_path / "detector/result.json").write_text(json.dumps(record))
+    write(tmp_path / "ap", {"model": str(tmp_path / "detector/detector.safetensors")})
+    rows = {"detector": {"detector": "ap"}, "student": {"classifier": "ssld"}}
+    table = TableConfig.model_validate({"rows": rows})
+    assert alone(table, tmp_path) is None  # nothing is measured yet
+    (tmp_path / "ap/result.json").write_text(json.dumps({"metrics": {"AP": 0.3}, "read": {"annotations": photos(39)}}))
+    made = "One detector, from timm's pretrained weights of resnet18d: Faster R-CNN, 320 px, 15 passes over 160 photos"
+    sentence = f"{made}, evaluated on 39 photos. Nothing was compared."
+    one = alone(table, tmp_path)
+    assert one
+    assert one[0] == sentence
+    assert "ssld init --unlabeled DIR --distill yes" in one[1]
+    assert "a second stage with like: detector, " in one[1]
+    assert table_text(table, tmp_path).splitlines()[-2:] == list(one)
+    stages = {"detector": {"command": "train"}, "ap": {"command": "evaluate_detector"}, "ssld": {"command": "distill"}}
+    pipeline = PipelineConfig.model_validate({"output": "x", "stages": stages, "table": {"rows": rows}})
+    page = render(pipeline, tmp_path, title="one")
+    assert sentence.replace("'", "&#39;") in page
+    assert "Compared:" not in page
+    own = TableConfig.model_validate({"rows": {"detector": {"detector": "detector"}}})
+    assert (alone(own, tmp_path) or ("",))[0] == f"{made}, evaluated on 40 photos. Nothing was compared."
+    for other in (
+        {"rows": rows | {"other": {"detector": "ap_2"}}},
+        {"rows": rows, "gain": ["detector", "student"]},
+        {"rows": {"student": rows["student"]}},
+    ):
+        assert alone(TableConfig.model_validate(other), tmp_path) is None
+    write(tmp_path / "fewer", settings | {"data": {"keep_empty": False}})  # its empty photos are not counted
+    (tmp_path / "fewer/result.json").write_text(json.dumps(record | {"read": "damaged"}))
+    fewer = alone(TableConfig.model_validate({"rows": {"x": {"detector": "fewer"}}}), tmp_path)
+    assert fewer
+    assert "Faster R-CNN, 2,400 images seen, 320 px. Nothing" in fewer[0]

@@ -5,18 +5,21 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ssld.pipelines import cli
 from ssld.pipelines.run import main
 from ssld.pipelines.runner import launch
-from ssld.pipelines.runner.launch import Outcome, Signals, command_line, run_stage
+from ssld.pipelines.runner.launch import Outcome, Signals, command_line, run_stage, stoppable
 from ssld.pipelines.runner.stages import ROOT, Stage, build_stages, find_pipeline, read_pipeline
+from ssld.shared.errors import Stopped
 
 FAKE = Path(__file__).parents[1] / "fake_stage.py"
 
@@ -215,6 +218,92 @@ def test_signal_reaches_the_stage_in_its_own_group(
     assert "stage a: stopped; the same command resumes it" in err
     assert "[2/2]" not in out
     assert not (tmp_path / "runs/a/result.json").exists()
+
+
+LONG_STEP = """
+import signal, subprocess, sys, time
+from pathlib import Path
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: None)  # as a training, which ends its step first
+rank = subprocess.Popen([sys.executable, "-IS", "-c", "import time; time.sleep(60)"], start_new_session=True)
+run = Path(sys.argv[sys.argv.index("--output") + 1])
+run.mkdir(parents=True)
+(run / "checkpoint").write_bytes(b"x")
+Path({pids!r}).write_text(f"{{rank.pid}} {{run}}")
+while True:
+    time.sleep(60)
+"""
+TRIAL = """
+import signal
+import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from ssld.pipelines import run
+from ssld.pipelines.runner import stages
+from ssld.stage1_ssld.config import TeachConfig
+stages.KINDS["teach"] = stages.Kind({script!r}, TeachConfig)
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_trial_stops_at_once_and_leaves_nothing(write_pipeline: Any, tmp_path: Path, number: signal.Signals) -> None:
+    """Not after its step: the stage, and a process of it in a session of its own, as torch's launcher starts ranks, are killed."""
+    pids, script, temporary = tmp_path / "pids", tmp_path / "long.py", tmp_path / "temporary"
+    script.write_text(LONG_STEP.format(pids=str(pids)))
+    temporary.mkdir()
+    (tmp_path / "photos").mkdir()
+    settings = {"model.model": "random:test_resnet", "data.train": ["photos"], "steps": 9, "batch_size": 2}
+    settings |= {"optim": {"lr": 0.1, "reference_batch": 2}}
+    file = write_pipeline({"a": {"command": "teach", "set": settings}})
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRIAL.format(script=str(script)), str(file), "--dry-run", "--estimate"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+    deadline = time.monotonic() + 60
+    while not (pids.exists() and pids.read_text()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    rank, run = pids.read_text().split()
+    assert Path(run).is_relative_to(temporary)
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=30)  # the step takes longer
+    assert process.returncode == 143, err
+    assert err == "trial of a: stopped; the rates measured before are kept\n"
+    assert list(temporary.iterdir()) == []
+    assert not _runs(int(rank))
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process still runs; one that has ended may wait for its parent."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_what_surrounds_a_trial_is_cleared_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def be_stopped() -> None:
+        with stoppable("nothing is written"), tempfile.TemporaryDirectory():
+            assert list(tmp_path.iterdir())
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    with pytest.raises(Stopped, match="nothing is written"):
+        be_stopped()
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stoppable("x"):
+            os.kill(os.getpid(), signal.SIGHUP)  # ignored, as by nohup
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_signal_between_stages_stops(fake_kinds: None, write_pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,13 @@ def test_mistakes(text: str | None, flags: tuple[str, ...], message: str, tmp_pa
     assert "\n" not in line
 
 
+def test_misspelt_flags_are_reported_together(tmp_path: Path) -> None:
+    assert refused(tmp_path, "output: o\n", "--stepz", "3", "--group.rat=--x", "--steps", "1").splitlines() == [
+        "--stepz: unknown flag; did you mean '--steps'?",
+        "--group.rat: unknown flag; did you mean '--group.rate'?",
+    ]
+
+
 def test_a_file_of_aliases_does_not_grow_out_of_proportion(tmp_path: Path) -> None:
     """Nine aliases of nine aliases ..., a billion values in a few lines."""
     lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]

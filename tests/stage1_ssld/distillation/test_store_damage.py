@@ -56,7 +56,7 @@ def test_a_damaged_shard(store_copy: Path, damage: Callable[[Path], Any], what: 
     with pytest.raises(UserError) as error:
         SoftLabelStore(store_copy)
     assert str(error.value) == (
-        f"store {store_copy}: {file}: {what}; run write_soft_labels.py again with the settings of {store_copy.parent} to write that file again"
+        f"store {store_copy}: {file}: {what}; run ssld soft-labels again with the settings of {store_copy.parent} to write that file again"
     )
 
 
