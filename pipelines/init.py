@@ -209,7 +209,7 @@ def _available(
     texts = {getattr(one, role): role for one in networks for role in roles}
     remote = download_of(init) if init and not init.here else {}
     found = find_downloads_apart({text: text for text in texts} | remote)
-    if init and remote and not any(one.possible for one in found if one.text.startswith(f"{init.reference}: ")):
+    if init and not init.here and not any(one.possible for one in found if one.text.startswith(f"{init.reference}: ")):
         if not init.optional:
             raise UserError(absence(init))
         say(absence(init))

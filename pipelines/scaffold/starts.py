@@ -78,7 +78,9 @@ def published_init(name: str, *, optional: bool = False) -> Init:
 
 
 def download_of(init: Init) -> dict[str, str]:
-    """Return the reference of its download, by its name for messages."""
+    """Return the reference of its download, by its name for messages; none for a proposal where the user works without a network."""
+    if init.optional and os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        return {}
     return {init.reference: f"url:{published(init.reference, '--init').url}"}
 
 

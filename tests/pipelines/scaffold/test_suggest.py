@@ -199,6 +199,8 @@ def test_names_reach_the_pipeline_as_they_are(name: str) -> None:
         pool=Path(f"{name}.pool"),
         held_out=Path(f"{name}.held"),
         listing=Path(f"{name}.txt"),
+        starts=("imagenet", "ssld"),
+        augment_reason=name,
         statistics=measured.statistics | {"classes": {name: 3, f"{name}\noutput: elsewhere": 4}},
         gpu=(name, 2**30, 2**34, 9, 0),
     )
@@ -209,6 +211,6 @@ def test_names_reach_the_pipeline_as_they_are(name: str) -> None:
     assert content["stages"]["ssld"]["set"]["data"]["train"][0] == {"path": f"{name}.pool", "root": name}
     assert content["stages"]["ssld"]["set"]["data"]["val"] == {"path": f"{name}.held", "root": name}
     assert content["stages"]["ssld"]["set"]["data"]["train"][1] == {"path": f"{name}.txt", "root": name}
-    data = content["stages"]["detector_ssld"]["set"]["data"]
+    data = content["stages"]["detector_imagenet"]["set"]["data"]
     assert (data["train_annotations"], data["val_images"]) == (f"{name}.json", name)
     assert "\x1b" not in text
