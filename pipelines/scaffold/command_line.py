@@ -67,7 +67,10 @@ def parser() -> Parser:
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
-        "--minutes", type=float, metavar="N", help="time that the whole pipeline may take on this machine (default: 60)"
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="time of the whole pipeline on this machine, trials included (default: 60)",
     )
     length.add_argument("--hours", type=float, metavar="N", help="the same in hours")
     parser.add_argument(

@@ -202,7 +202,7 @@ def _unmeasured(
     """Return the cheapest settings, whose time is unknown: not one step of a training ended in the time of the trials."""
     steps = min(LEAST, wanted_steps(facts)) // 10 * 10 if facts.detectors else 1
     distill_steps = min(LEAST_DISTILL, wanted_distill_steps(facts)) if facts.unlabeled else 1
-    what = " and ".join("stage 1" if trained == "ssld" else "a detector" for trained in missing)
+    what = " and ".join(dict.fromkeys("stage 1" if trained == "ssld" else "a detector" for trained in missing))
     seconds = trials.seconds
     return Fit(
         facts,

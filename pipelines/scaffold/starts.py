@@ -184,9 +184,13 @@ def choose_starts(
     name = arch_of(backbone, arch)
     below = init is not None and init.arch.partition(".")[0] == name and not init.model_args
     if given is None:
-        chosen = {own} | ({"ssld"} if distills else set()) | ({"coco"} if init else set())
-        chosen |= {"coco_ssld"} if distills and below else set()
-        return tuple(start for start in STARTS if start in chosen)
+        here: dict[Start, bool] = {
+            "coco": init is not None,
+            "coco_ssld": distills and below,
+            "ssld": distills,
+            own: True,
+        }
+        return tuple(start for start in STARTS if here.get(start))
     if "imagenet" in given and own == "random":
         raise UserError(f"--starts: imagenet stands for the weights of --backbone, and {backbone} has none; use random")
     if "random" in given and name is None:
@@ -251,8 +255,8 @@ def rows_of(starts: Sequence[Start], init: Init | None, backbone: str, arch: str
     main = next(start for start in _MAIN if start in starts)
     base = next((start for start in _BASE if start in starts and start != main), main)
     student = "${ssld}/student.safetensors"
-    bodies = {"coco": None, "coco_ssld": student, "ssld": student, own: "${backbone}"}
-    titles = {
+    bodies: dict[Start, str | None] = {"coco": None, "coco_ssld": student, "ssld": student, own: "${backbone}"}
+    titles: dict[Start, str] = {
         "coco": init.title if init else "",
         "coco_ssld": f"SSLD below the heads of {init.title if init else ''}",
         "imagenet": "ImageNet" if kind_of(backbone) == "timm" else "own weights",

@@ -82,8 +82,10 @@ class Facts:
 
     @property
     def trainings(self) -> tuple[Trained, ...]:
-        """Trainings that differ in cost."""
-        return tuple(dict.fromkeys((*(("ssld",) if self.unlabeled else ()), *self.detector_kinds)))
+        """Trainings that differ in cost, in the order of their trials: those that may be left out come last."""
+        needed: dict[Trained, bool] = {kind: kind in self.detector_kinds for kind in ("detector", "coco")}
+        needed = {"ssld": self.unlabeled is not None} | needed
+        return tuple(kind for kind, one in needed.items() if one)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from ssld.pipelines.runner.launch import Outcome, Signals
 from ssld.pipelines.runner.stages import Stage
 from ssld.pipelines.scaffold import augment, starts
 from ssld.pipelines.scaffold.suggest import (
-    Facts,
     Settings,
     Trained,
     networks_of,
@@ -36,6 +35,7 @@ from ssld.stage2_detect import train
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.published import PUBLISHED, Published
 from tests.pipelines import test_init as base
+from tests.pipelines.scaffold.test_suggest import facts as facts_of
 
 NAME = "fasterrcnn_resnet50_fpn_v2"
 LINE = ["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml"]
@@ -204,9 +204,7 @@ def test_augmentation_and_its_reason(asked: str, expected: str | None, photos: P
     assert f"augmentation: {expected or 'none'}, {reason}" in capfd.readouterr().out
 
 
-SOME = Facts(**dict.fromkeys(("annotations", "images_folder", "val_annotations", "val_images"), Path("x")),
-             split=True, images=100, val_count=9, statistics={}, unlabeled=None, unlabeled_images=0, pool=None,
-             held_out=None, shown=None, listing=None, gpu=None, gpus=0, cores=2, seed=0)  # fmt: skip
+SOME = facts_of(100, [0.4] * 5)
 
 
 def test_the_first_rule_that_holds_decides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +267,6 @@ def test_a_trial_of_a_start_from_coco_needs_no_weights(
         images_folder=photos / "photos",
         val_images=photos / "photos",
         images=32,
-        statistics={"object_sizes": [0.4] * 5, "short_side": 48, "long_side": 64, "classes": {"common": 39}},
         starts=("coco_ssld", "ssld"),
         init=detector,
     )
