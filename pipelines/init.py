@@ -49,7 +49,15 @@ from ssld.pipelines.scaffold.starts import (
     find_init,
     read_starts,
 )
-from ssld.pipelines.scaffold.suggest import Facts, Networks, networks_of, pipeline_text, shapes, split_content
+from ssld.pipelines.scaffold.suggest import (
+    Facts,
+    Networks,
+    networks_of,
+    pipeline_text,
+    shapes,
+    split_content,
+    untrained,
+)
 from ssld.pipelines.scaffold.trials import keep_rates, trials
 from ssld.shared.config.command import exit_code
 from ssld.shared.config.settings import underscored
@@ -90,6 +98,8 @@ def _init(arguments: Namespace) -> int:
         photos = len(list_images(arguments.unlabeled))
         distills, why = proposes_stage_1(arguments.distill, networks[0].backbone, photos, detector=detector)
     init = find_init(arguments.init, given) if detector else None
+    if given and not {"imagenet", *STAGE_1} & set(given):
+        networks = untrained(networks)
     networks, init, given = _available(networks, init, given, distills=distills, own=bool(arguments.backbone))
     backbone, arch = networks[0].backbone, networks[0].arch
     starts = choose_starts(given, init, backbone, arch, distills=distills) if detector else ()
@@ -282,7 +292,7 @@ def _check_arguments(arguments: Namespace) -> None:
     if output.suffix not in (".yaml", ".yml"):
         raise UserError(f"--output {output}: give the name of a YAML file, as mine.yaml")
     _check_unwritten([output])
-    given = {name: getattr(arguments, name) for name in ("output", "data", "unlabeled", *FLAGS)}
+    given = {name: getattr(arguments, name) for name in ("output", "data", "unlabeled", "init", *FLAGS)}
     for name, paths in given.items():
         for path in paths if isinstance(paths, list) else [paths]:
             if path and "${" in str(path):

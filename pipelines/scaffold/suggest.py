@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jinja2
 import yaml
 
-from ssld.pipelines.scaffold.starts import Init, Start, main_row, rows_of
+from ssld.pipelines.scaffold.starts import Init, Start, arch_of, main_row, rows_of
 from ssld.shared.errors import UserError
 from ssld.shared.wording import duration, printable
 
@@ -156,6 +156,13 @@ def networks_of(
     if teacher:
         choices = [replace(one, teacher=teacher, teacher_arch=teacher_arch) for one in choices]
     return choices
+
+
+def untrained(networks: Sequence[Networks]) -> list[Networks]:
+    """Return networks with random weights in place of theirs, as far as the name of their backbone is known."""
+    names = [arch_of(one.backbone, one.arch) for one in networks]
+    pairs = zip(networks, names, strict=True)
+    return [replace(one, backbone=f"random:{name}", arch=None) if name else one for one, name in pairs]
 
 
 def shapes(facts: Facts, networks: Sequence[Networks]) -> list[Shape]:

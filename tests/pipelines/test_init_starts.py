@@ -112,6 +112,9 @@ def test_starts_of_ones_own_choice(cached: Path, photos: Path, capfd: Output) ->
     assert "backbone" not in written()["variables"]
     assert "chosen: photos of " in capfd.readouterr().out
     Path("mine.yaml").unlink()
+    assert init.main([*LINE, "--output", "none.yaml", "--starts", "random"]) == 0
+    assert yaml.safe_load(Path("none.yaml").read_text())["variables"]["backbone"] == "random:resnet18d"
+    assert base.stages_of("none.yaml")["detector"].backbone == "random:resnet18d"
     line = [*LINE, "--starts", "random,imagenet", "--val_annotations", "mine_val.json"]
     assert init.main(line) == 0
     configs = base.stages_of("mine.yaml")
