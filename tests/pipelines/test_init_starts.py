@@ -52,8 +52,8 @@ def cached(photos: Path) -> Path:
     return file
 
 
-def written() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(Path("mine.yaml").read_text())
+def written(file: str = "mine.yaml") -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(Path(file).read_text())
     return content
 
 
@@ -111,18 +111,16 @@ def test_starts_of_ones_own_choice(cached: Path, photos: Path, capfd: Output) ->
     assert list(written()["stages"]) == ["detector", "ap", "report"]
     assert "backbone" not in written()["variables"]
     assert "chosen: photos of " in capfd.readouterr().out
-    Path("mine.yaml").unlink()
     assert init.main([*LINE, "--output", "none.yaml", "--starts", "random"]) == 0
     assert yaml.safe_load(Path("none.yaml").read_text())["variables"]["backbone"] == "random:resnet18d"
     assert base.stages_of("none.yaml")["detector"].backbone == "random:resnet18d"
-    line = [*LINE, "--starts", "random,imagenet", "--val_annotations", "mine_val.json"]
-    assert init.main(line) == 0
-    configs = base.stages_of("mine.yaml")
+    assert init.main([*LINE, "--output", "two.yaml", "--starts", "random,imagenet"]) == 0
+    configs = base.stages_of("two.yaml")
     none, own = configs["detector_random"], configs["detector_imagenet"]
     assert none.backbone == "random:resnet18d"
     for config in (none, own):  # random weights need BatchNorm that trains, so all detectors have it
         assert (config.model.freeze_norm, config.batch_size) == (False, 4)
-    assert written()["table"]["gain"] == ["ImageNet", "random weights"]
+    assert written("two.yaml")["table"]["gain"] == ["ImageNet", "random weights"]
 
 
 def test_a_detector_file_as_a_start(photos: Path, capfd: Output) -> None:
