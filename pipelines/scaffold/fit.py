@@ -139,19 +139,20 @@ def fit(
     facts, notes = _without_what_does_not_fit(facts, rates, minutes, trials)
     if missing := [trained for trained in facts.trainings if trained not in rates]:
         return _unmeasured(facts, shape, missing, rates, trials, notes)
-    untried = ""
+    known, untried = {shape: rates}, ""
     for _ in range(MOST_TRIALS - 1):
         best = _best(facts, ordered, shape, rates, minutes)
         if best == shape:
             break
         scaled = _scaled(rates, shape, best)
-        new = trials.rates(facts, best) if trials.allow(facts, best, scaled) else {}
+        new = known.get(best) or (trials.rates(facts, best) if trials.allow(facts, best, scaled) else {})
         if any(trained not in new for trained in facts.trainings):
             untried = f"{' and '.join(_differences(shape, best))} would need another trial, and all of them get {duration(trials.limit)}"
             if ordered.index(best) > ordered.index(shape):
                 shape, rates, untried = best, scaled, f"its time is scaled from a trial of {shape.short_side} px"
             break
         shape, rates = best, new
+        known[best] = new
     lengths = lengths_of(facts, rates, minutes)
     if lengths is None:
         fewest = fewest_minutes(facts, _scaled(rates, shape, ordered[-1]))

@@ -129,7 +129,7 @@ def file_init(file: Path) -> Init:
     given = dict(flatten({"model": metadata.get("model") or {}, "resize": interpolation}))
     defaults = {"model": DetectorConfig().model_dump(mode="json"), "resize": ResizeConfig().model_dump(mode="json")}
     usual = dict(flatten(defaults))
-    settings = {key: value for key, value in given.items() if value != usual.get(key)}
+    settings = {key: value for key, value in given.items() if value not in ({}, usual.get(key))}
     return Init(str(file.absolute()), str(metadata.get("arch")), metadata.get("model_args") or {}, settings)
 
 

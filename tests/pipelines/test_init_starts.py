@@ -33,6 +33,7 @@ from ssld.shared.errors import UserError
 from ssld.shared.models.downloads import Download
 from ssld.stage2_detect import train
 from ssld.stage2_detect.config import TrainConfig
+from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.published import PUBLISHED, Published
 from tests.pipelines import test_init as base
 from tests.pipelines.scaffold.test_suggest import facts as facts_of
@@ -71,8 +72,7 @@ def test_coco_weights_at_hand_are_compared_with_imagenets(cached: Path, capfd: O
     coco, own = configs["detector_coco"], configs["detector_imagenet"]
     assert isinstance(coco, TrainConfig)
     assert isinstance(own, TrainConfig)
-    published = TrainConfig.model_validate({**content["stages"]["detector_coco"]["set"], **REST}).model
-    assert coco.model.geometry() == published.geometry()
+    assert coco.model.geometry() == DetectorConfig.model_validate(PUBLISHED[NAME].model).geometry()
     assert (coco.model.roi.convolutions, coco.model.fpn_norm, coco.model.freeze_norm) == (4, "batch", True)
     assert (coco.backbone, str(coco.init), own.init) == (None, f"coco:{NAME}", None)
     assert (own.backbone, own.model.fpn_channels, own.unit_scale) == ("timm:resnet18d.ra2_in1k", 128, True)
@@ -86,9 +86,6 @@ def test_coco_weights_at_hand_are_compared_with_imagenets(cached: Path, capfd: O
     out = capfd.readouterr().out
     assert "--init null" in out
     assert "about " in out.partition("detector_coco: ")[2].partition("\n")[0]
-
-
-REST = {"output": "x", "steps": 1, "data": {"source": "x"}, "resize": {}}
 
 
 def test_the_backbone_of_stage_1_below_the_heads_of_coco(cached: Path, capfd: Output) -> None:
@@ -125,17 +122,16 @@ def test_starts_of_ones_own_choice(cached: Path, photos: Path, capfd: Output) ->
 
 def test_a_detector_file_as_a_start(photos: Path, capfd: Output) -> None:
     """Its settings are written, since a training does not read them from the file."""
-    metadata = {"kind": "detector", "arch": "resnet18", "model": {"kind": "retinanet", "fpn_channels": 64}}
+    metadata: dict[str, Any] = {"kind": "detector", "arch": "resnet18", "resize": {"interpolation": "bilinear"}}
+    metadata["model"] = {"kind": "retinanet", "fpn_channels": 64, "freeze_norm": False}
     save_file({}, "own.safetensors", {"ssld": json.dumps(metadata)})
     assert init.main([*LINE, "--init", "own.safetensors"]) == 0
     assert list(written()["table"]["rows"]) == ["own.safetensors", "ImageNet"]
     configs = base.stages_of("mine.yaml")
     config = configs["detector_coco"]
-    assert (str(config.init), config.model.kind, config.model.fpn_channels) == (
-        str(photos / "own.safetensors"),
-        "retinanet",
-        64,
-    )
+    assert str(config.init) == str(photos / "own.safetensors")
+    assert (config.model.kind, config.model.fpn_channels, config.model.freeze_norm) == ("retinanet", 64, True)
+    assert config.resize.interpolation == "bilinear"
     assert (configs["detector_imagenet"].init, configs["detector_imagenet"].model.kind) == (None, "faster_rcnn")
 
 

@@ -16,7 +16,7 @@ from ssld.shared.config.settings import parse_config
 from ssld.shared.errors import UserError
 
 WORDS = ["--data.train", "photos", "--student.model", "random:test_resnet", "--teacher.model", "random:test_resnet"]
-WORDS += ["--optim.lr", "0.1", "--steps", "100", "--batch_size", "4"]
+WORDS += ["--optim.lr", "0.1", "--optim.reference_batch", "4", "--steps", "100", "--batch_size", "4"]
 
 
 @pytest.mark.parametrize(
