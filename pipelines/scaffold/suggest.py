@@ -83,9 +83,8 @@ class Facts:
     @property
     def trainings(self) -> tuple[Trained, ...]:
         """Trainings that differ in cost, in the order of their trials: those that may be left out come last."""
-        needed: dict[Trained, bool] = {kind: kind in self.detector_kinds for kind in ("detector", "coco")}
-        needed = {"ssld": self.unlabeled is not None} | needed
-        return tuple(kind for kind, one in needed.items() if one)
+        order: tuple[Trained, ...] = ("ssld", "detector", "coco")
+        return tuple(kind for kind in order if kind in self.detector_kinds or (kind == "ssld" and self.unlabeled))
 
 
 @dataclass(frozen=True)
