@@ -30,6 +30,11 @@ STAGE_1: frozenset[Start] = frozenset({"ssld", "coco_ssld"})
 """starts that need stage 1"""
 _MAIN: tuple[Start, ...] = ("ssld", "coco_ssld", "coco", "imagenet", "random")
 _BASE: tuple[Start, ...] = ("imagenet", "random", "coco", "coco_ssld", "ssld")
+_CHOSEN = {
+    f"model.{name}"
+    for name in ("kind", "fpn_channels", "freeze_stages", "freeze_norm", "rpn.anchor_sizes", "roi.hidden")
+}
+"""settings that init.yaml.jinja writes for a detector from a backbone"""
 _WITHOUT_STAGE_1: dict[Start, Start] = {"ssld": "imagenet", "coco_ssld": "coco"}
 
 
@@ -41,6 +46,7 @@ class Init:
         reference: `coco:NAME`, or a detector file.
         arch, model_args: architecture of its backbone.
         settings: settings that its weights need, by dotted key; none for `coco:NAME`, which a training follows by itself.
+        defaults: values of these settings for detectors that start from a backbone, where the pipeline does not choose them.
         here: whether its file is on this machine.
         optional: whether it is left out if it does not fit the time; the user's own choice is not.
     """
@@ -49,6 +55,7 @@ class Init:
     arch: str = "resnet50"
     model_args: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
     here: bool = True
     optional: bool = False
 
@@ -130,7 +137,13 @@ def file_init(file: Path) -> Init:
     defaults = {"model": DetectorConfig().model_dump(mode="json"), "resize": ResizeConfig().model_dump(mode="json")}
     usual = dict(flatten(defaults))
     settings = {key: value for key, value in given.items() if value not in ({}, usual.get(key))}
-    return Init(str(file.absolute()), str(metadata.get("arch")), metadata.get("model_args") or {}, settings)
+    return Init(
+        str(file.absolute()),
+        str(metadata.get("arch")),
+        metadata.get("model_args") or {},
+        settings,
+        {key: usual.get(key) for key in settings if key not in _CHOSEN},
+    )
 
 
 def _metadata(file: Path) -> dict[str, Any]:
@@ -182,7 +195,7 @@ def choose_starts(
     """
     own: Start = "random" if backbone.startswith("random:") else "imagenet"
     name = arch_of(backbone, arch)
-    below = init is not None and init.arch.partition(".")[0] == name and not init.model_args
+    below = init is not None and init.is_published and init.arch == name
     if given is None:
         here: dict[Start, bool] = {
             "coco": init is not None,
@@ -195,6 +208,10 @@ def choose_starts(
         raise UserError(f"--starts: imagenet stands for the weights of --backbone, and {backbone} has none; use random")
     if "random" in given and name is None:
         raise UserError(f"--starts: random needs the name of the network; give it by --arch beside {backbone}")
+    if "coco_ssld" in given and init and not init.is_published:
+        raise UserError(
+            f"--starts: coco_ssld needs a detector of torchvision, --init coco:NAME; {init.reference} keeps its backbone"
+        )
     if "coco_ssld" in given and init and not below:
         raise UserError(
             f"--starts: coco_ssld needs backbones of one architecture: the heads of {init.reference} belong to a {init.arch}, "

@@ -123,16 +123,19 @@ def test_starts_of_ones_own_choice(cached: Path, photos: Path, capfd: Output) ->
 def test_a_detector_file_as_a_start(photos: Path, capfd: Output) -> None:
     """Its settings are written, since a training does not read them from the file."""
     metadata: dict[str, Any] = {"kind": "detector", "arch": "resnet18", "resize": {"interpolation": "bilinear"}}
-    metadata["model"] = {"kind": "retinanet", "fpn_channels": 64, "freeze_norm": False}
+    model = DetectorConfig.model_validate(PUBLISHED[NAME].model | {"fpn_channels": 64})
+    metadata["model"] = model.model_dump(mode="json")
+    assert init.main([*LINE, "--output", "plain.yaml", "--starts", "imagenet"]) == 0
     save_file({}, "own.safetensors", {"ssld": json.dumps(metadata)})
     assert init.main([*LINE, "--init", "own.safetensors"]) == 0
     assert list(written()["table"]["rows"]) == ["own.safetensors", "ImageNet"]
     configs = base.stages_of("mine.yaml")
     config = configs["detector_coco"]
     assert str(config.init) == str(photos / "own.safetensors")
-    assert (config.model.kind, config.model.fpn_channels, config.model.freeze_norm) == ("retinanet", 64, True)
+    assert config.model == model.model_copy(update={"freeze_norm": True})
     assert config.resize.interpolation == "bilinear"
-    assert (configs["detector_imagenet"].init, configs["detector_imagenet"].model.kind) == (None, "faster_rcnn")
+    own, plain = configs["detector_imagenet"], base.stages_of("plain.yaml")["detector"]
+    assert (own.model, own.resize, own.init) == (plain.model, plain.resize, None)
 
 
 def test_without_network_and_files_one_line_says_how(

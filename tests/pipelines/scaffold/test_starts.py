@@ -40,7 +40,7 @@ OTHER = Init("/x/own.safetensors", "resnet18", settings={"model.fpn_channels": 6
         (None, COCO, "timm:resnet18d", True, ("coco", "imagenet", "ssld")),
         (None, COCO, "timm:resnet50.a1_in1k", True, ("coco", "coco_ssld", "imagenet", "ssld")),
         (None, COCO, "timm:resnet50d", True, ("coco", "imagenet", "ssld")),  # another network
-        (None, OTHER, "timm:resnet18", True, ("coco", "coco_ssld", "imagenet", "ssld")),
+        (None, OTHER, "timm:resnet18", True, ("coco", "imagenet", "ssld")),  # a detector file keeps its backbone
         (None, None, "random:resnet18d", True, ("random", "ssld")),
         (("ssld",), None, "timm:resnet18d", True, ("ssld",)),
         (("coco",), COCO, "timm:resnet18d", False, ("coco",)),
@@ -67,6 +67,8 @@ def test_starts_that_are_impossible() -> None:
     assert message("coco_ssld").endswith(
         "the heads of coco:fasterrcnn_resnet50_fpn_v2 belong to a resnet50, timm:resnet18d is a resnet18d; --backbone timm:resnet50 is one"
     )
+    with pytest.raises(UserError, match=r"--init coco:NAME; /x/own.safetensors keeps its backbone"):
+        choose_starts(("coco_ssld",), OTHER, "timm:resnet18", None, distills=True)
     assert read_starts("auto") is None
     assert read_starts("ssld, coco") == ("coco", "ssld")
 
