@@ -97,7 +97,7 @@ def _init(arguments: Namespace) -> int:
     if arguments.unlabeled and given is None:
         photos = len(list_images(arguments.unlabeled))
         distills, why = proposes_stage_1(arguments.distill, networks[0].backbone, photos, detector=detector)
-    init = find_init(arguments.init, given) if detector else None
+    init = find_init(arguments.init, given, gpu=bool(gpus)) if detector else None
     if given and not {"imagenet", *STAGE_1} & set(given):
         networks = untrained(networks)
     networks, init, given = _available(networks, init, given, distills=distills, own=bool(arguments.backbone))

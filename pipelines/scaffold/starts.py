@@ -25,7 +25,8 @@ Start = Literal["coco", "coco_ssld", "imagenet", "random", "ssld"]
 STARTS: tuple[Start, ...] = get_args(Start)
 """all starts, in the order of their stages"""
 PROPOSED = ("fasterrcnn_resnet50_fpn_v2", "fasterrcnn_resnet50_fpn")
-"""detectors trained on COCO that are proposed, the best first; those with masks or of one stage only where the user names them"""
+"""detectors trained on COCO that are proposed: the better one, and the faster one, whose box head has two layers in place of four convolutions of
+all RoIs; those with masks or of one stage only where the user names them"""
 STAGE_1: frozenset[Start] = frozenset({"ssld", "coco_ssld"})
 """starts that need stage 1"""
 _MAIN: tuple[Start, ...] = ("ssld", "coco_ssld", "coco", "imagenet", "random")
@@ -99,12 +100,13 @@ def absence(init: Init) -> str:
     return f"{what} are not on this machine and cannot be downloaded here: {where}"
 
 
-def find_init(text: str | None, given: Sequence[Start] | None) -> Init | None:
+def find_init(text: str | None, given: Sequence[Start] | None, *, gpu: bool) -> Init | None:
     """Return the detector of the start `coco`; None if the starts that were given do not need one.
 
     Args:
         text: `coco:NAME` or a detector file; None: a published detector, one that is on this machine where there is one.
         given: the starts; None: not decided.
+        gpu: whether there is a GPU; a CPU gets the faster one.
 
     Raises:
         UserError: an unknown name, or not a detector file.
@@ -113,7 +115,7 @@ def find_init(text: str | None, given: Sequence[Start] | None) -> Init | None:
         return None
     if text is not None:
         return published_init(text) if text.startswith(PREFIX) else file_init(Path(text))
-    proposed = [published_init(name, optional=given is None) for name in PROPOSED]
+    proposed = [published_init(name, optional=given is None) for name in PROPOSED[:: 1 if gpu else -1]]
     return next((init for init in proposed if init.here), proposed[0])
 
 

@@ -39,6 +39,7 @@ from tests.pipelines import test_init as base
 from tests.pipelines.scaffold.test_suggest import facts as facts_of
 
 NAME = "fasterrcnn_resnet50_fpn_v2"
+FAST = "fasterrcnn_resnet50_fpn"  # proposed for a CPU
 LINE = ["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml"]
 photos = base.photos
 Output = pytest.CaptureFixture[str]
@@ -152,18 +153,18 @@ def test_without_network_and_files_one_line_says_how(
     assert init.main(LINE) == 0
     assert list(written()["stages"]) == ["detector", "ap", "report"]
     lines = [line for line in capfd.readouterr().out.splitlines() if "COCO" in line]
-    url = PUBLISHED[NAME].url
+    url = PUBLISHED[FAST].url
     assert lines == [
         "COCO weights, often the better start, are not on this machine and cannot be downloaded here: "
         f"put {url} into {starts.hub_folder()}, or give a detector file as --init FILE"
     ]
     assert init.main([*LINE, "--output", "other.yaml", "--starts", "coco"]) == 2
-    assert f"error: --init coco:{NAME}: its weights are not on this machine" in capfd.readouterr().err
+    assert f"error: --init coco:{FAST}: its weights are not on this machine" in capfd.readouterr().err
     assert not list(photos.glob("other*"))
     possible = True
     assert init.main([*LINE, "--output", "new.yaml"]) == 0
     assert "detector_coco:" in Path("new.yaml").read_text()
-    assert f"coco:{NAME}: its weights are downloaded when the pipeline runs" in capfd.readouterr().out
+    assert f"coco:{FAST}: its weights are downloaded when the pipeline runs" in capfd.readouterr().out
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # then nobody waits for a proposal
     assert init.main([*LINE, "--output", "offline.yaml"]) == 0
     assert "coco" not in Path("offline.yaml").read_text()

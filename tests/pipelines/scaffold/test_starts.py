@@ -104,19 +104,20 @@ def test_weights_are_looked_for_where_torch_hub_keeps_them(
 
 def test_the_best_of_the_weights_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    best, second = PROPOSED
-    absent = find_init(None, None)
-    assert absent == Init(f"coco:{best}", here=False, optional=True)
+    best, fast = PROPOSED
+    for gpu, name in ((True, best), (False, fast)):
+        assert find_init(None, None, gpu=gpu) == Init(f"coco:{name}", here=False, optional=True)
     hub_folder().mkdir(parents=True)
-    (hub_folder() / PUBLISHED[second].file).touch()
-    assert find_init(None, None) == Init(f"coco:{second}", optional=True)
-    assert find_init(None, ("coco", "imagenet")) == Init(f"coco:{second}")
-    assert find_init(None, ("imagenet",)) is None
+    (hub_folder() / PUBLISHED[fast].file).touch()
+    assert find_init(None, None, gpu=True) == Init(f"coco:{fast}", optional=True)  # a file that is here comes first
+    assert find_init(None, ("coco", "imagenet"), gpu=True) == Init(f"coco:{fast}")
+    assert find_init(None, ("imagenet",), gpu=True) is None
     (hub_folder() / PUBLISHED[best].file).touch()
-    assert find_init(None, None) == Init(f"coco:{best}", optional=True)
-    assert find_init("coco:retinanet_resnet50_fpn", None) == Init("coco:retinanet_resnet50_fpn", here=False)
+    assert find_init(None, None, gpu=True) == Init(f"coco:{best}", optional=True)
+    assert find_init(None, None, gpu=False) == Init(f"coco:{fast}", optional=True)
+    assert find_init("coco:retinanet_resnet50_fpn", None, gpu=True) == Init("coco:retinanet_resnet50_fpn", here=False)
     with pytest.raises(UserError, match="--init: coco:x: no published detector of torchvision; known: "):
-        find_init("coco:x", None)
+        find_init("coco:x", None, gpu=True)
 
 
 def test_a_detector_file_brings_its_settings(tmp_path: Path) -> None:
