@@ -12,8 +12,8 @@ RULES: tuple[tuple[Callable[[Facts], bool], Augment, str], ...] = (
     (lambda facts: True, "none", "flips alone: on blood cells, strong and cells lost 2 to 6 AP in short trainings"),
 )
 """(condition, set, reason); the first rule whose condition holds decides. Measured on 41 and 160 labeled photos for 15 and 5 passes, one seed each
-(docs/benchmarks/few_labels_cpu_2026-12-01.md); longer trainings and other photos are not measured. Boxes do not show whether objects have an up direction, so no rule names
-`aerial` or `cells`."""
+(docs/benchmarks/few_labels_cpu_2026-12-01.md); longer trainings and other photos are not measured. Boxes do not show whether objects have an up
+direction, so no rule names `aerial` or `cells`."""
 
 
 def choose_augment(asked: str, facts: Facts) -> tuple[Augment, str]:
