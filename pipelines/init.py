@@ -7,7 +7,8 @@ The data are checked first, as by `ssld doctor`. Anchors, warm-up and the larges
 steps of each training then decides networks, image size and steps such that the whole pipeline fits `--minutes`. Without an evaluation file, a random
 fifth of the images (seeded) becomes one: `mine_train.json` and `mine_val.json` beside the YAML file. With `--unlabeled DIR` the backbone is first
 distilled on those images where measurements say that this helps, and a second detector without that step measures its gain. `--unlabeled` without
-annotations: a backbone and nothing else.
+annotations: a backbone and nothing else. A detector that starts from COCO weights is compared with the others where these are at hand and fit the
+time.
 """
 
 import json
@@ -17,7 +18,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,33 @@ from ssld.pipelines.runner.cost import disk_text, steps_text, total_text
 from ssld.pipelines.runner.estimate import Costs
 from ssld.pipelines.runner.plan import names_architecture
 from ssld.pipelines.runner.stages import Stage
+from ssld.pipelines.scaffold.augment import choose_augment
+from ssld.pipelines.scaffold.command_line import parser
 from ssld.pipelines.scaffold.fit import REPORT_SECONDS, Fit, fit
 from ssld.pipelines.scaffold.pool import Pool, divide_pool, some_photos
 from ssld.pipelines.scaffold.stage1 import proposes_stage_1
-from ssld.pipelines.scaffold.suggest import Facts, Networks, networks_of, pipeline_text, shapes, split_content
+from ssld.pipelines.scaffold.starts import (
+    STAGE_1,
+    Init,
+    Start,
+    absence,
+    choose_starts,
+    download_of,
+    find_init,
+    read_starts,
+)
+from ssld.pipelines.scaffold.suggest import (
+    Facts,
+    Networks,
+    networks_of,
+    pipeline_text,
+    shapes,
+    split_content,
+    untrained,
+)
 from ssld.pipelines.scaffold.trials import keep_rates, trials
 from ssld.shared.config.command import exit_code
-from ssld.shared.config.settings import Parser, underscored
+from ssld.shared.config.settings import underscored
 from ssld.shared.errors import STOPPED, Stopped, UserError
 from ssld.shared.files import list_images, write_atomically
 from ssld.shared.machine import cores
@@ -72,12 +93,17 @@ def _init(arguments: Namespace) -> int:
         teacher=arguments.teacher,
         teacher_arch=arguments.teacher_arch,
     )
-    distills, why = False, ""
-    if arguments.unlabeled:
+    detector, given = bool(arguments.annotations or arguments.data), read_starts(arguments.starts)
+    distills, why = bool(STAGE_1 & set(given or ())), ""
+    if arguments.unlabeled and given is None:
         photos = len(list_images(arguments.unlabeled))
-        detector = bool(arguments.annotations or arguments.data)
         distills, why = proposes_stage_1(arguments.distill, networks[0].backbone, photos, detector=detector)
-    networks = _available(networks, distills=distills)
+    init = find_init(arguments.init, given, gpu=bool(gpus)) if detector else None
+    if given and not {"imagenet", *STAGE_1} & set(given):
+        networks = untrained(networks)
+    networks, init, given = _available(networks, init, given, distills=distills, own=bool(arguments.backbone))
+    backbone, arch = networks[0].backbone, networks[0].arch
+    starts = choose_starts(given, init, backbone, arch, distills=distills) if detector else ()
     arguments = _as_files(arguments)
     names = _names(arguments)
     _check_unwritten(names.values())
@@ -109,10 +135,17 @@ def _init(arguments: Namespace) -> int:
         gpus=len(gpus),
         cores=cores(),
         seed=arguments.seed,
-        pretrained=not networks[0].backbone.startswith("random:"),
+        pretrained="random" not in starts and not backbone.startswith("random:"),
+        starts=starts,
+        init=init,
+        trackers=("tensorboard",) if find_spec("tensorboard") else (),
     )
+    augment, augment_reason = choose_augment(arguments.augment, facts)
+    facts = replace(facts, augment=augment, augment_reason=augment_reason)
     if why:
         say(why)
+    if "detector" not in facts.trainings and facts.detectors:
+        networks = networks[:1]  # no detector has the sizes of the others
     try:
         with trials(facts, files) as trial:
             fitting = fit(facts, shapes(facts, networks), minutes, trial)
@@ -120,7 +153,7 @@ def _init(arguments: Namespace) -> int:
         say(str(error), sys.stderr)
         return STOPPED
     output: Path = arguments.output
-    files[output] = pipeline_text(output, facts, fitting.settings, minutes, fitting.seconds)
+    files[output] = pipeline_text(output, fitting.facts, fitting.settings, minutes, fitting.seconds)
     output.parent.mkdir(parents=True, exist_ok=True)
     for file, text in files.items():  # the YAML file comes last: if it exists, all files exist
         write_atomically(file, text)
@@ -171,9 +204,14 @@ def _divide(arguments: Namespace, photos: _Photos) -> Pool:
     return pool
 
 
-def _available(networks: list[Networks], *, distills: bool) -> list[Networks]:
-    """Return the networks whose weights are on this machine or can be downloaded. Raises UserError if there are none, or a file is not usable."""
-    roles = ("backbone", "teacher") if distills else ("backbone",)
+def _available(
+    networks: list[Networks], init: Init | None, given: tuple[Start, ...] | None, *, distills: bool, own: bool
+) -> tuple[list[Networks], Init | None, tuple[Start, ...] | None]:
+    """Return the networks whose weights are on this machine or can be downloaded, likewise the detector to start from; and the starts.
+
+    Where no network is and the user wants none, the detector is the only start. Raises UserError if nothing is left, or a file is not usable.
+    """
+    roles = ("backbone", "teacher") if distills else ("backbone",) if given is None or "imagenet" in given else ()
     for role, flag in zip(roles, ("arch", "teacher_arch"), strict=False):
         text, arch = getattr(networks[0], role), getattr(networks[0], flag)
         if kind_of(text) == "path":
@@ -181,10 +219,19 @@ def _available(networks: list[Networks], *, distills: bool) -> list[Networks]:
         if kind_of(text) == "file" and arch is None and not names_architecture(Path(text)):
             raise UserError(f"--{role} {text}: does not name its architecture; add --{flag} with its timm name")
     texts = {getattr(one, role): role for one in networks for role in roles}
-    found = find_downloads_apart({text: text for text in texts})
+    remote = download_of(init) if init and not init.here else {}
+    found = find_downloads_apart({text: text for text in texts} | remote)
+    if init and not init.here and not any(one.possible for one in found if one.text.startswith(f"{init.reference}: ")):
+        if not init.optional:
+            raise UserError(absence(init))
+        say(absence(init))
+        init = None
     missing = {text: one for text in texts for one in found if one.text.startswith(f"{text}: ")}
     impossible = [text for text, one in missing.items() if not one.possible]
     left = [one for one in networks if not any(getattr(one, role) in impossible for role in roles)]
+    if not left and init and init.here and given is None and not distills and not own:
+        say(f"{impossible[0]} is not on this machine: the detector starts from {init.reference} alone")
+        return networks[:1], init, ("coco",)
     if not left:
         flags = {"backbone": "--backbone FILE --arch NAME", "teacher": "--teacher FILE --teacher_arch NAME"}
         lines = [f"{missing[text].text.removeprefix(f'{text}: ')}: {flags[texts[text]]}" for text in impossible]
@@ -192,18 +239,22 @@ def _available(networks: list[Networks], *, distills: bool) -> list[Networks]:
     for text, download in missing.items():
         if download.possible and any(text in (one.backbone, one.teacher) for one in left):
             say(download.text.removeprefix(f"{text}: "))
-    return left
+    return left, init, given
 
 
 def _tell(fitting: Fit, stages: list[Stage], costs: Costs, minutes: float) -> None:
     """Print the choice, the time of each stage, and what more time would change."""
-    chosen = fitting.settings
-    size = (
-        f"photos of {chosen.short_side} px (short side), batches of {chosen.batch}, {chosen.networks.channels} channels; "
-        if chosen.short_side
-        else ""
-    )
-    say(f"chosen: {chosen.networks.backbone}, {size}{fitting.reason}")
+    chosen, facts = fitting.settings, fitting.facts
+    for note in fitting.notes:
+        say(note)
+    if facts.init and not facts.init.here:
+        say(f"{facts.init.reference}: its weights are downloaded when the pipeline runs")
+    own = f"{chosen.networks.backbone}, " if facts.starts != ("coco",) else ""
+    channels = f", {chosen.networks.channels} channels" if "detector" in facts.trainings else ""
+    size = f"photos of {chosen.short_side} px (short side), batches of {chosen.batch}{channels}; "
+    say(f"chosen: {own}{size if facts.detectors else ''}{fitting.reason}")
+    if facts.detectors:
+        say(f"augmentation: {facts.augment}, {facts.augment_reason}")
     width = max(len(stage.name) for stage in stages)
     for stage in stages:
         time = costs.times.get(stage.name)
@@ -211,8 +262,8 @@ def _tell(fitting: Fit, stages: list[Stage], costs: Costs, minutes: float) -> No
             time = REPORT_SECONDS
         disk = disk_text(costs.disk[stage.name]) if stage.name in costs.disk else ""
         say("; ".join(text for text in (f"  {stage.name:<{width}}  {_about(time)}", steps_text(stage), disk) if text))
-    say(f"  {'sum':<{width}}  about {duration(fitting.seconds)} of {minutes:g} min; {total_text(costs.disk)}")
-    say(f"more time: {fitting.more}")
+    say(f"  {'sum':<{width}}  {_about(fitting.seconds)} of {minutes:g} min; {total_text(costs.disk)}")
+    say(f"the trial took {duration(fitting.tried)}; more time: {fitting.more}")
 
 
 def _about(seconds: float | None) -> str:
@@ -243,7 +294,7 @@ def _check_arguments(arguments: Namespace) -> None:
     if output.suffix not in (".yaml", ".yml"):
         raise UserError(f"--output {output}: give the name of a YAML file, as mine.yaml")
     _check_unwritten([output])
-    given = {name: getattr(arguments, name) for name in ("output", "data", "unlabeled", *FLAGS)}
+    given = {name: getattr(arguments, name) for name in ("output", "data", "unlabeled", "init", *FLAGS)}
     for name, paths in given.items():
         for path in paths if isinstance(paths, list) else [paths]:
             if path and "${" in str(path):
@@ -263,6 +314,9 @@ def _check_arguments(arguments: Namespace) -> None:
             "give --annotations and --images together, or --data for a data set in another form; photos without boxes are --unlabeled"
         )
     if not arguments.annotations and not arguments.data:
+        for name, usual in (("starts", "auto"), ("init", None), ("augment", "auto")):
+            if getattr(arguments, name) != usual:
+                raise UserError(f"--{name}: is about detectors; give --data, or --images and --annotations, too")
         if not arguments.unlabeled:
             raise UserError(
                 "give --data, or --images and --annotations, for a detector, or --unlabeled for a backbone alone"
@@ -275,6 +329,13 @@ def _check_arguments(arguments: Namespace) -> None:
                 raise UserError(f"--{name} {path}: no such file or folder")
     if arguments.distill == "yes" and not arguments.unlabeled:
         raise UserError("--distill yes: give --unlabeled too, a folder of photos")
+    starts = read_starts(arguments.starts) or ()
+    if starts and arguments.distill != "auto":
+        raise UserError(f"--distill {arguments.distill}: leave it out, --starts says whether there is stage 1")
+    if STAGE_1 & set(starts) and not arguments.unlabeled:
+        raise UserError(f"--starts {arguments.starts}: stage 1 needs --unlabeled too, a folder of photos")
+    if arguments.init and starts and not {"coco", "coco_ssld"} & set(starts):
+        raise UserError(f"--init: --starts {arguments.starts} does not use it; add coco")
     for name, needs in (("arch", "backbone"), ("teacher_arch", "teacher")):
         if getattr(arguments, name) and not getattr(arguments, needs):
             raise UserError(f"--{name}: give --{needs} too, a weights file")
@@ -350,85 +411,6 @@ def _with_orientation(content: dict[str, Any], orientation: dict[str, Any]) -> d
     info = content.get("info")
     info = info if isinstance(info, dict) else {}
     return {**content, "info": {**info, "image_orientation": orientation["convention"]}}
-
-
-def parser() -> Parser:
-    """Return the parser of this command."""
-    parser = Parser(
-        prog="ssld init",
-        description="Write a commented pipeline for your own photos, to be read and edited.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--data",
-        metavar="PATH",
-        help="annotated photos by one path: data.yaml or folder (YOLO), folder (Pascal VOC, COCO, Roboflow), Parquet files or hub:ORG/NAME",
-    )
-    parser.add_argument(
-        "--images",
-        type=Path,
-        nargs="+",
-        metavar="DIR",
-        help="folder of the annotated photos, or one for each of --annotations",
-    )
-    parser.add_argument(
-        "--annotations", type=Path, nargs="+", metavar="JSON", help="COCO JSON file of these photos, or several"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("pipeline.yaml"),
-        metavar="YAML",
-        help="YAML file to write (default: pipeline.yaml)",
-    )
-    parser.add_argument(
-        "--unlabeled",
-        type=Path,
-        metavar="DIR",
-        help="folder of photos without annotations, for stage 1; without --annotations: a backbone alone",
-    )
-    parser.add_argument(
-        "--distill",
-        choices=("auto", "yes", "no"),
-        default="auto",
-        help="stage 1 on the unlabeled photos; auto: only where measurements say that it helps (default: auto)",
-    )
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument(
-        "--minutes", type=float, metavar="N", help="time that the whole pipeline may take on this machine (default: 60)"
-    )
-    length.add_argument("--hours", type=float, metavar="N", help="the same in hours")
-    parser.add_argument(
-        "--backbone",
-        metavar="MODEL",
-        help="backbone, and student of stage 1: a weights file, timm:NAME or random:NAME (default: by the machine)",
-    )
-    parser.add_argument("--arch", metavar="NAME", help="timm name of the backbone, for a file that does not name it")
-    parser.add_argument("--teacher", metavar="MODEL", help="teacher of stage 1: a weights file or timm:NAME")
-    parser.add_argument(
-        "--teacher_arch", metavar="NAME", help="timm name of the teacher, for a file that does not name it"
-    )
-    parser.add_argument(
-        "--val_annotations",
-        type=Path,
-        nargs="+",
-        metavar="JSON",
-        help="COCO JSON file for evaluation (default: a part of --annotations)",
-    )
-    parser.add_argument(
-        "--val_images", type=Path, nargs="+", metavar="DIR", help="folder of the evaluation photos (default: --images)"
-    )
-    parser.add_argument(
-        "--val_share",
-        type=float,
-        default=0.2,
-        metavar="SHARE",
-        help="fraction of the images to evaluate on (default: 0.2)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="random seed of the split and of the runs, 0 to 2^32 - 1 (default: 0)"
-    )
-    return parser
 
 
 if __name__ == "__main__":

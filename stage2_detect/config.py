@@ -24,7 +24,9 @@ from ssld.stage2_detect.data_config import (
 )
 from ssld.stage2_detect.distill_config import DistillConfig, MovingTeacherConfig
 from ssld.stage2_detect.model_config import DetectorConfig, Fraction
-from ssld.stage2_detect.published import PREFIX, PUBLISHED, published
+from ssld.stage2_detect.published import PREFIX as PREFIX
+from ssld.stage2_detect.published import PUBLISHED
+from ssld.stage2_detect.published import published as published
 
 RECIPES = Path(__file__).resolve().parent / "configs"
 """folder of the shipped recipes"""

@@ -69,7 +69,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, call: Callable[..., int], s
         monkeypatch.setattr(module, "run_script", check_data.main)
     monkeypatch.setattr(init, "find_downloads_apart", lambda references: [])  # the sandbox replaces what timm names
     rate = Rate(start=1.0, step=0.01)
-    monkeypatch.setattr(init, "trials", lambda facts, files: nullcontext(lambda settings, trained: rate))
+    monkeypatch.setattr(init, "trials", lambda facts, files: nullcontext(lambda settings, trained, limit: rate))
     monkeypatch.setenv("XDG_CACHE_HOME", str(sandbox.folder / "cache"))
 
 

@@ -146,6 +146,8 @@ def test_from_photos_to_a_detector(installed: tuple[Path, Path], tmp_path: Path)
         "all.json",
         "--backbone",
         "random:test_resnet",
+        "--starts",
+        "random",
         "--minutes",
         "600",
     ]

@@ -5,9 +5,13 @@ as a curation, stays unknown until that one is finished. Evaluations and checks 
 of a training step.
 """
 
+import os
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ssld.pipelines.runner.cost import evaluation_images, training_images
@@ -26,6 +30,8 @@ from ssld.stage2_detect.config import ConvertDataConfig, TrainConfig
 from ssld.stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
 
 STEPS = 3
+GRACE_SECONDS = 5.0
+"""time that a training has to finish its step when a trial has reached its limit; then it is killed"""
 _WHOLE = (ToyDataConfig, ConvertDataConfig, ConvertPaddleConfig, ConvertDetectorConfig)
 """settings of the stages that a trial runs as a whole"""
 _TRIED = (*_WHOLE, TrainingConfig)
@@ -41,7 +47,13 @@ _STAGE_1 = {"data.val": "null"}
 _STAGE_2 = {"data.val_annotations": "null", "data.val_images": "null", "val_loss": "false", "expected": "null"}
 
 
-def measure(plan: list[Planned], build: Callable[[Path], list[Stage]], output: Path, rates: dict[str, Rate]) -> None:
+def measure(
+    plan: list[Planned],
+    build: Callable[[Path], list[Stage]],
+    output: Path,
+    rates: dict[str, Rate],
+    limit: float | None = None,
+) -> None:
     """Measure the stages of a plan whose rate is unknown, and add them to `rates`, which has them by their keys (see `rate_key`).
 
     Args:
@@ -49,6 +61,7 @@ def measure(plan: list[Planned], build: Callable[[Path], list[Stage]], output: P
         build: builds the stages for another folder of run directories.
         output: folder of the pipeline.
         rates: rates so far; after an error it has those that were measured before it.
+        limit: seconds after which the trial of a stage ends; its rate is then that of the steps so far, and unknown without one. None: no limit.
 
     Raises:
         UserError: a stage failed in the trial.
@@ -66,7 +79,8 @@ def measure(plan: list[Planned], build: Callable[[Path], list[Stage]], output: P
                 stage.run.symlink_to((output / stage.name).absolute())
                 ready.add(stage.name)
             elif stage.name in needed and stage.needs <= ready and isinstance(stage.config, _TRIED):
-                rates[key] = _try_stage(stage, signals)
+                rate = _try_stage(stage, signals, limit)
+                rates |= {key: rate} if rate else {}
                 ready.add(stage.name)
             elif isinstance(stage.config, EVALUATIONS) and key not in rates:
                 rate = evaluation_rate(stage, stages, {other.name: rates.get(keys[other.name]) for other in stages})
@@ -84,18 +98,46 @@ def _needed(stages: list[Stage], unknown: set[str]) -> set[str]:
     return names
 
 
-def _try_stage(stage: Stage, signals: Signals) -> Rate:
-    """Run a stage, a training for `STEPS` steps only, and return its rate."""
+def _try_stage(stage: Stage, signals: Signals, limit: float | None) -> Rate | None:
+    """Run a stage, a training for `STEPS` steps only, and return its rate; None if not one step ended within the limit."""
     whole = not isinstance(stage.config, TrainingConfig)
     images, val_images = training_images(stage.config), evaluation_images(stage.config) or 0
     say(f"trial of {stage.name}: {'whole' if whole else f'{STEPS} steps'}")
     begun = time.monotonic()
-    outcome = run_stage(stage if whole else shortened(stage), stage.run.with_suffix(".trial.txt"), signals, quiet=True)
+    with _stopped_after(limit, signals) as stopped:
+        outcome = run_stage(
+            stage if whole else shortened(stage), stage.run.with_suffix(".trial.txt"), signals, quiet=True
+        )
     total = time.monotonic() - begun
     if signals.received:
         raise Stopped(f"trial of {stage.name}: stopped")
+    if outcome.code and stopped.is_set():
+        return rate_of_part(stage.run, total, images=images, val_images=val_images)
     _check(stage, outcome)
     return rate_of(stage.run, total, images=images, val_images=val_images)
+
+
+@contextmanager
+def _stopped_after(limit: float | None, signals: Signals) -> Iterator[threading.Event]:
+    """Stop the process that runs inside after `limit` seconds, by SIGTERM and a little later by SIGKILL; yields whether that has happened."""
+    stopped = threading.Event()
+
+    def stop(number: int) -> None:
+        if signals.group is not None:
+            stopped.set()
+            with suppress(ProcessLookupError):
+                os.killpg(signals.group, number)
+
+    after = {signal.SIGTERM: limit, signal.SIGKILL: limit + GRACE_SECONDS} if limit is not None else {}
+    timers = [threading.Timer(seconds, stop, [number]) for number, seconds in after.items()]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield stopped
+    finally:
+        for timer in timers:
+            timer.cancel()
 
 
 def _check(stage: Stage, outcome: Outcome) -> None:
@@ -147,4 +189,19 @@ def rate_of(run: Path, total: float, *, images: int | None, val_images: int) -> 
         files=sum(size for file, size in sizes.items() if not file.is_relative_to(checkpoints)),
         model=sum(size for file, size in sizes.items() if file.parent == run and file.suffix == ".safetensors"),
         checkpoint=sum(size for file, size in sizes.items() if file.is_relative_to(checkpoints)),
+    )
+
+
+def rate_of_part(run: Path, total: float, *, images: int | None, val_images: int) -> Rate | None:
+    """Return the rate of a trial that ended at its limit: of its steps without the first, or of the first if there is no other; None without steps.
+
+    Its files are not complete, so that their sizes stay unknown.
+    """
+    times = [line["seconds"] for line in read_metrics(run) if "seconds" in line]
+    if not times:
+        return None
+    steps = times[1:] or times
+    step = sum(steps) / len(steps)
+    return Rate(
+        start=round(max(0.0, total - len(times) * step), 3), step=round(step, 6), images=images, val_images=val_images
     )

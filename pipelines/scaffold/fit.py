@@ -2,18 +2,22 @@
 
 The cheapest shape (networks and image size) is tried first. Its rate says which is the most expensive shape at which `ENOUGH` steps fit; that one is
 tried too, and its own rate decides the lengths. Rates are scaled from one shape to another by a rough rule, so a third trial may follow.
+
+All trials together take at most `TRIAL_SHARE` of the time: on a slow machine they have fewer steps, and larger shapes are not tried. A detector that
+starts from COCO weights is left out where its shortest training does not fit, unless the user asked for it.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count as counted
-from typing import Literal
 
 from ssld.pipelines.runner.estimate import FORWARD_SHARE, Rate
 from ssld.pipelines.scaffold.suggest import (
     Facts,
     Settings,
     Shape,
+    Trained,
     detector_batch,
     distill_batch,
     settings_of,
@@ -21,14 +25,15 @@ from ssld.pipelines.scaffold.suggest import (
     wanted_steps,
 )
 from ssld.shared.errors import UserError
-from ssld.shared.wording import count
+from ssld.shared.wording import count, duration
 
-Trained = Literal["detector", "ssld"]
-Trial = Callable[[Settings, Trained], Rate]
-"""measures the rate of a training with these settings"""
+Trial = Callable[[Settings, Trained, float], Rate | None]
+"""measures the rate of a training with these settings within a number of seconds; None if not one step ended in them"""
 
 USED = 0.85
-"""share of the time that is planned; the rest is for what a trial cannot see"""
+"""share of the time that is planned; the rest is for the trials, and for what they cannot see"""
+TRIAL_SHARE, LEAST_TRIAL = 0.15, 30.0
+"""share of the time that all trials together take at most; seconds for each training in any case, since it takes some to start"""
 STAGE_1_SHARE = 0.35
 """share of the planned time that stage 1 gets at most where detectors follow"""
 ENOUGH, LEAST, LEAST_DISTILL = 300, 60, 20
@@ -59,33 +64,95 @@ class Lengths:
 class Fit:
     """Settings that fit, the rates of the trainings, and lines on the choice and on what more time would change."""
 
+    facts: Facts
+    """the given facts, perhaps without the starts that do not fit"""
     settings: Settings
     rates: dict[Trained, Rate]
-    seconds: float
-    """expected seconds of the whole pipeline"""
+    seconds: float | None
+    """expected seconds of the whole pipeline; None if unknown"""
+    tried: float
+    """seconds of the trials"""
     reason: str
     more: str
+    notes: tuple[str, ...]
+    """lines on what was left out"""
 
 
-def fit(facts: Facts, shapes: list[Shape], minutes: float, trial: Trial) -> Fit:
+class _Trials:
+    """Trials of the shapes of one pipeline, within a part of its time."""
+
+    def __init__(self, facts: Facts, trial: Trial, minutes: float, clock: Callable[[], float]) -> None:
+        self.limit = max(LEAST_TRIAL * len(facts.trainings), TRIAL_SHARE * 60 * minutes)
+        self._trial, self._clock, self._begun = trial, clock, clock()
+        self._stage_1: dict[tuple[str, str], Rate] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the first trial."""
+        return self._clock() - self._begun
+
+    def rates(self, facts: Facts, shape: Shape) -> dict[Trained, Rate]:
+        """Return the rates of the trainings of a pipeline with this shape, without those of which not one step ended in their part of the time.
+
+        Stage 1 is tried once for each pair of student and teacher.
+        """
+        settings = _settings(facts, shape, Lengths(LEAST, LEAST_DISTILL, None, 0.0))
+        rates, new = self._known(facts, shape), self._new(facts, shape)
+        for number, trained in enumerate(new):
+            rate = self._trial(settings, trained, max(0.0, self.limit - self.seconds) / (len(new) - number))
+            rates |= {trained: rate} if rate else {}
+        if "ssld" in rates:
+            self._stage_1[shape.networks.backbone, shape.networks.teacher] = rates["ssld"]
+        return rates
+
+    def allow(self, facts: Facts, shape: Shape, expected: dict[Trained, Rate]) -> bool:
+        """Return whether there is time for two steps of each training, one of which is no measure."""
+        needed = sum(expected[trained].start + 2 * expected[trained].step for trained in self._new(facts, shape))
+        return self.seconds + needed <= self.limit
+
+    def _known(self, facts: Facts, shape: Shape) -> dict[Trained, Rate]:
+        rate = self._stage_1.get((shape.networks.backbone, shape.networks.teacher))
+        return {"ssld": rate} if rate and facts.unlabeled else {}
+
+    def _new(self, facts: Facts, shape: Shape) -> list[Trained]:
+        known = self._known(facts, shape)
+        return [trained for trained in facts.trainings if trained not in known]
+
+
+def fit(
+    facts: Facts, shapes: list[Shape], minutes: float, trial: Trial, clock: Callable[[], float] = time.monotonic
+) -> Fit:
     """Choose the most expensive shape at which enough steps fit, and the lengths.
 
     Args:
         shapes: shapes to choose from, in any order.
-        minutes: time for the whole pipeline.
+        minutes: time for the whole pipeline, the trials included.
+        clock: seconds, from any start.
 
     Raises:
         UserError: even the cheapest shape does not fit; names the fewest minutes.
     """
+    trials = _Trials(facts, trial, minutes, clock)
     ordered = sorted(shapes, key=_cost, reverse=True)
     shape = ordered[-1]
-    known: dict[tuple[str, str], Rate] = {}
-    rates = _tried(facts, shape, trial, known)
+    rates = trials.rates(facts, shape)
+    facts, notes = _without_what_does_not_fit(facts, rates, minutes, trials)
+    if missing := [trained for trained in facts.trainings if trained not in rates]:
+        return _unmeasured(facts, shape, missing, rates, trials, notes)
+    known, untried = {shape: rates}, ""
     for _ in range(MOST_TRIALS - 1):
         best = _best(facts, ordered, shape, rates, minutes)
         if best == shape:
             break
-        shape, rates = best, _tried(facts, best, trial, known)
+        scaled = _scaled(rates, shape, best)
+        new = known.get(best) or (trials.rates(facts, best) if trials.allow(facts, best, scaled) else {})
+        if any(trained not in new for trained in facts.trainings):
+            untried = f"{' and '.join(_differences(shape, best))} would need another trial, and all of them get {duration(trials.limit)}"
+            if ordered.index(best) > ordered.index(shape):
+                shape, rates, untried = best, scaled, f"its time is scaled from a trial of {shape.short_side} px"
+            break
+        shape, rates = best, new
+        known[best] = new
     lengths = lengths_of(facts, rates, minutes)
     if lengths is None:
         fewest = fewest_minutes(facts, _scaled(rates, shape, ordered[-1]))
@@ -99,11 +166,54 @@ def fit(facts: Facts, shapes: list[Shape], minutes: float, trial: Trial) -> Fit:
             f"--minutes {minutes:g}: too short for {what} on this machine; by a trial it takes {fewest} minutes at least"
         )
     return Fit(
+        facts,
         _settings(facts, shape, lengths),
         rates,
         lengths.seconds,
-        _reason(facts, ordered, shape, rates, minutes),
+        trials.seconds,
+        untried or _reason(facts, ordered, shape, rates, minutes),
         _more(facts, ordered, shape, rates, minutes, lengths),
+        tuple(notes),
+    )
+
+
+def _without_what_does_not_fit(
+    facts: Facts, rates: dict[Trained, Rate], minutes: float, trials: _Trials
+) -> tuple[Facts, list[str]]:
+    """Return the facts without detectors from COCO weights if these are optional and their shortest training does not fit, and a line about it."""
+    if facts.init is None or not facts.init.optional or "coco" not in facts.trainings:
+        return facts, []
+    kept = tuple(start for start, kind in zip(facts.starts, facts.detector_kinds, strict=True) if kind != "coco")
+    without = replace(facts, starts=kept, init=None)
+    name = {"resnet50": "ResNet50"}.get(facts.init.arch, facts.init.arch)
+    if "coco" not in rates:
+        limit = duration(trials.limit)
+        return without, [f"COCO weights left out: not one step of {name} ended in its part of the trial's {limit}"]
+    if any(trained not in rates for trained in facts.trainings) or lengths_of(facts, rates, minutes):
+        return facts, []
+    step, fewest = rates["coco"].step, fewest_minutes(facts, rates)
+    return without, [
+        f"COCO weights left out: a step of {name} takes {step:.2g} s here; they fit in {fewest} minutes (--minutes {fewest})"
+    ]
+
+
+def _unmeasured(
+    facts: Facts, shape: Shape, missing: list[Trained], rates: dict[Trained, Rate], trials: _Trials, notes: list[str]
+) -> Fit:
+    """Return the cheapest settings, whose time is unknown: not one step of a training ended in the time of the trials."""
+    steps = min(LEAST, wanted_steps(facts)) // 10 * 10 if facts.detectors else 1
+    distill_steps = min(LEAST_DISTILL, wanted_distill_steps(facts)) if facts.unlabeled else 1
+    what = " and ".join(dict.fromkeys("stage 1" if trained == "ssld" else "a detector" for trained in missing))
+    seconds = trials.seconds
+    return Fit(
+        facts,
+        _settings(facts, shape, Lengths(steps, distill_steps, None, 0.0)),
+        rates,
+        None,
+        seconds,
+        f"the cheapest that is proposed: in {duration(seconds)} of trial not one step of {what} ended",
+        f"a longer --minutes, of which a trial gets {TRIAL_SHARE:.0%}; or smaller networks, by --backbone",
+        tuple(notes),
     )
 
 
@@ -116,20 +226,21 @@ def lengths_of(facts: Facts, rates: dict[Trained, Rate], minutes: float) -> Leng
         rate = rates["ssld"]
         around = rate.start + FORWARD_SHARE * rate.val_images * rate.step / distill_batch(facts)[0]
         most = (STAGE_1_SHARE if facts.detectors else 1.0) * total
-        distill_steps = min(max(LEAST_DISTILL, _fitting(most - around, rate)), wanted_distill_steps(facts))
+        distill_steps = min(max(LEAST_DISTILL, _fitting(most - around, rate.step)), wanted_distill_steps(facts))
         left -= around + distill_steps * rate.step
     if facts.detectors:
-        rate, each = rates["detector"], left / facts.detectors
-        evaluation = FORWARD_SHARE * facts.val_count * rate.step / detector_batch(facts)[0]
+        kinds = [rates[kind] for kind in facts.detector_kinds]
+        step = sum(rate.step for rate in kinds)  # all detectors have the same number of steps
+        evaluation = FORWARD_SHARE * facts.val_count * step / detector_batch(facts)[0]
         every, evaluations = next(
-            (one for one in _INTERVALS if one[1] * evaluation <= EVALUATING * each), _INTERVALS[-1]
+            (one for one in _INTERVALS if one[1] * evaluation <= EVALUATING * left), _INTERVALS[-1]
         )
-        around = 2 * rate.start + (evaluations + 1) * evaluation  # the last evaluation is a stage of its own
-        steps = min(_fitting(each - around, rate), wanted_steps(facts))
+        around = sum(2 * rate.start for rate in kinds) + (evaluations + 1) * evaluation  # the last one is a stage
+        steps = min(_fitting(left - around, step), wanted_steps(facts))
         if steps < min(LEAST, wanted_steps(facts)):
             return None
         steps = steps // 10 * 10  # so that the intervals are whole
-        left -= facts.detectors * (around + steps * rate.step)
+        left -= around + steps * step
     return Lengths(steps, distill_steps, every, total - left + REPORT_SECONDS) if left >= 0 else None
 
 
@@ -138,20 +249,8 @@ def fewest_minutes(facts: Facts, rates: dict[Trained, Rate]) -> int:
     return next(minutes for minutes in counted(1) if lengths_of(facts, rates, minutes))
 
 
-def _fitting(seconds: float, rate: Rate) -> int:
-    return max(0, int(seconds / max(rate.step, 1e-6)))
-
-
-def _tried(facts: Facts, shape: Shape, trial: Trial, known: dict[tuple[str, str], Rate]) -> dict[Trained, Rate]:
-    """Try the trainings of a pipeline with this shape; stage 1 once for each pair of student and teacher, whose rates are `known`."""
-    settings = _settings(facts, shape, Lengths(LEAST, LEAST_DISTILL, None, 0.0))
-    rates: dict[Trained, Rate] = {}
-    if facts.unlabeled:
-        pair = shape.networks.backbone, shape.networks.teacher
-        known[pair] = rates["ssld"] = known.get(pair) or trial(settings, "ssld")
-    if facts.detectors:
-        rates["detector"] = trial(settings, "detector")
-    return rates
+def _fitting(seconds: float, step: float) -> int:
+    return max(0, int(seconds / max(step, 1e-6)))
 
 
 def _settings(facts: Facts, shape: Shape, lengths: Lengths) -> Settings:
@@ -179,16 +278,22 @@ def _wanted(facts: Facts) -> int:
 
 def _scaled(rates: dict[Trained, Rate], tried: Shape, shape: Shape) -> dict[Trained, Rate]:
     same = shape.networks.backbone == tried.networks.backbone
-    factors = {
+    factors: dict[Trained, float] = {
         "detector": _cost(shape) / _cost(tried),
+        "coco": _pixels(shape) / _pixels(tried),
         "ssld": 1.0 if same else shape.networks.weight / tried.networks.weight,
     }
     return {name: replace(rate, step=rate.step * factors[name]) for name, rate in rates.items()}
 
 
 def _cost(shape: Shape) -> float:
-    """Return the relative seconds of a detector's step. Its heads see the same number of boxes at any image size."""
-    return shape.networks.weight * (HEADS + (shape.short_side / 224) ** 2)
+    """Return the relative seconds of a detector's step."""
+    return shape.networks.weight * _pixels(shape)
+
+
+def _pixels(shape: Shape) -> float:
+    """Return the same for one network at several image sizes. The heads see the same number of boxes at any of them."""
+    return HEADS + (shape.short_side / 224) ** 2
 
 
 def _reason(facts: Facts, ordered: list[Shape], shape: Shape, rates: dict[Trained, Rate], minutes: float) -> str:

@@ -11,15 +11,19 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import yaml
 
 from ssld.pipelines.folder import folder_of, written_in
+from ssld.pipelines.scaffold.starts import Init, Start, arch_of, main_row, rows_of
 from ssld.shared.errors import UserError
 from ssld.shared.models.downloads import kind_of
 from ssld.shared.wording import duration, printable
+
+Trained = Literal["detector", "coco", "ssld"]
+"""trainings that differ in cost: a detector from a backbone, one from a detector trained on COCO, stage 1"""
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,33 @@ class Facts:
     cores: int
     seed: int
     pretrained: bool = True
-    """whether the backbone has weights"""
+    """whether all detectors start from weights"""
+    starts: tuple[Start, ...] = ("imagenet",)
+    """starts of the detectors, in the order of their stages"""
+    init: Init | None = None
+    """detector of the start `coco`"""
+    augment: str = "none"
+    """named set of augmentations"""
+    augment_reason: str = ""
+    trackers: tuple[str, ...] = ()
+    """trackers that are installed"""
 
     @property
     def detectors(self) -> int:
-        """Number of detectors that the pipeline trains: with stage 1 a second one without it."""
-        return 0 if self.annotations is None else 2 if self.unlabeled else 1
+        """Number of detectors that the pipeline trains, one per start."""
+        return 0 if self.annotations is None else len(self.starts)
+
+    @property
+    def detector_kinds(self) -> tuple[Trained, ...]:
+        """Kind of training of each detector."""
+        starts = self.starts if self.annotations is not None else ()
+        return tuple("coco" if start in ("coco", "coco_ssld") else "detector" for start in starts)
+
+    @property
+    def trainings(self) -> tuple[Trained, ...]:
+        """Trainings that differ in cost, in the order of their trials: those that may be left out come last."""
+        order: tuple[Trained, ...] = ("ssld", "detector", "coco")
+        return tuple(kind for kind in order if kind in self.detector_kinds or (kind == "ssld" and self.unlabeled))
 
 
 @dataclass(frozen=True)
@@ -132,6 +157,13 @@ def networks_of(
     if teacher:
         choices = [replace(one, teacher=teacher, teacher_arch=teacher_arch) for one in choices]
     return choices
+
+
+def untrained(networks: Sequence[Networks]) -> list[Networks]:
+    """Return networks with random weights in place of theirs, as far as the name of their backbone is known."""
+    names = [arch_of(one.backbone, one.arch) for one in networks]
+    pairs = zip(networks, names, strict=True)
+    return [replace(one, backbone=f"random:{name}", arch=None) if name else one for one, name in pairs]
 
 
 def shapes(facts: Facts, networks: Sequence[Networks]) -> list[Shape]:
@@ -300,7 +332,18 @@ def pipeline_text(
     )
     environment.filters["comment"] = lambda value: _Comment(printable(str(value)))
     template = environment.from_string(Path(__file__).with_name("init.yaml.jinja").read_text(encoding="utf-8"))
+    networks = chosen.networks
+    rows = rows_of(facts.starts, facts.init, networks.backbone, networks.arch) if facts.detectors else []
+    smaller = sorted((side for side in chosen.short_sides if side < chosen.short_side), reverse=True)
+    sides = dict(zip(("medium_size", "small_size"), smaller, strict=False))
     return template.render(
+        rows=rows,
+        main=main_row(rows) if rows else None,
+        base=next((row for row in rows if row.baseline is None), None),
+        evaluated=sorted(rows, key=lambda row: row.baseline is not None),
+        sides=sides,
+        train_sides=[f"${{{name}}}" for name in (*reversed(sides), "size")],
+        uses_backbone=bool(facts.unlabeled) or any(row.backbone == "${backbone}" for row in rows),
         output=output,
         command=shlex.quote(str(output)),
         facts=facts,
@@ -309,7 +352,7 @@ def pipeline_text(
         classes=list(facts.statistics.get("classes", [])),
         sizes=[round(100 * value) for value in facts.statistics.get("object_sizes", [])],
         minutes=minutes,
-        expected="not measured" if seconds is None else f"about {duration(seconds)}",
+        expected="" if seconds is None else f"about {duration(seconds)}",
         machine=f"{facts.gpu[0]}, {facts.gpu[2] / 2**30:.0f} GB" if facts.gpu else f"no GPU, {facts.cores} CPU cores",
     )
 

@@ -20,12 +20,14 @@ from ssld.pipelines.runner.estimate import (
 )
 from ssld.pipelines.runner.launch import stoppable
 from ssld.pipelines.runner.plan import Planned
-from ssld.pipelines.runner.stages import Stage, build_stages, read_pipeline
-from ssld.pipelines.runner.trial import measure
-from ssld.pipelines.scaffold.fit import Trained, Trial
-from ssld.pipelines.scaffold.suggest import Facts, Settings, pipeline_text
+from ssld.pipelines.runner.stages import Stage, build_stages, flags, read_pipeline
+from ssld.pipelines.runner.trial import measure, with_settings
+from ssld.pipelines.scaffold.fit import Trial
+from ssld.pipelines.scaffold.starts import in_a_trial, rows_of
+from ssld.pipelines.scaffold.suggest import Facts, Settings, Trained, pipeline_text
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.files import write_atomically
+from ssld.stage2_detect.config import TrainConfig
 
 
 @contextmanager
@@ -45,24 +47,34 @@ def trials(facts: Facts, files: Mapping[Path, str]) -> Iterator[Trial]:
         there = replace(facts, **{key: moved.get(getattr(facts, key), getattr(facts, key)) for key in names})
         paths: dict[str, Any] = {key: path.absolute() for key, path in vars(there).items() if isinstance(path, Path)}
         there = replace(there, **paths)  # as an error of the trial has to name them
-        yield lambda settings, trained: _rate(folder, there, settings, trained)
+        there = replace(there, starts=in_a_trial(facts.starts))
+        yield lambda settings, trained, limit: _rate(folder, there, settings, trained, limit)
 
 
-def _rate(folder: Path, facts: Facts, settings: Settings, trained: Trained) -> Rate:
-    """Measure the rate of one training of the pipeline with these settings."""
+def _rate(folder: Path, facts: Facts, settings: Settings, trained: Trained, limit: float) -> Rate | None:
+    """Measure the rate of one training of the pipeline with these settings, within `limit` seconds."""
     file, output = folder / "trial.yaml", folder / "runs"
     write_atomically(file, pipeline_text(file, facts, settings))
-    name = "detector_plain" if trained == "detector" and facts.unlabeled else trained
+    rows = rows_of(facts.starts, facts.init, settings.networks.backbone, settings.networks.arch)
+    name = "ssld" if trained == "ssld" else next(r.stage for r in rows if (r.init is not None) == (trained == "coco"))
+    absent = facts.init if trained == "coco" and facts.init and not facts.init.here else None
 
     def build(output: Path) -> list[Stage]:
-        return [stage for stage in build_stages(pipeline, file, output=output) if stage.name == name]
+        (stage,) = [stage for stage in build_stages(pipeline, file, output=output) if stage.name == name]
+        return [with_settings(stage, _texts(absent.untrained())) if absent else stage]
 
     with inside_folder_of(file):
         pipeline = read_pipeline(file)
         (stage,) = build(output)
         rates: dict[str, Rate] = {}
-        measure([Planned(stage, "new")], build, output, rates)
-        return rates[rate_key(stage, output)]
+        measure([Planned(stage, "new")], build, output, rates, limit)
+        return rates.get(rate_key(stage, output))
+
+
+def _texts(settings: dict[str, Any]) -> dict[str, str]:
+    """Return settings as texts of the command line."""
+    words = flags(settings)
+    return {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
 
 
 def keep_rates(file: Path, rates: Mapping[Trained, Rate]) -> tuple[list[Stage], Costs]:
@@ -71,8 +83,10 @@ def keep_rates(file: Path, rates: Mapping[Trained, Rate]) -> tuple[list[Stage], 
     stages = build_stages(pipeline, file, output=pipeline.output)
     known: dict[str, Rate | None] = {}
     for stage in stages:
-        if isinstance(stage.config, TrainingConfig):
-            known[stage.name] = rates["ssld" if stage.name == "ssld" else "detector"]
+        if isinstance(stage.config, TrainConfig):
+            known[stage.name] = rates.get("coco" if stage.config.init else "detector")
+        elif isinstance(stage.config, TrainingConfig):
+            known[stage.name] = rates.get("ssld")
         elif isinstance(stage.config, EVALUATIONS):
             known[stage.name] = evaluation_rate(stage, stages, known)
     new = {rate_key(stage, pipeline.output): rate for stage in stages if (rate := known.get(stage.name))}

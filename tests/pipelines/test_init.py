@@ -1,6 +1,7 @@
 """`ssld init`: the command, its files, and a pipeline that the runner accepts unchanged; its split and settings: scaffold/test_suggest.py."""
 
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from ssld.pipelines.checks.settings import settings_lines
 from ssld.pipelines.runner.estimate import Rate
 from ssld.pipelines.runner.stages import build_stages, read_pipeline
 from ssld.pipelines.scaffold import pool
-from ssld.pipelines.scaffold.fit import Trained
 from ssld.pipelines.scaffold.suggest import (
     Settings,
+    Trained,
     split_content,
 )
 from ssld.shared.models.downloads import Download
@@ -29,9 +30,15 @@ from ssld.stage2_detect.config import TrainConfig
 from tests.pipelines.scaffold.test_suggest import GPU, content, ids
 
 
-def quick_machine(settings: Settings, trained: Trained) -> Rate:
+def quick_machine(settings: Settings, trained: Trained, limit: float) -> Rate:
     """A machine that fits everything into any time."""
     return Rate(start=0.1, step=0.001, images=32, val_images=8, files=10**6, model=10**6, checkpoint=10**6)
+
+
+def stages_of(file: str, variables: dict[str, str] | None = None) -> dict[str, Any]:
+    """Settings of the stages of a pipeline, by name."""
+    built = build_stages(read_pipeline(Path(file)), Path(file), output=Path("runs"), variables=variables)
+    return {stage.name: stage.config for stage in built}
 
 
 CPU: dict[str, Any] = {"devices": []}
@@ -48,6 +55,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (init, run):  # timm's names, which nothing here reads
         monkeypatch.setattr(module, "downloads" if module is run else "find_downloads_apart", lambda references: [])
     monkeypatch.setattr(init, "trials", lambda facts, files: nullcontext(quick_machine))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for module in (checked_data, init):
         monkeypatch.setattr(module, "run_script", check_data.main)
     monkeypatch.chdir(tmp_path)
@@ -82,24 +90,44 @@ def test_the_runner_takes_what_is_written(photos: Path, unlabeled: bool, capfd: 
 
 
 def test_one_line_changes_the_length(photos: Path) -> None:
-    """Warm-up, milestones and intervals of a pipeline that is four times as long are four times as long."""
-    line = ["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml"]
-    assert init.main([*line, "--distill", "yes", "--unlabeled", "more photos"]) == 0
+    """Of all detectors; warm-up, milestones and intervals of a pipeline that is four times as long are four times as long."""
+    assert init.main(WITH_STAGE_1) == 0
     for steps in (100, 400):
-        given = {name: {"steps": str(steps)} for name in ("ssld", "detector_ssld")}
-        stages = build_stages(read_pipeline(Path("mine.yaml"), given), Path("mine.yaml"), output=Path("runs"))
-        configs = {stage.name: stage.config for stage in stages}
-        distill, train, plain = configs["ssld"], configs["detector_ssld"], configs["detector_plain"]
+        given = {"steps": str(steps), "distill_steps": str(2 * steps)}
+        configs = stages_of("mine.yaml", given)
+        distill, train, other = configs["ssld"], configs["detector_imagenet"], configs["detector_ssld"]
         assert isinstance(distill, DistillConfig)
         assert isinstance(train, TrainConfig)
-        assert isinstance(plain, TrainConfig)
-        assert plain.steps == train.steps == distill.steps == steps
+        assert isinstance(other, TrainConfig)
+        assert other.steps == train.steps == steps
+        assert distill.steps == 2 * steps
         run = train.in_steps(steps)
         assert (run.evaluate_every, run.save_every, run.log_every) == (steps // 5, steps // 5, steps // 20)
         assert run.optim.milestones(7, steps) == [steps * 7 // 10, steps * 9 // 10]
         assert run.optim.total_warmup_steps(steps) == steps // 10
-        assert distill.in_steps(steps).save_every == steps // 5
-        assert distill.optim.total_warmup_steps(None, 32, steps) == steps // 20
+        assert distill.in_steps(2 * steps).save_every == 2 * steps // 5
+        assert distill.optim.total_warmup_steps(None, 32, 2 * steps) == steps // 10
+
+
+def test_variables_as_flags(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One for all detectors; an unknown one names no other that is unlike it."""
+    assert init.main(WITH_STAGE_1) == 0
+    capfd.readouterr()
+    assert run.main(["mine.yaml", "--dry-run", "--variables.steps", "500", "--variables.distill_steps", "70"]) == 0
+    out = capfd.readouterr().out
+    assert out.count(": 500 steps of 2 images") == 2
+    assert ": 70 steps of 32 images" in out
+    for flag, hint in (
+        ("--steps", "did you mean '--variables.steps'?"),
+        ("--size", "did you mean '--variables.size'?"),
+        ("--variables.stps", "did you mean 'steps'?"),
+        ("--variables.distill", "did you mean 'distill_steps'?"),
+        *((f"--variables.{name}", "known: backbone, distill_steps") for name in ("epochs", "minutes", "lr", "length")),
+    ):
+        assert run.main(["mine.yaml", "--dry-run", flag, "500"]) == 2
+        error = capfd.readouterr().err
+        assert error.startswith(f"error: {flag}: unknown ")
+        assert hint in error
 
 
 def test_both_parts_keep_what_all_photos_together_show(photos: Path) -> None:
@@ -207,7 +235,7 @@ def test_stage_1_is_left_out_where_nothing_says_that_it_helps(photos: Path, capf
     assert "--distill yes adds it" in out
     assert init.main([*line, "--output", "new.yaml", "--backbone", "random:resnet18"]) == 0
     stages = yaml.safe_load(Path("new.yaml").read_text())["stages"]
-    assert list(stages)[:2] == ["ssld", "detector_ssld"]
+    assert list(stages)[:3] == ["ssld", "detector_random", "detector_ssld"]
     assert stages["ssld"]["set"]["optim"]["lr"] == 5e-4
 
 
@@ -222,11 +250,8 @@ def test_weights_files_of_ones_own(photos: Path, capfd: pytest.CaptureFixture[st
     message = "error: --backbone small.safetensors: does not name its architecture; add --arch with its timm name\n"
     assert capfd.readouterr().err == message
     assert init.main([*line, "--arch", "resnet18", "--teacher_arch", "resnet50"]) == 0
-    stages = {
-        one.name: one.config
-        for one in build_stages(read_pipeline(Path("mine.yaml")), Path("mine.yaml"), output=Path("runs"))
-    }
-    distill, first, plain = stages["ssld"], stages["detector_ssld"], stages["detector_plain"]
+    stages = stages_of("mine.yaml")
+    distill, first, plain = stages["ssld"], stages["detector_ssld"], stages["detector_imagenet"]
     assert isinstance(distill, DistillConfig)
     assert isinstance(first, TrainConfig)
     assert isinstance(plain, TrainConfig)
@@ -255,7 +280,7 @@ def test_the_time_is_told_and_kept(photos: Path, capfd: pytest.CaptureFixture[st
     assert init.main([*line, "--minutes", "20", "--output", "mine.yaml"]) == 0
     out = capfd.readouterr().out
     assert "of 20 min; " in out
-    assert "more time: --minutes 60: " in out
+    assert re.search(r"\nthe trial took [\d.]+ s; more time: --minutes 60: ", out)
     assert run.main(["mine.yaml", "--dry-run"]) == 0
     planned = capfd.readouterr().out
     assert "3 stages in runs/mine: about " in planned
@@ -320,6 +345,14 @@ def test_mistakes_leave_nothing(photos: Path, capfd: pytest.CaptureFixture[str])
         ([*good, "--distill", "yes"], "--distill yes: give --unlabeled too"),
         ([*good, "--backbone", "no/file.safetensors"], "--backbone no/file.safetensors: no such file"),
         ([*good, "--arch", "resnet18"], "--arch: give --backbone too, a weights file"),
+        ([*good, "--starts", "coco,imagnet"], "--starts coco,imagnet: imagnet; did you mean 'imagenet'?"),
+        ([*good, "--starts", "ssld"], "--starts ssld: stage 1 needs --unlabeled too, a folder of photos"),
+        ([*good, "--starts", "coco", "--distill", "no"], "--distill no: leave it out, --starts says whether there is"),
+        ([*good, "--starts", "imagenet", "--init", "coco:x"], "--init: --starts imagenet does not use it; add coco"),
+        ([*good, "--init", "coco:x"], "--init: coco:x: no published detector of torchvision; known: fasterrcnn_"),
+        ([*good, "--init", "all.json"], "--init all.json: not a detector file of this project; give the detector."),
+        ([*good, "--augment", "much"], "argument --augment: invalid choice: 'much'"),
+        (["--unlabeled", "photos", "--augment", "cells", *good[4:]], "--augment: is about detectors; give --data, or"),
         (good[2:], "give --annotations and --images together"),
         (["--output", "mine.yaml"], "give --data, or --images and --annotations, for a detector, or --unlabeled"),
         ([*good, "--sed", "1"], "--sed: unknown flag; did you mean '--seed'?"),
@@ -377,10 +410,10 @@ def test_every_gpu_gets_a_process(
     assert init.main(WITH_STAGE_1) == 0
     content = yaml.safe_load(Path("mine.yaml").read_text())
     # 32 training photos and 3 others: too few for 256 at once
-    for stage, images in (("detector_ssld", batch), ("ssld", distilling)):
+    for stage, images in (("detector_imagenet", batch), ("ssld", distilling)):
         assert content["stages"][stage]["set"]["batch_size"] == images
         assert content["stages"][stage].get("processes", 1) == gpus
-        smoke = content["smoke"]["train" if stage == "detector_ssld" else "distill"]["batch_size"]
+        smoke = content["smoke"]["distill" if stage == "ssld" else "train"]["batch_size"]
         assert smoke % gpus == 0
         assert smoke <= images
     assert run.main(["mine.yaml", "--dry-run", "--smoke"]) == 0

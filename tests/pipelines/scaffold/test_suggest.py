@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
+from ssld.pipelines.runner.stages import build_stages, read_pipeline
 from ssld.pipelines.scaffold.suggest import (
     Facts,
     Settings,
+    Shape,
     networks_of,
     pipeline_text,
     settings_of,
@@ -19,6 +21,7 @@ from ssld.pipelines.scaffold.suggest import (
     wanted_steps,
 )
 from ssld.shared.errors import UserError
+from ssld.stage2_detect.config import TrainConfig
 
 GPU: dict[str, Any] = {"devices": [["NVIDIA H200", 1, 141 * 2**30, 9, 0]]}
 
@@ -133,6 +136,28 @@ def test_numbers_follow_the_data() -> None:
     assert (cpu.precision, cpu.batch) == ("fp32", 2)
 
 
+@pytest.mark.parametrize(("size", "smaller"), [(320, (256, 288)), (128, (96,)), (64, ())])
+def test_sizes_are_variables_of_all_detectors(size: int, smaller: tuple[int, ...], tmp_path: Path) -> None:
+    """`size` is that of evaluation and the largest one in training, so that changing it alone stays sensible."""
+    known = dataclasses.replace(facts(205, [0.1] * 5), starts=("imagenet", "random"))
+    chosen = settings_of(known, Shape(NETWORKS[1], size), steps=70, distill_steps=1, evaluate_every=None)
+    file = tmp_path / "mine.yaml"
+    file.write_text(pipeline_text(file, known, chosen))
+    pipeline = read_pipeline(file)
+    names = ("medium_size", "small_size")[: len(smaller)]
+    assert pipeline.variables == {
+        **{"steps": 70, "size": size, **dict(zip(names, reversed(smaller), strict=True))},
+        **{"long_side": chosen.long_side, "backbone": NETWORKS[1].backbone},
+    }
+    for given, sides in (({}, (*smaller, size)), ({"size": "480", "long_side": "640"}, (*smaller, 480))):
+        for stage in build_stages(pipeline, file, output=tmp_path, variables=given)[:2]:
+            assert isinstance(stage.config, TrainConfig)
+            resize = stage.config.resize
+            assert resize.train_short_sides == list(sides)
+            assert resize.short_side == sides[-1]
+            assert resize.long_side == resize.train_long_side == int(given.get("long_side", chosen.long_side))
+
+
 def test_no_image_size_loses_the_small_objects() -> None:
     """Objects at the lower quartile keep 12 px at the smallest size, and no size is below 128 px."""
     for quartile, least, most in ((0.04, 288, 608), (0.15, 128, 320), (0.01, 608, 608), (0.9, 128, 320)):
@@ -199,6 +224,8 @@ def test_names_reach_the_pipeline_as_they_are(name: str) -> None:
         pool=Path(f"{name}.pool"),
         held_out=Path(f"{name}.held"),
         listing=Path(f"{name}.txt"),
+        starts=("imagenet", "ssld"),
+        augment_reason=name,
         statistics=measured.statistics | {"classes": {name: 3, f"{name}\noutput: elsewhere": 4}},
         gpu=(name, 2**30, 2**34, 9, 0),
     )
@@ -209,6 +236,6 @@ def test_names_reach_the_pipeline_as_they_are(name: str) -> None:
     assert content["stages"]["ssld"]["set"]["data"]["train"][0] == {"path": f"{name}.pool", "root": name}
     assert content["stages"]["ssld"]["set"]["data"]["val"] == {"path": f"{name}.held", "root": name}
     assert content["stages"]["ssld"]["set"]["data"]["train"][1] == {"path": f"{name}.txt", "root": name}
-    data = content["stages"]["detector_ssld"]["set"]["data"]
+    data = content["stages"]["detector_imagenet"]["set"]["data"]
     assert (data["train_annotations"], data["val_images"]) == (f"{name}.json", name)
     assert "\x1b" not in text
