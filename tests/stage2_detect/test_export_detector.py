@@ -172,7 +172,10 @@ def test_deformable_convolution_and_pooling_in_onnx(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = Both()(maps, rois)  # on the CPU not by torchvision's pooling, which the file has
     assert expected[1][-1].abs().max() == 0 < expected[1][0].abs().max()
-    write_onnx(tmp_path / "a.onnx", Both().eval(), (maps, rois), BATCH, {}, inputs=["maps", "rois"], outputs=["a", "b"])
+    write_onnx(
+        tmp_path / "a.onnx", Both().eval(), (maps, rois), BATCH, {},
+        inputs=["maps", "rois"], outputs=["a", "b"], translations=writing.onnx_translations(),
+    )  # fmt: skip
     model = onnx.load(tmp_path / "a.onnx")
     assert {"DeformConv", "RoiAlign"} <= {node.op_type for node in model.graph.node}
     assert next(one.version for one in model.opset_import if not one.domain) >= 19
@@ -182,10 +185,13 @@ def test_deformable_convolution_and_pooling_in_onnx(tmp_path: Path) -> None:
         )
         np.testing.assert_allclose(result[0], expected[0][:count], atol=2e-5)
         np.testing.assert_allclose(result[1], expected[1][: 9 * count], atol=2e-5)
+    # Levels without any RoI, and no RoI at all.
+    (nothing,) = session(tmp_path / "a.onnx", threads=1).run(["b"], {"maps": maps.numpy(), "rois": 0 * rois.numpy()})
+    np.testing.assert_array_equal(nothing, np.zeros((18, 4, 3, 3)))
 
 
 def test_pooling_in_openvino(tmp_path: Path) -> None:
-    """RoIs of other levels lie outside of a map, where OpenVINO pools NaN."""
+    """Each RoI is pooled on its own level; a level may have none."""
     pytest.importorskip("openvino", reason="openvino is not installed")
 
     class Pooling(nn.Module):
@@ -197,9 +203,13 @@ def test_pooling_in_openvino(tmp_path: Path) -> None:
     maps, corners = torch.randn(2, 4, 24, 32), torch.rand(2, 9, 2) * 60
     rois = torch.cat([corners, corners + torch.rand(2, 9, 2) * 190], dim=2)
     rois[:, -1] = 0
-    write_onnx(tmp_path / "a.onnx", Pooling(), (maps, rois), BATCH, {}, inputs=["pixels", "sizes"], outputs=["pooled"])
-    (pooled,) = writing.openvino_runner(tmp_path / "a.onnx")(maps, rois)
-    np.testing.assert_allclose(pooled, Pooling()(maps, rois), atol=2e-5)
+    write_onnx(
+        tmp_path / "a.onnx", Pooling(), (maps, rois), BATCH, {},
+        inputs=["pixels", "sizes"], outputs=["pooled"], translations=writing.onnx_translations(),
+    )  # fmt: skip
+    run = writing.openvino_runner(tmp_path / "a.onnx")
+    np.testing.assert_allclose(run(maps, rois)[0], Pooling()(maps, rois), atol=2e-5)
+    np.testing.assert_array_equal(run(maps, 0 * rois)[0], np.zeros((18, 4, 3, 3)))
 
 
 def test_a_two_stage_detector_as_a_program(tmp_path: Path) -> None:
