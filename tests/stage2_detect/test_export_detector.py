@@ -22,15 +22,12 @@ from ssld.shared.deploy.graph_files import read_program, session, write_onnx, wr
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import InputSettings
 from ssld.shared.models.model_file import read_metadata
-from ssld.stage2_detect.data.coco import read_coco
-from ssld.stage2_detect.data.sizing import Sizing
-from ssld.stage2_detect.deploy import gate, graph, precision, writing
+from ssld.stage2_detect.deploy import graph, precision, writing
 from ssld.stage2_detect.deploy.card import detector_card
 from ssld.stage2_detect.deploy.check import compare, graph_of
 from ssld.stage2_detect.detector_file import load_detector
-from ssld.stage2_detect.evaluation.scoring import score
 from ssld.stage2_detect.export import main
-from ssld.stage2_detect.export_config import FILES, ExportDetectorConfig, GateFailed
+from ssld.stage2_detect.export_config import FILES
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models import deform, pooling
 from ssld.stage2_detect.models.build import Detector, build_detector
@@ -435,62 +432,3 @@ def test_tensorflow_padding_becomes_a_constant() -> None:
         }
     plain = nn.Sequential(nn.Conv2d(3, 4, 3))
     assert graph.with_fixed_padding(plain) is plain
-
-
-def test_lower_precision_has_to_be_compared(
-    user_error: Any, detector_file: Path, tiny_coco: Any, tmp_path: Path
-) -> None:
-    def line(*flags: str) -> str:
-        message: str = user_error(main, ["--model", str(detector_file), "--output", str(tmp_path / "run"), *flags])
-        return message
-
-    evaluation = ["--val_annotations", str(tiny_coco.val_annotations), "--val_images", str(tiny_coco.val_images)]
-    assert "int8: is kept only if AP holds: give val_annotations and val_images" in line("--int8", "true")
-    assert "int8: needs `images`" in line("--int8", "true", *evaluation)
-    assert "formats: int8, fp16 and openvino need onnx" in line("--fp16", "true", *evaluation, "--formats", "torch")
-    same = line("--int8", "true", *evaluation, "--images", str(tiny_coco.val_images))
-    assert f"images: {tiny_coco.val_images} has no image that is not in val_annotations" in same
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_lower_precision_that_loses_ap_ends_with_1(
-    exported: Path, detector_file: Path, tiny_coco: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    settings = ExportDetectorConfig(
-        model=detector_file, output=tmp_path / "run", images=str(tiny_coco.train_images), int8=True, calibration_images=4,
-        val_annotations=tiny_coco.val_annotations, val_images=tiny_coco.val_images, max_ap_drop=100,
-    )  # fmt: skip
-    loaded = load_detector(detector_file)
-    data = read_coco(tiny_coco.val_annotations, tiny_coco.val_images, training=False, class_names=loaded.class_names)
-    files = {"onnx": exported / "detector.onnx", "int8": tmp_path / "int8.onnx"}
-    lines: list[str] = []
-    runs, aps = gate.write_lower(settings, loaded, data, None, files, lines.append)
-    assert list(runs) == ["detector_int8.onnx"]
-    cpu = torch.device("cpu")
-    metrics, _ = score(
-        loaded.model, data, Sizing.of(loaded.resize), batch_size=1, workers=0, device=cpu, dtype=torch.float32
-    )
-    assert aps["detector.onnx"]["AP"] == pytest.approx(
-        100 * metrics["AP"], abs=3
-    )  # another padding of such small images
-    assert any(
-        re.fullmatch(r"detector_int8.onnx: AP [\d.]+ -> [\d.]+ \([+-][\d.]+\), allowed -100", one) for one in lines
-    )
-    assert sum(one.endswith(" layers in INT8") for one in lines) == 1
-    monkeypatch.setattr(
-        gate, "ap_of_files", lambda *_: {"detector.onnx": {"AP": 40.0}, "detector_int8.onnx": {"AP": 39.25}}
-    )
-    strict = settings.model_copy(update={"max_ap_drop": 0.5})
-    with pytest.raises(
-        GateFailed, match=r"detector_int8.onnx: loses 0.75 points of AP, max_ap_drop is 0.5; layers with the lowest"
-    ) as failed:
-        gate.write_lower(strict, loaded, data, None, files, lines.append)
-    assert len(re.findall(r"(?:pyramid|dense)\.[\w.]+ \(\d+ dB\)", str(failed.value))) == 5
-
-    def fail(config: ExportDetectorConfig) -> None:
-        raise GateFailed("too much")
-
-    monkeypatch.setattr("ssld.stage2_detect.export.export_detector", fail)
-    capsys.readouterr()
-    assert main(["--model", str(detector_file), "--output", str(tmp_path / "run")]) == 1
-    assert capsys.readouterr().err == "error: too much\n"
