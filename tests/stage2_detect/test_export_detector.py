@@ -16,6 +16,7 @@ import yaml
 from timm.layers import Conv2dSame, create_conv2d
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from ssld.shared.deploy.graph_files import read_program, session, write_onnx, write_program
@@ -432,3 +433,28 @@ def test_tensorflow_padding_becomes_a_constant() -> None:
         }
     plain = nn.Sequential(nn.Conv2d(3, 4, 3))
     assert graph.with_fixed_padding(plain) is plain
+
+
+def test_convolutions_pad_themselves_in_onnx(tmp_path: Path) -> None:
+    """Zeros alone, and only where nothing else reads the padded map."""
+    import onnx
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = (nn.Conv2d(3, 3, 3, padding=side) for side in (0, 1, 0))
+
+        def forward(self, maps_BCHW: Tensor) -> Tensor:
+            first = self.first(F.pad(maps_BCHW, (0, 1, 1, 2)))
+            second = F.pad(self.second(F.pad(first, (1, 1, 1, 1), value=0.5)), (0, 2, 2, 0))
+            return self.third(second) + second[:, :, 1:-1, 1:-1]
+
+    torch.manual_seed(0)
+    net, maps = Padded().eval(), torch.randn(2, 3, 12, 16)
+    write_onnx(tmp_path / "a.onnx", net, (maps,), BATCH[:1], {}, inputs=["maps"], outputs=["sum"])
+    nodes = onnx.load(tmp_path / "a.onnx").graph.node
+    assert sum(node.op_type == "Pad" for node in nodes) == 2
+    pads = [list(one.ints) for node in nodes if node.op_type == "Conv" for one in node.attribute if one.name == "pads"]
+    assert pads[:2] == [[1, 0, 2, 1], [1, 1, 1, 1]]
+    (total,) = session(tmp_path / "a.onnx", threads=1).run(None, {"maps": maps.numpy()})
+    np.testing.assert_allclose(total, net(maps).detach(), atol=1e-5)
