@@ -9,7 +9,7 @@ The smallest and the largest value of a tensor are exact. Everything else comes 
 Shapes: B images, H height and W width; V drawn values; C channels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import numpy as np
 from torch import Tensor
 
 from ssld.shared.deploy.graph_files import session
+from ssld.shared.training.progress import Clock
+from ssld.shared.wording import duration
 from ssld.stage2_detect.export_config import Calibration
 
 _DRAWN = 65_536  # values per tensor over all images
@@ -62,13 +64,18 @@ class Observed:
 
 
 def observe(
-    source: Path, names: Sequence[str], images: Sequence[tuple[Tensor, Tensor]], threads: int
+    source: Path,
+    names: Sequence[str],
+    images: Sequence[tuple[Tensor, Tensor]],
+    threads: int,
+    log: Callable[[str], None],
 ) -> dict[str, Observed]:
     """Run an ONNX file on images and record tensors inside it, by name.
 
     Args:
         names: float tensors of the file.
         images: pixels uint8 [B, 3, H, W] and sizes int64 [B, 2].
+        log: receives a progress line now and then.
     """
     import onnx
 
@@ -84,10 +91,14 @@ def observe(
     draw = np.random.default_rng(0)
     most = max(_LEAST, _DRAWN // max(len(images), 1))
     observed = {name: Observed() for name in names}
+    clock = Clock(len(images))
     for pixels_BCHW, sizes_B2 in images:
         results = run.run(list(names), {"pixels": pixels_BCHW.numpy(), "sizes": sizes_B2.numpy()})
         for name, values in zip(names, results, strict=True):
             observed[name].add(values, draw, most)
+        clock.add()
+        if clock.due():
+            log(f"{clock.done} of {clock.total} images done, {duration(clock.left)} to go")
     return observed
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ssld.shared.training.progress import Clock
+from ssld.shared.wording import duration
 from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.data.coco import CocoData, Id
 from ssld.stage2_detect.data.loaders import load_record
@@ -41,13 +43,16 @@ def ap_of_files(
     resize: ResizeConfig,
     canvas: tuple[int, int] | None,
     mask_threshold: float | None,
+    log: Callable[[str], None],
 ) -> dict[str, dict[str, float]]:
     """Compute the AP of files on an evaluation set, in percent: {name: {"AP": ...}}, and "mask_AP" of a detector with masks.
 
     Args:
         mask_threshold: None for a detector without masks.
+        log: receives a progress line now and then.
     """
     detections: dict[str, dict[Id, Detections]] = {name: {} for name in runs}
+    clock = Clock(len(data.images))
     for record in data.images:
         image_CHW = load_record(record)
         size = (image_CHW.shape[1], image_CHW.shape[2])
@@ -55,6 +60,9 @@ def ap_of_files(
         batch = padded([resized_CHW], canvas)
         for name, run in runs.items():
             detections[name][record.image_id] = _of_image(run, batch, scale, size, mask_threshold)
+        clock.add()
+        if clock.due():
+            log(f"{clock.done} of {clock.total} images done, {duration(clock.left)} to go")
     return {name: _aps(data, found, mask_threshold is not None) for name, found in detections.items()}
 
 
@@ -165,7 +173,7 @@ class LowerPrecision:
             self.log("this CPU has no VNNI: INT8 gains little speed here, and reduce_range may save AP")
         model = onnx.load(source)
         count = len(set(layers(model).values()))
-        observed = observe(source, tensors(model), batches, torch.get_num_threads())
+        observed = observe(source, tensors(model), batches, torch.get_num_threads(), self.log)
         limits = ranges(observed, config.calibration)
         noise: dict[str, float] = {}
 
@@ -207,7 +215,7 @@ class LowerPrecision:
 
     def _measure(self, runs: Mapping[str, Run]) -> dict[str, dict[str, float]]:
         threshold = self.loaded.metadata["model"]["mask"]["threshold"] if self.loaded.has_masks else None
-        return ap_of_files(runs, self.data, self.loaded.resize, self.canvas, threshold)
+        return ap_of_files(runs, self.data, self.loaded.resize, self.canvas, threshold, self.log)
 
 
 def int8_ratios(latency: Mapping[str, float], log: Callable[[str], None]) -> dict[str, float]:

@@ -61,7 +61,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def observed_in(source: Path, count: int) -> dict[str, Observed]:
-    return observe(source, tensors(onnx.load(source)), [batch(number) for number in range(count)], threads=1)
+    return observe(source, tensors(onnx.load(source)), [batch(number) for number in range(count)], 1, print)
 
 
 def write(source: Path, target: Path, floats: tuple[str, ...] = ()) -> int:
