@@ -13,7 +13,7 @@ FILES = {"onnx": "detector.onnx", "torch": "detector.pt2"}
 """File name of each export format."""
 LOWER = {"int8": "detector_int8.onnx", "fp16": "detector_fp16.onnx"}
 """File name of each lower precision."""
-Calibration = Literal["mse", "percentile", "minmax"]
+Calibration = Literal["minmax", "mse", "percentile"]
 Side = Annotated[int, Field(ge=64, le=16_384, multiple_of=32)]
 
 
@@ -50,8 +50,8 @@ class ExportDetectorConfig(CommandConfig):
     """write detector_fp16.onnx too: float16 weights and products, for GPUs; kept if its AP passes max_ap_drop"""
     calibration_images: Count = 100
     """number of images that give the ranges of INT8, chosen evenly among those of `images` that are not in val_annotations"""
-    calibration: Calibration = "mse"
-    """ranges of INT8 from the values on these images: mse (least rounding error), percentile (without 0.01 % at either end), minmax (all)"""
+    calibration: Calibration = "minmax"
+    """ranges of INT8 from the values on these images: minmax (all of them), mse (least rounding error), percentile (without 0.01 % at either end)"""
     float_rounds: int = Field(4, ge=0, le=8)
     """attempts to keep the layers that INT8 makes noisiest in float32, 4, 8, 16, ... of them, where AP falls by more than max_ap_drop, 0 to 8"""
     reduce_range: bool = False

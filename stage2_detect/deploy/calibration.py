@@ -6,13 +6,12 @@ The smallest and the largest value of a tensor are exact. Everything else comes 
     percentile  without 0.01 % of the values at either end
     mse         the range, shrunk by one factor, whose codes have the least mean squared error
 
-Shapes: B images, H height and W width; V drawn values; C channels.
+Shapes: B images, H height and W width; V drawn values.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -31,13 +30,11 @@ CODES = 255  # steps of an unsigned 8-bit code
 
 @dataclass
 class Observed:
-    """Values of one tensor on calibration images: extremes, drawn values [V], and sums per channel [C] with the number of values in each."""
+    """Values of one tensor on calibration images: extremes, and drawn values [V]."""
 
     lowest: float = np.inf
     highest: float = -np.inf
     parts: list[np.ndarray] = field(default_factory=list)
-    sums: Any = 0.0
-    count: int = 0
 
     def add(self, values: np.ndarray, draw: np.random.Generator, most: int) -> None:
         """Take in the values of one batch; all of them where there are no more than `most`."""
@@ -47,20 +44,11 @@ class Observed:
         self.highest = max(self.highest, float(values.max()))
         flat = values.ravel()
         self.parts.append(flat.copy() if flat.size <= most else flat[draw.integers(0, flat.size, most)])
-        if values.ndim in (2, 4):
-            axes = (0,) if values.ndim == 2 else (0, 2, 3)
-            self.sums = self.sums + values.sum(axis=axes, dtype=np.float64)
-            self.count += values.size // values.shape[1]
 
     @property
     def values_V(self) -> np.ndarray:
         """The drawn values."""
         return np.concatenate(self.parts) if self.parts else np.zeros(1, np.float32)
-
-    @property
-    def mean_C(self) -> np.ndarray:
-        """Means per channel, axis 1 of a tensor of two or four axes."""
-        return np.asarray(self.sums / max(self.count, 1))
 
 
 def observe(

@@ -159,41 +159,6 @@ def _read_floats(model: Any, readers: Collection[str]) -> None:
             model.graph.node.remove(node)
 
 
-def correct_means(source: Path, int8: Path, observed: Mapping[str, Observed]) -> int:
-    """Change the biases of an INT8 file so that rounded weights leave the mean of each channel of a convolution's result (arXiv 1906.04721,
-    section 4.2, with measured means of the inputs). Padding at borders is neglected.
-
-    Returns:
-        The number of convolutions.
-    """
-    import onnx
-    from onnx import numpy_helper
-
-    quantized = onnx.load(int8)
-    inputs = {node.name: node.input[0] for node in onnx.load(source).graph.node}
-    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(source).graph.initializer}
-    written = {tensor.name: tensor for tensor in quantized.graph.initializer}
-    makers = {output: node for node in quantized.graph.node for output in node.output}
-    changed = 0
-    for node in quantized.graph.node:
-        if node.op_type != "Conv" or len(node.input) < 3 or node.input[1] not in makers or node.input[2] not in makers:
-            continue
-        weight, bias = (makers[name].input for name in node.input[1:3])  # codes, scale, zero point
-        codes, scale, bias_codes, bias_scale = (
-            numpy_helper.to_array(written[name]) for name in (*weight[:2], *bias[:2])
-        )
-        error = codes * scale.reshape(-1, 1, 1, 1) - weights[weight[0].removesuffix("_quantized")]
-        mean_C = observed[inputs[node.name]].mean_C
-        groups = len(mean_C) // error.shape[1]
-        mean_OI = np.repeat(mean_C.reshape(groups, -1), len(error) // groups, axis=0)
-        shift_O = (error.sum(axis=(2, 3)) * mean_OI).sum(axis=1)
-        new = (bias_codes - np.rint(shift_O / bias_scale)).astype(np.int32)
-        written[bias[0]].CopyFrom(numpy_helper.from_array(new, bias[0]))
-        changed += 1
-    onnx.save(quantized, int8)
-    return changed
-
-
 def write_half(source: Path, target: Path) -> int:
     """Write the half-precision version of an ONNX file; inputs and outputs are the same. Returns the number of layers in half precision."""
     import onnx
