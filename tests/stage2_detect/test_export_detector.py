@@ -1,5 +1,6 @@
 """Export of detectors: the graph beside the detector, its operators in ONNX, the files and the folder, and what can go wrong."""
 
+import gc
 import json
 import re
 import sys
@@ -452,6 +453,7 @@ def test_convolutions_pad_themselves_in_onnx(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, maps = Padded().eval(), torch.randn(2, 3, 12, 16)
     write_onnx(tmp_path / "a.onnx", net, (maps,), BATCH[:1], {}, inputs=["maps"], outputs=["sum"])
+    assert gc.isenabled()
     nodes = onnx.load(tmp_path / "a.onnx").graph.node
     assert sum(node.op_type == "Pad" for node in nodes) == 2
     pads = [list(one.ints) for node in nodes if node.op_type == "Conv" for one in node.attribute if one.name == "pads"]
