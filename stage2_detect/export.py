@@ -45,7 +45,7 @@ def export_detector(config: ExportDetectorConfig) -> None:
     from ssld.stage2_detect.data.coco import read_coco
     from ssld.stage2_detect.deploy.card import write_folder
     from ssld.stage2_detect.deploy.check import batches_of, check, find, graph_of, images_of, measure
-    from ssld.stage2_detect.deploy.gate import files_of, write_lower
+    from ssld.stage2_detect.deploy.gate import LowerPrecision, files_of, int8_ratios
     from ssld.stage2_detect.deploy.writing import openvino_runner, require_openvino, runner, write, write_runtime
     from ssld.stage2_detect.detector_file import load_detector
 
@@ -97,12 +97,18 @@ def export_detector(config: ExportDetectorConfig) -> None:
             label = f"{FILES['onnx']} by OpenVINO"
             runs[label] = openvino_runner(temporary["onnx"])
             metrics["openvino"] = check(runs[label], loaded.model, many, config, label, run.log)
+        int8: dict[str, object] = {}
         if data is not None:
-            lower, metrics["AP"] = write_lower(config, loaded, data, canvas, temporary, run.log)
-            runs |= lower
-        if config.benchmark:
+            lower = LowerPrecision(config, loaded, data, canvas, temporary, run.log)
+            int8 = lower.write()
+            metrics["AP"] = lower.aps
+            runs |= lower.runs
+        if config.benchmark or int8:
             run.log("measuring speeds")
-            metrics["seconds"] = measure(runs, loaded, many, run.log)
+            seconds = measure(runs, loaded, many, run.log)
+            metrics["seconds"] = seconds
+            if int8:
+                metrics["int8"] = int8 | {"latency_of_torch": int8_ratios(seconds["latency"], run.log)}
     written = list(files.values())
     if "onnx" in files:
         written.append(write_runtime(run.path))

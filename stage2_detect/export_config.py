@@ -13,6 +13,7 @@ FILES = {"onnx": "detector.onnx", "torch": "detector.pt2"}
 """File name of each export format."""
 LOWER = {"int8": "detector_int8.onnx", "fp16": "detector_fp16.onnx"}
 """File name of each lower precision."""
+Calibration = Literal["minmax", "mse", "percentile"]
 Side = Annotated[int, Field(ge=64, le=16_384, multiple_of=32)]
 
 
@@ -42,19 +43,25 @@ class ExportDetectorConfig(CommandConfig):
     missing_tolerance: float = Field(0.01, ge=0, lt=1)
     """largest accepted share of detections without counterpart (rounding decides about scores at a threshold), 0 to below 1"""
     benchmark: bool = False
-    """measure latency (batch 1) and throughput (batch_size) of torch and of the exported files too"""
+    """measure latency (batch 1) and throughput (batch_size) of torch and of the exported files too; int8 does so always"""
     int8: bool = False
     """write detector_int8.onnx too: INT8 by ONNX Runtime with ranges from `images`; kept if its AP passes max_ap_drop"""
     fp16: bool = False
     """write detector_fp16.onnx too: float16 weights and products, for GPUs; kept if its AP passes max_ap_drop"""
     calibration_images: Count = 100
     """number of images that give the ranges of INT8, chosen evenly among those of `images` that are not in val_annotations"""
+    calibration: Calibration = "minmax"
+    """ranges of INT8 from the values on these images: minmax (all of them), mse (least rounding error), percentile (without 0.01 % at either end)"""
+    float_rounds: int = Field(4, ge=0, le=8)
+    """attempts to keep the layers that INT8 makes noisiest in float32, 4, 8, 16, ... of them, where AP falls by more than max_ap_drop, 0 to 8"""
+    reduce_range: bool = False
+    """write the weights of INT8 with 7 bits, for x86 CPUs without VNNI, on which sums of 8-bit products can overflow"""
     val_annotations: Path | None = None
     """COCO JSON file of the evaluation set on which AP before and after int8 or fp16 is compared"""
     val_images: Path | None = None
     """folder of the images of val_annotations"""
     max_ap_drop: float = Field(0.5, ge=0, le=100)
-    """largest accepted loss of AP by int8 or fp16, in points, 0 to 100; above it the exit code is 1 and no file is left"""
+    """largest accepted loss of AP by int8 or fp16, in points, 0 to 100; above it, after float_rounds, the exit code is 1 and no file is left"""
     openvino: bool = False
     """run the ONNX files by OpenVINO too, in the check, in the comparison of AP and in the benchmark"""
     push_to_hub: str | None = None

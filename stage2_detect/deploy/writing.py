@@ -1,8 +1,8 @@
 """Writing a detector as an ONNX file or a `torch.export` program, and running these files.
 
-NMS is a custom operator while tracing, translated to ONNX's NonMaxSuppression (ai.onnx 11).
+NMS and the pooling of RoIs are custom operators while tracing, translated to ONNX's NonMaxSuppression (ai.onnx 11) and RoiAlign (ai.onnx 16).
 
-Shapes: P problems, Q classes, N boxes; see `deploy/graph.py`.
+Shapes: P problems, Q classes, N boxes or RoIs, K of them on one level; see `deploy/graph.py`.
 """
 
 import copy
@@ -111,7 +111,7 @@ def _(boxes_PN4: Tensor, scores_PQN: Tensor, iou: float, threshold: float, most:
 
 
 def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Translate `onnx_nms` to ONNX, for `write_onnx`."""
+    """Translate `onnx_nms` and `pooling.onnx_pool_rois` to ONNX, for `write_onnx`."""
     from onnxscript import opset18
 
     op: Any = opset18  # its annotations do not allow plain numbers
@@ -129,7 +129,38 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ones = op.Expand(op.Constant(value_ints=[1]), op.Slice(op.Shape(chosen_S3), [0], [1]))
         return op.Cast(op.ScatterND(nothing, chosen_S3, ones), to=9)  # 9: bool
 
-    return {torch.ops.ssld.nms.default: non_max_suppression}
+    def pool_rois(maps: Any, rois: Any, level: Any, scales: Any, size: int, sampling_ratio: int, aligned: bool) -> Any:
+        def axis(start: int, end: int) -> Any:
+            return op.Slice(rois, op.Constant(value_ints=[start]), op.Constant(value_ints=[end]), one)
+
+        def rows_of(number: int) -> Any:
+            return op.Squeeze(op.NonZero(op.Equal(level, op.Constant(value_int=number))), zero)
+
+        zero, one = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
+        boxes_N4, image_N = axis(1, 5), op.Cast(op.Squeeze(axis(0, 1), one), to=7)  # 7: int64
+        rows_K = [rows_of(number) for number in range(len(maps) + 1)]
+        pooled_KCSS = [
+            op.RoiAlign(
+                feature,
+                op.Gather(boxes_N4, row_K),
+                op.Gather(image_N, row_K),
+                coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
+                output_height=size,
+                output_width=size,
+                sampling_ratio=sampling_ratio,
+                spatial_scale=scale,
+            )
+            for feature, row_K, scale in zip(maps, rows_K, scales, strict=False)
+        ]
+        # Zeros for the RoIs of no level, which are the last ones; then everything in the order of the RoIs.
+        shape = op.Concat(op.Shape(rows_K[-1]), op.Shape(pooled_KCSS[0], start=1), axis=0)
+        pooled_NCSS = op.Concat(*pooled_KCSS, op.Expand(op.Constant(value_float=0.0), shape), axis=0)
+        row_N = op.Concat(*rows_K, axis=0)
+        count = op.Squeeze(op.Shape(row_N), zero)
+        place_N = op.ScatterElements(row_N, row_N, op.Range(op.Constant(value_int=0), count, op.Constant(value_int=1)))
+        return op.Gather(pooled_NCSS, place_N)
+
+    return {torch.ops.ssld.nms.default: non_max_suppression, torch.ops.ssld.pool_rois.default: pool_rois}
 
 
 def facts_of(loaded: LoadedDetector, canvas: tuple[int, int] | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.ops import roi_align as torchvision_roi_align
 
 from ssld.stage2_detect.models import boxes, kernels
 from ssld.stage2_detect.models.kernels.roi_align import pool_by_level, roi_align
@@ -55,6 +56,10 @@ def pool_rois(
 
     if kernels.on_host(rois_N5):
         return pool_by_level(pool, rois_N5, level_N, len(strides))
+    if torch.onnx.is_in_onnx_export():
+        scales = [1 / stride for stride in strides]
+        placed: Tensor = onnx_pool_rois(maps, rois_N5, level_N, scales, size, sampling_ratio, aligned)
+        return placed
     if torch.compiler.is_exporting():  # the number of RoIs is a symbol, so there are no chunks
         return _pool_on_all_levels(pool, rois_N5, level_N, len(strides))
     # torchvision's CUDA kernel copies a channels_last map in each call, here per chunk.
@@ -65,13 +70,46 @@ def pool_rois(
     return pooled
 
 
+@torch.library.custom_op("ssld::pool_rois", mutates_args=())
+def onnx_pool_rois(
+    maps: list[Tensor],
+    rois_N5: Tensor,
+    level_N: Tensor,
+    scales: list[float],
+    size: int,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """Pool each RoI on its own level alone, as an operator that is not traced into: `deploy/writing.py` writes it in ONNX, whose shapes may depend
+    on values. Pooling on all levels costs a pass over the result per level there.
+    """
+
+    def pool(level: int, rois: Tensor) -> Tensor:
+        return torchvision_roi_align(maps[level], rois, size, scales[level], sampling_ratio, aligned)
+
+    return pool_by_level(pool, rois_N5, level_N, len(maps)).contiguous()
+
+
+@onnx_pool_rois.register_fake
+def _(
+    maps: list[Tensor],
+    rois_N5: Tensor,
+    level_N: Tensor,
+    scales: list[float],
+    size: int,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    return maps[0].new_empty((rois_N5.shape[0], maps[0].shape[1], size, size))
+
+
 def _pool_on_all_levels(pool: Callable[[int, Tensor], Tensor], rois_N5: Tensor, level_N: Tensor, levels: int) -> Tensor:
     """Pool every RoI on all levels, but outside of the map on those that are not its own: no shape depends on a value, so the
     host does not wait for a GPU.
     """
     pooled: Tensor | float = 0.0
     for level in range(levels):
-        # Not a sum: OpenVINO pools NaN from the RoIs outside, which have no area.
+        # Not a sum: a runtime may pool NaN from the RoIs outside, which have no area.
         own_N111 = (level_N == level)[:, None, None, None]
         pooled = torch.where(own_N111, pool(level, _on_level(rois_N5, level_N, level)), pooled)
     assert isinstance(pooled, Tensor)
