@@ -38,6 +38,7 @@ PAIRS = {
     "loss_mask": "loss_mask",
 }
 NAMES = [f"{kind}_resnet50_fpn{version}" for kind in ("fasterrcnn", "maskrcnn", "retinanet") for version in ("", "_v2")]
+NAMES += ["fasterrcnn_mobilenet_v3_large_fpn"]
 DENSE_PAIRS = {"loss_cls": "classification", "loss_box": "bbox_regression"}
 
 
