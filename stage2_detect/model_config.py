@@ -64,7 +64,9 @@ class RPNConfig(Config):
     @classmethod
     def _one_per_level(cls, sizes: list[float]) -> list[float]:
         if len(sizes) not in FPN_LEVELS.values():
-            raise ValueError(f"has {len(sizes)} entries; one per level are needed, {FPN_LEVELS['strides']}")
+            raise ValueError(
+                f"has {len(sizes)} entries; one per level are needed: {FPN_LEVELS['strides']}, with fpn_maps: last_stage {FPN_LEVELS['last_stage']}"
+            )
         return sizes
 
     @model_validator(mode="after")

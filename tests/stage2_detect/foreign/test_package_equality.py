@@ -179,12 +179,12 @@ def test_detections_of_mmdetection(kind: str) -> None:
 @pytest.mark.parametrize("kind", DETECTRON2)
 def test_detections_of_detectron2(kind: str) -> None:
     pytest.importorskip("detectron2.modeling")
+    import detectron2
     from detectron2.config import get_cfg
-    from detectron2.model_zoo import get_config_file
     from detectron2.modeling import build_model
 
     config = get_cfg()
-    config.merge_from_file(get_config_file(DETECTRON2[kind]))
+    config.merge_from_file(f"{detectron2.__path__[0]}/model_zoo/configs/{DETECTRON2[kind]}")
     config.MODEL.DEVICE = "cpu"
     config.MODEL.ROI_HEADS.SCORE_THRESH_TEST = config.MODEL.RETINANET.SCORE_THRESH_TEST = SCORE
     model = build_model(config).eval()

@@ -76,7 +76,7 @@ def test_maps_of_the_last_stage() -> None:
         DetectorConfig.model_validate({"kind": "gfl", "fpn_maps": "last_stage", "rpn": sizes})
     with pytest.raises(ValueError, match=r"rpn.anchor_sizes has 5 entries; fpn_maps: last_stage has 3 levels"):
         DetectorConfig.model_validate({"fpn_maps": "last_stage"})
-    with pytest.raises(ValueError, match="has 4 entries; one per level are needed, 5"):
+    with pytest.raises(ValueError, match="has 4 entries; one per level are needed: 5"):
         DetectorConfig.model_validate({"rpn": {"anchor_sizes": [8, 16, 32, 64]}})
 
 
