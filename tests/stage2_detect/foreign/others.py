@@ -241,18 +241,20 @@ class Network:
     def linear(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
 
-    def body(self, pixels: Tensor) -> list[Tensor]:
-        """C2..C5 of a ResNet50."""
+    def body(self, pixels: Tensor, arch: str) -> list[Tensor]:
+        """C2..C5 of a ResNet."""
         x = F.max_pool2d(F.relu(self._conv_norm(pixels, 0, 0, "1", 2)), 3, 2, 1)
         maps = []
-        for stage, blocks in enumerate(FIRST_BLOCKS["resnet50"], start=1):
+        for stage, blocks in enumerate(FIRST_BLOCKS[arch], start=1):
             for block in range(blocks):
                 stride = 2 if block == 0 and stage > 1 else 1
-                first, second = (stride, 1) if self.stride_in_1x1 else (1, stride)
+                first, second = (stride, 1) if self.stride_in_1x1 or arch == "resnet18" else (1, stride)
                 y = F.relu(self._conv_norm(x, stage, block, "1", first))
-                y = F.relu(self._conv_norm(y, stage, block, "2", second))
-                y = self._conv_norm(y, stage, block, "3", 1)
-                x = F.relu(y + (self._conv_norm(x, stage, block, "shortcut", stride) if block == 0 else x))
+                y = self._conv_norm(y, stage, block, "2", second)
+                if arch == "resnet50":
+                    y = self._conv_norm(F.relu(y), stage, block, "3", 1)
+                shortcut = block == 0 and (stage > 1 or arch == "resnet50")
+                x = F.relu(y + (self._conv_norm(x, stage, block, "shortcut", stride) if shortcut else x))
             maps.append(x)
         return maps
 

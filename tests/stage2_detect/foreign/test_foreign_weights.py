@@ -64,17 +64,18 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5 * scale)
 
 
+SMALL = "resnet18"
 CASES: list[tuple[str, str, Callable[[], State], bool]] = [
     ("detectron2", "faster_rcnn", lambda: detectron2_state("faster_rcnn", merged=True), True),
-    ("detectron2", "mask_rcnn", lambda: detectron2_state("mask_rcnn"), False),
-    ("detectron2", "mask_rcnn", lambda: detectron2_state("mask_rcnn", new_baseline=True), True),
-    ("detectron2", "cascade_mask_rcnn", lambda: detectron2_state("cascade_mask_rcnn", merged=True), True),
-    ("detectron2", "retinanet", lambda: detectron2_state("retinanet", merged=True), True),
-    ("mmdetection", "faster_rcnn", lambda: mmdetection_state("faster_rcnn"), False),
-    ("mmdetection", "mask_rcnn", lambda: mmdetection_state("mask_rcnn", group_norm=True), False),
+    ("detectron2", "mask_rcnn", lambda: detectron2_state("mask_rcnn", arch=SMALL), False),
+    ("detectron2", "mask_rcnn", lambda: detectron2_state("mask_rcnn", arch=SMALL, new_baseline=True), False),
+    ("detectron2", "cascade_mask_rcnn", lambda: detectron2_state("cascade_mask_rcnn", arch=SMALL), False),
+    ("detectron2", "retinanet", lambda: detectron2_state("retinanet", arch=SMALL), False),
+    ("mmdetection", "faster_rcnn", lambda: mmdetection_state("faster_rcnn", arch=SMALL), False),
+    ("mmdetection", "mask_rcnn", lambda: mmdetection_state("mask_rcnn", arch=SMALL, group_norm=True), False),
     ("mmdetection", "cascade_rcnn", lambda: mmdetection_state("cascade_rcnn", merged=True), True),
-    ("mmdetection", "retinanet", lambda: mmdetection_state("retinanet"), False),
-    ("mmdetection", "gfl", lambda: mmdetection_state("gfl"), False),
+    ("mmdetection", "retinanet", lambda: mmdetection_state("retinanet", arch=SMALL), False),
+    ("mmdetection", "gfl", lambda: mmdetection_state("gfl", arch=SMALL), False),
 ]
 
 
@@ -88,11 +89,12 @@ def test_every_part_is_theirs(project: str, kind: str, make: Callable[[], State]
         detector = detectron2_detector(state, caffe=caffe, source="state")
     else:
         detector = mmdetection_detector(state, {}, caffe=None, source="state")
-    assert (detector.model["kind"], detector.classes, detector.arch) == (kind, CLASSES, "resnet50")
+    arch = "resnet50" if caffe else "resnet18"
+    assert (detector.model["kind"], detector.classes, detector.arch) == (kind, CLASSES, arch)
     model = built(detector)
     theirs = Network(Project(project), state, stride_in_1x1=caffe)
     images, pixels = given_pixels(caffe=caffe)
-    features, expected = model.features(images), theirs.pyramid(theirs.body(pixels), kind)
+    features, expected = model.features(images), theirs.pyramid(theirs.body(pixels, detector.arch), kind)
     for one, other in zip(features, expected, strict=True):
         close(one, other)
     if isinstance(model, DenseDetector):
@@ -114,6 +116,7 @@ def test_every_part_is_theirs(project: str, kind: str, make: Callable[[], State]
 
 def _check_scores(model: RCNN, theirs: Network, features: list[Tensor], project: str) -> None:
     """Boxes and scores of proposals, by the formulas in float64."""
+    features = [one / one.std() for one in features]  # else the softmax is 0 or 1
     rois = torch.tensor([[4.0, 6, 40, 50], [30, 2, 90, 60], [10, 20, 26, 30]])
     proposals = Proposals(rois[None], torch.ones(1, 3, dtype=torch.bool))
     boxes_BRD4, scores_BRK = model.roi_heads.score(features, proposals, torch.tensor([SIZE]))
@@ -204,7 +207,9 @@ def _retina_boxes(deltas: np.ndarray, centers: np.ndarray, stride: int, *, by_ra
 
 def test_settings_of_detectron2() -> None:
     """Against configs/Base-RCNN-FPN.yaml, Base-RetinaNet.yaml and the defaults of config/defaults.py."""
-    rcnn = _config(detectron2_detector(detectron2_state("faster_rcnn", merged=True), caffe=None, source="s"))
+    rcnn = _config(
+        detectron2_detector(detectron2_state("faster_rcnn", arch=SMALL, merged=True), caffe=None, source="s")
+    )
     assert rcnn.rpn.anchor_sizes == [32, 64, 128, 256, 512]
     assert (rcnn.rpn.anchor_grid, rcnn.rpn.smooth_l1_beta, rcnn.rpn.normalization) == (
         "exact",
@@ -214,7 +219,9 @@ def test_settings_of_detectron2() -> None:
     assert (rcnn.rpn.pre_nms_top_n_test, rcnn.rpn.post_nms_top_n_test, rcnn.rpn.nms_iou) == (1000, 1000, 0.7)
     assert (rcnn.roi.aligned, rcnn.roi.sampling_ratio, rcnn.roi.score_threshold) == (True, 0, 0.05)
     assert (rcnn.roi.nms.iou, rcnn.roi.detections_per_image, rcnn.stride_in_1x1) == (0.5, 100, True)
-    dense = _config(detectron2_detector(detectron2_state("retinanet", merged=True), caffe=None, source="s")).dense
+    dense = _config(
+        detectron2_detector(detectron2_state("retinanet", arch=SMALL, merged=True), caffe=None, source="s")
+    ).dense
     assert (dense.p6_from, dense.relu_before_p7, dense.candidates_of, dense.clip_after_nms) == (
         "c5",
         True,
@@ -231,18 +238,20 @@ def test_settings_of_detectron2() -> None:
 
 def test_settings_of_mmdetection() -> None:
     """Against configs/_base_/models/cascade-rcnn_r50_fpn.py, retinanet_r50_fpn.py and gfl/gfl_r50_fpn_1x_coco.py."""
-    rcnn = _config(mmdetection_detector(mmdetection_state("cascade_rcnn"), {}, caffe=None, source="s"))
+    rcnn = _config(mmdetection_detector(mmdetection_state("cascade_rcnn", arch=SMALL), {}, caffe=None, source="s"))
     assert (rcnn.rpn.smooth_l1_beta, rcnn.rpn.normalization, rcnn.stride_in_1x1) == (1 / 9, "sampled", False)
     assert (rcnn.cascade.loss_weights, rcnn.cascade.average_of) == ([1.0, 0.5, 0.25], "logits")
     assert (rcnn.roi.box_loss.name, rcnn.roi.box_loss.beta, rcnn.roi.aligned) == ("smooth_l1", 1.0, True)
-    retinanet = _config(mmdetection_detector(mmdetection_state("retinanet"), {}, caffe=None, source="s")).dense
+    retinanet = _config(
+        mmdetection_detector(mmdetection_state("retinanet", arch=SMALL), {}, caffe=None, source="s")
+    ).dense
     assert (retinanet.p6_from, retinanet.relu_before_p7, retinanet.nms_iou, retinanet.clip_after_nms) == (
         "c5",
         False,
         0.5,
         False,
     )
-    gfl = _config(mmdetection_detector(mmdetection_state("gfl"), {}, caffe=None, source="s"))
+    gfl = _config(mmdetection_detector(mmdetection_state("gfl", arch=SMALL), {}, caffe=None, source="s"))
     assert (gfl.dense.p6_from, gfl.dense.nms_iou, gfl.gfl.reg_max, gfl.gfl.tower_bias) == ("p5", 0.6, 16, False)
 
 

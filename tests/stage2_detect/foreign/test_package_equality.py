@@ -90,12 +90,14 @@ class _Operators:
 @pytest.fixture
 def _operators() -> None:
     if not any(isinstance(finder, _Operators) for finder in sys.meta_path):
-        sys.meta_path.append(_Operators())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Operators())  # type: ignore[arg-type]
 
 
 def enliven(model: nn.Module) -> None:
-    """Statistics at random, and last layers whose scores pass the threshold."""
+    """Weights and statistics at random, maps of a usual scale, and last layers whose scores pass the threshold."""
     draw = torch.Generator().manual_seed(3)
+    scores, deltas = {"cls_score": 0.4, "fc_cls": 0.4, "retina_cls": 0.4, "gfl_cls": 1.0}, {"anchor_deltas", "rpn_reg"}
+    deltas |= {"bbox_pred", "fc_reg", "retina_reg"}
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             layer = name.rpartition(".")[0].rpartition(".")[2]
@@ -103,12 +105,11 @@ def enliven(model: nn.Module) -> None:
                 tensor.copy_(0.2 * torch.randn(tensor.shape, generator=draw))
             elif name.endswith("running_var"):
                 tensor.copy_(0.5 + torch.rand(tensor.shape, generator=draw))
+            elif name.endswith(("bn3.weight", "conv3.norm.weight")):
+                tensor.fill_(0.3)  # of a residual branch
             elif name.endswith("weight") and tensor.ndim > 1:
-                fan = tensor[0].numel()
-                strong = layer in ("cls_score", "fc_cls", "retina_cls", "gfl_cls")
-                weak = layer in ("bbox_pred", "fc_reg", "anchor_deltas", "rpn_reg", "retina_reg")
-                scale = 0.2 if weak else 1.5 if strong else 2**0.5
-                tensor.copy_(scale / fan**0.5 * torch.randn(tensor.shape, generator=draw))
+                scale = 0.1 if layer in deltas else scores.get(layer, 0.3 if "lateral" in name else 2**0.5)
+                tensor.copy_(scale / tensor[0].numel() ** 0.5 * torch.randn(tensor.shape, generator=draw))
             elif layer in ("retina_cls", "gfl_cls") or name == "head.cls_score.bias":
                 tensor.fill_(-3.0)
 
@@ -147,6 +148,7 @@ def test_detections_of_mmdetection(kind: str) -> None:
     from mmdet.registry import MODELS
     from mmdet.structures import DetDataSample
 
+    mmengine.registry.init_default_scope("mmdet")
     config = mmengine.Config.fromfile(f"{mmdet.__path__[0]}/.mim/configs/{MMDETECTION[kind]}").model
     config.backbone.init_cfg = None
     test = config.test_cfg.rcnn if "rcnn" in config.test_cfg else config.test_cfg
