@@ -96,7 +96,10 @@ def _operators() -> None:
 def enliven(model: nn.Module) -> None:
     """Weights and statistics at random, maps of a usual scale, and last layers whose scores pass the threshold."""
     draw = torch.Generator().manual_seed(3)
-    scores, deltas = {"cls_score": 0.4, "fc_cls": 0.4, "retina_cls": 0.4, "gfl_cls": 1.0}, {"anchor_deltas", "rpn_reg"}
+    scores, deltas = (
+        {"cls_score": 0.4, "fc_cls": 0.4, "retina_cls": 0.4, "gfl_cls": 1.0, "rpn_cls": 0.2, "objectness_logits": 0.2},
+        {"anchor_deltas", "rpn_reg"},
+    )
     deltas |= {"bbox_pred", "fc_reg", "retina_reg"}
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
