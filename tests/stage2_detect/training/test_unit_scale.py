@@ -115,24 +115,7 @@ def loud_detector(arch: str, options: dict[str, Any]) -> Detector:
     torch.manual_seed(0)
     body = timm.create_model(arch, features_only=True, pretrained=False, **options)
     pixels = scenes()[0].pixels_BCHW / 127.5 - 1
-    measure_norms(body, pixels)
     return detector_on(Loud(body, pixels), arch)
-
-
-@torch.no_grad()
-def measure_norms(body: nn.Module, pixels_BCHW: Tensor) -> None:
-    """Give BatchNorm the statistics of these images, as trained weights have them of theirs.
-
-    At their start, 0 and 1, frozen norms do nothing. RepVGG adds three branches in each of its blocks and trusts its norms: the scale of its maps
-    grows about threefold from block to block, and so do the gradients of its weights, at any scale of the pyramid's.
-    """
-    norms = [module for module in body.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-    body.train()(pixels_BCHW)
-    body.eval()
-    for norm in norms:
-        norm.momentum = 0.1
 
 
 def assert_it_learns(detector: Detector, steps: int) -> None:
