@@ -241,9 +241,12 @@ def test_detections_losses_and_gradients_are_torchvisions(name: str, monkeypatch
     gradients = {key: parameter.grad for key, parameter in reference.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
     their_gradients = convert(gradients, LABELS, norm_eps=1e-5, source="gradients")
+    # A bias that the norm of the next layer takes away again (of MobileNet's blocks) has a gradient of 0 but for rounding.
+    least = 1e-3 * max(gradient.norm().item() for gradient in their_gradients.values() if gradient.is_floating_point())
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
-        distance = (parameter.grad - their_gradients[key]).norm() / their_gradients[key].norm().clamp(min=1e-9)
+        floor = least if "mobilenet" in name else 1e-9
+        distance = (parameter.grad - their_gradients[key]).norm() / their_gradients[key].norm().clamp(min=floor)
         assert distance < 1e-4, (key, float(distance))
     state = convert(reference.state_dict(), LABELS, norm_eps=1e-5, source="state")
     for key, tensor in model.state_dict().items():  # running statistics of this step
