@@ -292,11 +292,11 @@ def _check_config(text: str, kind: str, caffe: bool, source: object) -> None:
         if caffe
         else {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
     )
-    anchors: dict[str, tuple[float, ...]] = {
-        "faster_rcnn": {"scales": (8.0,), "ratios": (0.5, 1.0, 2.0)},
-        "retinanet": {"octave_base_scale": (4.0,), "ratios": (0.5, 1.0, 2.0)},
-        "gfl": {"octave_base_scale": (8.0,), "ratios": (1.0,)},
-    }.get(kind, {"scales": (8.0,), "ratios": (0.5, 1.0, 2.0)})
+    anchors: dict[str, tuple[float, ...]] = {"scales": (8.0,), "ratios": (0.5, 1.0, 2.0)}
+    if kind == "retinanet":
+        anchors = {"octave_base_scale": (4.0,), "ratios": (0.5, 1.0, 2.0)}
+    if kind == "gfl":
+        anchors = {"octave_base_scale": (8.0,), "ratios": (1.0,)}
     for key, expected in (pixels | anchors).items():
         pattern = rf"\b{key}=(\d+)" if key == "octave_base_scale" else rf"\b{key}=\[([\d.,\s]+)\]"
         for found in re.findall(pattern, text):

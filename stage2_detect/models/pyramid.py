@@ -9,7 +9,7 @@ Shapes: B images, C channels, H height, W width.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.layers import Format
@@ -70,6 +70,11 @@ class LastStage(nn.Module):
         UserError: a body without such stages.
     """
 
+    conv_stem: nn.Module
+    bn1: nn.Module
+    act1: nn.Module
+    blocks: Any
+
     def __init__(self, body: nn.Module, name: str) -> None:
         super().__init__()
         stages = getattr(body, "blocks", None)
@@ -86,7 +91,8 @@ class LastStage(nn.Module):
             raise UserError(
                 f"fpn_maps: last_stage: backbone {name} has no stages of inverted residuals; it is for MobileNetV3"
             )
-        self.conv_stem, self.bn1, self.act1, self.blocks = body.conv_stem, body.bn1, body.act1, body.blocks
+        for part in ("conv_stem", "bn1", "act1", "blocks"):
+            setattr(self, part, getattr(body, part))
         self.feature_info = freezing.feature_info(body)
         self.first = halving[-1]
         self.widths = [int(self.blocks[self.first][0].conv_pwl.out_channels), int(self.feature_info.channels()[-1])]
