@@ -26,7 +26,6 @@ DETECTRON2 = {
     "faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
     "mask_rcnn": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
     "cascade_mask_rcnn": "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
-    "retinanet": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
 }
 MMDETECTION = {
     "faster_rcnn": "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py",
@@ -195,8 +194,7 @@ def test_detections_of_detectron2(kind: str) -> None:
     config.MODEL.ROI_HEADS.SCORE_THRESH_TEST = config.MODEL.RETINANET.SCORE_THRESH_TEST = SCORE
     model = build_model(config).eval()
     enliven(model)
-    # Its RetinaNet keeps boxes in the padding until after NMS; without padding there are none.
-    raw, images = pixels([SIZES[0]] * 2 if kind == "retinanet" else SIZES)
+    raw, images = pixels(SIZES)
     with torch.no_grad():
         found = [one["instances"] for one in model([{"image": image.flip(0)} for image in raw])]
     detector = detectron2_detector(model.state_dict(), caffe=True, source="model")
