@@ -47,9 +47,9 @@ COMMANDS = {
         "ssld.stage2_detect.convert_paddle",
         "convert a PaddleDetection R-CNN file to a detector file",
     ),
-    "convert-torchvision": (
-        "ssld.stage2_detect.convert_torchvision",
-        "convert a detector of torchvision, with published weights or yours, to a detector file",
+    "convert-detector": (
+        "ssld.stage2_detect.convert_detector",
+        "convert a detector of torchvision, detectron2 or mmdetection to a detector file",
     ),
     "convert-data": (
         "ssld.stage2_detect.convert_data",
@@ -75,7 +75,7 @@ _GROUPS = {
         "convert-data",
         "convert-paddle",
         "convert-paddle-detector",
-        "convert-torchvision",
+        "convert-detector",
         "toy-data",
     ),
     "this command": ("completion",),

@@ -24,7 +24,7 @@ CommandName = Literal[
     "evaluate_backbone",
     "export_backbone",
     "convert_detector",
-    "convert_torchvision",
+    "convert_foreign_detector",
     "train",
     "evaluate_detector",
     "export_detector",

@@ -420,15 +420,20 @@ class ConvertPaddleConfig(CommandConfig):
         return {"weights": self.weights} | ({"annotations": self.annotations} if self.annotations else {})
 
 
-class ConvertTorchvisionConfig(CommandConfig):
-    """Convert a detector of torchvision (Faster R-CNN, Mask R-CNN, RetinaNet) to a detector file."""
+class ConvertForeignConfig(CommandConfig):
+    """Convert a detector with FPN of torchvision, detectron2 or mmdetection to a detector file."""
 
     weights: str
-    """state dict of torchvision, a .pth or .safetensors file; or the name of published weights, such as fasterrcnn_resnet50_fpn_v2"""
+    """weights of torchvision, detectron2 or mmdetection, a .pth, .pkl or .safetensors file; or the name of weights that torchvision publishes,
+    such as fasterrcnn_resnet50_fpn_v2"""
     annotations: Path | None = None
-    """COCO JSON file with the classes of the weights: numbered from 1 in their order, or labeled by category id; null: the 80 classes of COCO"""
+    """COCO JSON file with the classes of the weights in their order (torchvision: numbered from 1, or labeled by category id); null: the 80
+    classes of COCO"""
     norm_eps: Weight | None = None
     """epsilon of the backbone's BatchNorm in torchvision; null: 0 for the published ResNets of v1, else 1e-5; 0 for weights fine-tuned from those"""
+    caffe: bool | None = None
+    """use of a Caffe ResNet in detectron2 or mmdetection, which has its strides in the 1x1 convolutions and takes blue, green, red without a
+    deviation; null: as the file shows"""
 
     def inputs(self) -> dict[str, Path]:
         files = {} if self.weights.removeprefix(PREFIX) in PUBLISHED else {"weights": Path(self.weights)}

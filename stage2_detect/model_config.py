@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ssld.shared.config.bounds import Count, Positive, Weight
 from ssld.shared.config.settings import Config
@@ -13,13 +13,16 @@ Layers = Annotated[int, Field(ge=1, le=100)]
 Four = tuple[Positive, Positive, Positive, Positive]
 Norm = Literal["none", "batch", "group"]
 AnchorGrid = Literal["exact", "torchvision"]
+FPNMaps = Literal["strides", "last_stage"]
+FPN_LEVELS: dict[FPNMaps, int] = {"strides": 5, "last_stage": 3}
+"""levels of the pyramid by the maps of the backbone below it"""
 
 
 class RPNConfig(Config):
     """Region proposals: anchors, assignment, sampling, counts."""
 
-    anchor_sizes: list[Positive] = Field([32, 64, 128, 256, 512], min_length=5, max_length=5)
-    """anchor sizes of the levels P2..P6, one per level: side of a square anchor in pixels"""
+    anchor_sizes: list[Positive] = [32, 64, 128, 256, 512]
+    """anchor sizes of the levels P2..P6, one per level: side of a square anchor in pixels; three with model.fpn_maps: last_stage"""
     anchor_ratios: list[Positive] = Field([0.5, 1.0, 2.0], min_length=1)
     """anchor aspect ratios, height / width"""
     anchor_scales: list[Positive] = Field([1.0], min_length=1)
@@ -56,6 +59,15 @@ class RPNConfig(Config):
     """proposals per level before NMS, in evaluation and prediction"""
     post_nms_top_n_test: Count = 1000
     """proposals per image after NMS, in evaluation and prediction: fewer are faster"""
+
+    @field_validator("anchor_sizes")
+    @classmethod
+    def _one_per_level(cls, sizes: list[float]) -> list[float]:
+        if len(sizes) not in FPN_LEVELS.values():
+            raise ValueError(
+                f"has {len(sizes)} entries; one per level are needed: {FPN_LEVELS['strides']}, with fpn_maps: last_stage {FPN_LEVELS['last_stage']}"
+            )
+        return sizes
 
     @model_validator(mode="after")
     def _ious_in_order(self) -> Self:
@@ -150,6 +162,8 @@ class CascadeConfig(Config):
     """append the ground-truth boxes to the RoIs of later stages too, not of the first alone"""
     score_rois: Literal["own", "last"] = "own"
     """RoIs that each stage scores in evaluation: its own, or those of the last stage"""
+    average_of: Literal["probabilities", "logits"] = "probabilities"
+    """quantity of the classes averaged over the stages in evaluation: probabilities, or logits, as in mmdetection"""
 
     @model_validator(mode="after")
     def _as_many_of_each(self) -> Self:
@@ -194,6 +208,8 @@ class DenseConfig(Config):
     """largest number of detections per image"""
     clip_boxes: bool = True
     """clip detected boxes to the image"""
+    clip_after_nms: bool = False
+    """compare whole boxes in NMS and clip those it keeps, as detectron2; needs clip_boxes. false: clip before NMS"""
 
 
 class GFLConfig(Config):
@@ -241,7 +257,7 @@ class RetinaNetConfig(Config):
 
 
 _GEOMETRY = {
-    "": ("kind", "fpn_channels", "fpn_norm", "dcn_strides"),
+    "": ("kind", "fpn_channels", "fpn_maps", "fpn_norm", "dcn_strides", "stride_in_1x1"),
     "rpn": ("anchor_sizes", "anchor_ratios", "anchor_scales", "anchor_grid", "convolutions"),
     "roi": ("class_agnostic", "hidden", "convolutions", "fully_connected", "norm", "sampling_ratio", "aligned"),
     "cascade": ("delta_weights",),
@@ -270,6 +286,9 @@ class DetectorConfig(Config):
     """kind of detector; two-stage: faster_rcnn, mask_rcnn, cascade_rcnn, cascade_mask_rcnn; one-stage: retinanet, gfl"""
     fpn_channels: int = Field(256, ge=8, le=8192)
     """channels of the feature pyramid's levels"""
+    fpn_maps: FPNMaps = "strides"
+    """maps of the backbone below the pyramid: strides, those of 4, 8, 16 and 32 (one-stage kinds: 8, 16 and 32); last_stage, for R-CNN on
+    MobileNetV3, the first block's and the last of stride 32, as in torchvision, with RoIs pooled from the first"""
     fpn_norm: Norm = "none"
     """norm after the convolutions of the pyramid, P6 and P7 excepted: none, batch (BatchNorm) or group (GroupNorm of 32 groups)"""
     freeze_stages: int = Field(0, ge=0, le=5)
@@ -278,6 +297,8 @@ class DetectorConfig(Config):
     """freeze all BatchNorm layers, of backbone, pyramid and heads: running statistics and affine parameters"""
     dcn_strides: list[Literal[4, 8, 16, 32]] = []
     """strides of the backbone stages (4, 8, 16, 32) whose dense 3x3 convolutions become modulated deformable ones (DCNv2)"""
+    stride_in_1x1: bool = False
+    """use the stride of a bottleneck of the backbone in its first 1x1 convolution, as Caffe's ResNets, in place of its 3x3 convolution"""
     rpn: RPNConfig = RPNConfig()
     roi: RoIConfig = RoIConfig()
     cascade: CascadeConfig = CascadeConfig()
@@ -285,6 +306,17 @@ class DetectorConfig(Config):
     dense: DenseConfig = DenseConfig()
     gfl: GFLConfig = GFLConfig()
     retinanet: RetinaNetConfig = RetinaNetConfig()
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> Self:
+        if self.fpn_maps == "last_stage" and self.is_dense:
+            raise ValueError(f"fpn_maps: last_stage is for R-CNN, not for {self.kind}")
+        levels = FPN_LEVELS[self.fpn_maps]
+        if len(self.rpn.anchor_sizes) != levels:
+            raise ValueError(
+                f"rpn.anchor_sizes has {len(self.rpn.anchor_sizes)} entries; fpn_maps: {self.fpn_maps} has {levels} levels"
+            )
+        return self
 
     def geometry(self) -> dict[str, Any]:
         """Return the settings by key that weights are trained for: shapes of tensors, anchors, pooling. With others they mean nothing."""

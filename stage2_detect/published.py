@@ -68,6 +68,12 @@ _RCNN_V2: dict[str, Any] = _RCNN | {
     "rpn": _RPN | {"convolutions": 2},
     "roi": _ROI | {"convolutions": 4, "fully_connected": 1, "norm": "batch"},
 }
+_MOBILE_RPN: dict[str, Any] = _RPN | {
+    "anchor_sizes": [32, 32, 32],
+    "anchor_scales": [1, 2, 4, 8, 16],
+    "score_threshold": 0.05,
+}
+_MOBILE: dict[str, Any] = _RCNN | {"fpn_maps": "last_stage", "freeze_stages": 3, "rpn": _MOBILE_RPN}
 _DENSE: dict[str, Any] = {
     "relu_before_p7": True,
     "candidates": 1000,
@@ -93,6 +99,16 @@ PUBLISHED: dict[str, Published] = {
         "maskrcnn_resnet50_fpn_v2_coco-73cbd019.pth",
         _RCNN_V2 | {"kind": "mask_rcnn", "mask": {"norm": "batch"}},
         47.4,
+    ),
+    "fasterrcnn_mobilenet_v3_large_fpn": Published(
+        "fasterrcnn_mobilenet_v3_large_fpn-fb6a3cc7.pth", _MOBILE, 32.8, arch="mobilenetv3_large_100"
+    ),
+    "fasterrcnn_mobilenet_v3_large_320_fpn": Published(
+        "fasterrcnn_mobilenet_v3_large_320_fpn-907ea3f9.pth",
+        _MOBILE | {"rpn": _MOBILE_RPN | {"pre_nms_top_n_test": 150, "post_nms_top_n_test": 150}},
+        22.8,
+        arch="mobilenetv3_large_100",
+        resize=_RESIZE | {"train_short_sides": [320], "train_long_side": 640, "short_side": 320, "long_side": 640},
     ),
     "retinanet_resnet50_fpn": Published("retinanet_resnet50_fpn_coco-eeacb38b.pth", _RETINANET, 36.4, norm_eps=0.0),
     "retinanet_resnet50_fpn_v2": Published(

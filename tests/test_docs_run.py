@@ -35,7 +35,7 @@ NOT_HERE = {  # pattern of a command -> why it is not executed
     r"^pytest -n logical$": "runs this test",
     r"\.pdparams\b": "official weights are not at hand; the converters' own tests have files with their names and shapes",
     r"\btorchrun --nnodes 2\b": "needs two machines, whose names are to be filled in",
-    r"\bconvert-torchvision --weights \w+ ": "downloads published weights",
+    r"\bconvert-detector --weights \S+ ": "downloads published weights, or names files that are not at hand",
     r"\bhub:ORG/NAME\b": "a name to fill in, of a data set that only the network has",
 }
 CPU: dict[str, Any] = {"broken": {}, "cuda": None, "threads": 2, "devices": [], "groups": ["gloo"], "mps": False}

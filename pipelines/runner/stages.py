@@ -38,7 +38,7 @@ from ssld.stage1_ssld.config import (
     TeachConfig,
 )
 from ssld.stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
-from ssld.stage2_detect.config import ConvertDataConfig, ConvertTorchvisionConfig, TrainConfig
+from ssld.stage2_detect.config import ConvertDataConfig, ConvertForeignConfig, TrainConfig
 from ssld.stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
 from ssld.stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
 from ssld.stage2_detect.export_config import ExportDetectorConfig
@@ -84,8 +84,8 @@ KINDS: dict[CommandName, Kind] = {
     "convert_detector": Kind(
         "stage2_detect/convert_paddle.py", ConvertDetectorConfig, ("detector.safetensors",), one_process=True
     ),
-    "convert_torchvision": Kind(
-        "stage2_detect/convert_torchvision.py", ConvertTorchvisionConfig, ("detector.safetensors",), one_process=True
+    "convert_foreign_detector": Kind(
+        "stage2_detect/convert_detector.py", ConvertForeignConfig, ("detector.safetensors",), one_process=True
     ),
     "train": Kind("stage2_detect/train.py", TrainConfig, ("detector.safetensors",)),
     "evaluate_detector": Kind("stage2_detect/evaluate.py", EvaluateDetectorConfig, ("detections.json",)),

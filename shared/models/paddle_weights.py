@@ -1,26 +1,22 @@
 """PaddlePaddle's weight files (.pdparams): read without executing them, and converted to torch's names and layouts.
 
 Such a file is a pickle of a dictionary, layer names -> NumPy arrays, beside two records of `paddle.save`: parameter names, and how parameters that
-pickle protocols below 4 could not hold were cut into slices (PaddlePaddle@v2.6 python/paddle/framework/io.py). A pickle may call anything it names,
-so no name is looked up: the few names that arrays need are replaced by classes of this module, every other name is an error. Deliberately
-absent: PaddlePaddle itself, optimizer files (.pdopt), programs of static graphs (.pdmodel, .pdiparams).
+pickle protocols below 4 could not hold were cut into slices (PaddlePaddle@v2.6 python/paddle/framework/io.py). `array_pickles.py` reads it.
+Deliberately absent: PaddlePaddle itself, optimizer files (.pdopt), programs of static graphs (.pdmodel, .pdiparams).
 """
 
-import mmap
-import pickle
-import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssld.shared.errors import UserError
+from ssld.shared.models.array_pickles import array_of, read_pickle
 
 _PARAMETER_NAMES, _SLICES = "StructuredToParameterName@@", "UnpackBigParamInfor@@"
-_NUMBERS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
 LEAVES = {"weight": "weight", "bias": "bias", "_mean": "running_mean", "_variance": "running_var"}
 
 
@@ -29,20 +25,7 @@ def read_paddle_weights(path: Path) -> dict[str, np.ndarray]:
 
     Raises UserError for a missing file, a pickle that names anything but arrays and plain containers, and for any other content.
     """
-    try:
-        with path.open("rb") as file:
-            _check_form(file)
-            # latin1: files written by Python 2 hold their bytes as text.
-            content = _Unpickler(file, encoding="latin1").load()
-    except _Refused as error:
-        raise UserError(
-            f"{path}: asks for {error} while being opened, which could run code; only arrays are read from a .pdparams file"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except Exception as error:  # a pickle of garbage may fail in any way
-        why = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(f"{path}: not a .pdparams file ({why})") from None
+    content = read_pickle(path, ".pdparams")
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not the parameters of a model by name")
     unnamed = next((name for name in content if not isinstance(name, str)), None)
@@ -104,152 +87,4 @@ def _array_of(value: Any, name: str, path: Path) -> np.ndarray:
         isinstance(value, tuple) and len(value) == 2
     ):  # (parameter name, array): how a tensor outside a state dict is saved
         value = value[1]
-    if not isinstance(value, _Array) or value.array is None:
-        raise UserError(f"{path}: {name!r} is a {type(value).__name__.lstrip('_').lower()}, an array is expected")
-    return value.array
-
-
-_DEEPEST = 64  # values inside each other; an array takes about six
-_IN_PLACE = {"SETITEM", "SETITEMS", "APPEND", "APPENDS", "ADDITEMS", "BUILD"}
-_REMEMBER, _RECALL = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"}
-
-
-def _check_form(file: IO[bytes]) -> None:
-    """Raise for a pickle that the unpickler would need memory or stack for beyond its size: memo numbers in leaps, and nesting without end.
-
-    The unpickler makes a table as long as the highest memo number; pickles count from 0 (CPython Lib/pickle.py, `memoize`). A key nested some
-    thousands deep ends the process. The file is looked through by its map into memory, so that lengths that it only claims cost nothing.
-    """
-    mark = -1
-    stack: list[int] = []  # how deep each value on the unpickler's stack is nested, or a mark
-    memo: dict[int, int] = {}
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        argument: Any  # a number where it counts
-        readable: Any = content
-        for number, (code, argument, _) in enumerate(pickletools.genops(readable)):
-            if code.name in _REMEMBER:
-                if argument > number:
-                    raise pickle.UnpicklingError(f"it remembers under number {argument} after {number} steps")
-                memo[argument] = stack[-1]
-            elif code.name == "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            elif code.name in _RECALL:
-                stack.append(memo[argument])
-            elif code.name == "MARK":
-                stack.append(mark)
-            else:
-                inside = _pop(stack, code, mark)
-                new = 1 + max(inside, default=-1)
-                if code.name in _IN_PLACE:
-                    new = max(inside[0], 1 + max(inside[1:], default=-1))
-                if new > _DEEPEST:
-                    raise pickle.UnpicklingError(f"more than {_DEEPEST} values inside each other")
-                stack += [new] * len(code.stack_after)
-
-
-def _pop(stack: list[int], code: pickletools.OpcodeInfo, mark: int) -> list[int]:
-    """Pop the arguments of an operation from the stack, lowest first."""
-    taken: list[int] = []
-    needed = len(code.stack_before)
-    if pickletools.markobject in code.stack_before:
-        while (top := stack.pop()) != mark:
-            taken.append(top)
-        needed = code.stack_before.index(pickletools.markobject)
-    taken += [stack.pop() for _ in range(needed)]
-    return taken[::-1]
-
-
-class _Refused(Exception):
-    """A pickle names something that no array needs."""
-
-
-class _Callable:
-    """A callable for a pickle, of which it can set no attribute."""
-
-    __slots__ = ("_make",)
-
-    def __init__(self, make: Callable[..., Any]) -> None:
-        self._make = make
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self._make(*arguments)
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("sets the state of a function")
-
-
-class _Type:
-    """Replacement of `numpy.dtype`: one of the plain number types."""
-
-    __slots__ = ("code", "order")
-
-    def __init__(self, code: str, *_: Any) -> None:
-        if code not in _NUMBERS:
-            raise pickle.UnpicklingError(f"array of type {code!r}")
-        self.code, self.order = code, "="
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.order = {"<": "<", ">": ">"}.get(state[1], "=")
-
-    def numpy(self) -> Any:
-        return np.dtype(self.order + self.code)
-
-
-class _Array:
-    """Replacement of `numpy.ndarray`: a view of the pickle's bytes."""
-
-    __slots__ = ("array",)
-
-    def __init__(self, *_: Any) -> None:
-        self.array: np.ndarray | None = None
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, kind, fortran, data = state
-        self.array = _from_bytes(data, kind, shape, "F" if fortran else "C").array
-
-
-def _from_bytes(data: Any, kind: _Type, shape: Any, order: str = "C") -> _Array:
-    content = data.encode("latin1") if isinstance(data, str) else bytes(data)
-    made = _Array()
-    made.array = np.frombuffer(content, kind.numpy()).reshape(shape, order="F" if order == "F" else "C")
-    return made
-
-
-def _scalar(kind: _Type, data: Any) -> Any:
-    return _from_bytes(data, kind, ()).array.item()  # type: ignore[union-attr]  # just made
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"text encoded by {encoding!r}")
-    return text.encode("latin1")
-
-
-def _no_bytes() -> bytes:
-    """Protocols below 3 write empty bytes as a call without arguments."""
-    return b""
-
-
-# NumPy 2 moved its internals from numpy.core to numpy._core: files of either are read by either.
-_ADMITTED = {
-    "multiarray._reconstruct": _Callable(_Array),
-    "multiarray.scalar": _Callable(_scalar),
-    "numeric._frombuffer": _Callable(_from_bytes),
-    "numpy.ndarray": _Callable(_Array),
-    "numpy.dtype": _Callable(_Type),
-    "collections.OrderedDict": _Callable(dict),
-    "builtins.tuple": _Callable(tuple),
-    "__builtin__.tuple": _Callable(tuple),
-    "builtins.bytes": _Callable(_no_bytes),
-    "__builtin__.bytes": _Callable(_no_bytes),
-    "_codecs.encode": _Callable(_latin1),
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        short = full.removeprefix("numpy.core.").removeprefix("numpy._core.")
-        if short not in _ADMITTED or (short == full and short.startswith(("multiarray.", "numeric."))):
-            raise _Refused(full if full.isprintable() else repr(full))
-        return _ADMITTED[short]
+    return array_of(value, name, path)

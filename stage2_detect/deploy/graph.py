@@ -155,8 +155,9 @@ class DetectorGraph(nn.Module):
         row_B1 = torch.arange(index_BN.shape[0], device=index_BN.device)[:, None]
         boxes_BN4 = model.dense.decode(values[row_B1, index_BN], index_BN, grids)
         if model.clip_boxes:
-            boxes_BN4 = boxes.clip(boxes_BN4, sizes_B2)
-            valid_BN = valid_BN & (boxes.area(boxes_BN4) > 0)
+            clipped_BN4 = boxes.clip(boxes_BN4, sizes_B2)
+            valid_BN = valid_BN & (boxes.area(clipped_BN4) > 0)
+            boxes_BN4 = boxes_BN4 if model.clip_after_nms else clipped_BN4
         scores_BNK = torch.where(valid_BN[..., None], logits_BAK[row_B1, index_BN].sigmoid(), NOTHING)
         if of_scores:
             scores_BNK = torch.full_like(scores_BNK, NOTHING).scatter(2, class_BN1, scores_BNK.gather(2, class_BN1))
@@ -164,7 +165,9 @@ class DetectorGraph(nn.Module):
         keep_BKN = self.nms(boxes_BN4, scores_BKN, model.nms_iou, model.score_threshold, self.most)
         scores_BKN = torch.where(keep_BKN, scores_BKN, NOTHING)
         scores_BM, labels_BM, place_BM, valid_BM = self._take(scores_BKN)
-        return self._rows(boxes.take(boxes_BN4, place_BM), scores_BM, labels_BM, valid_BM)
+        taken_BM4 = boxes.take(boxes_BN4, place_BM)
+        taken_BM4 = boxes.clip(taken_BM4, sizes_B2) if model.clip_after_nms else taken_BM4
+        return self._rows(taken_BM4, scores_BM, labels_BM, valid_BM)
 
     def _two_stages(self, model: RCNN, features: list[Tensor], sizes_B2: Tensor) -> tuple[Tensor, ...]:
         heads = model.roi_heads

@@ -1,10 +1,50 @@
-"""Comparison of converted weights with the detector they are for."""
+"""Weights of other projects on their way to this project's detectors: row orders, completion and comparison."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ssld.shared.errors import UserError
+
+Tensors = dict[str, Tensor]
+RATIOS, SCALES = 3, 3
+"""of the anchors in a cell; scales of RetinaNet's"""
+GROUPS = 32
+"""of a GroupNorm"""
+SIDE_ABOVE_ZERO = 1e-6
+"""rpn.min_size, in pixels, of projects that drop proposals without area: smaller sides are rounding"""
+
+
+@dataclass(frozen=True)
+class ForeignDetector:
+    """A detector of another project as one of this project.
+
+    Attributes:
+        project, name: where it comes from, and what it is called there.
+        arch: timm's name of its backbone.
+        model, resize: settings of the groups `model` and `resize`.
+        mean, std: of its input, for red, green, blue in units of 0..1.
+        classes: K.
+        class_names: names that the file gives its classes, in order; empty where it gives none.
+        tensors: its weights under the names of this project.
+        note: what was recognized by more than the names of its tensors, for the log.
+    """
+
+    project: str
+    name: str
+    arch: str
+    model: dict[str, Any]
+    resize: dict[str, Any]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: int
+    tensors: Tensors
+    class_names: tuple[str, ...] = ()
+    note: str = ""
 
 
 def check_fits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
@@ -19,3 +59,51 @@ def check_fits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], so
     if wrong:
         more = f"; {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{source}: does not fit the detector (names as in this project): {'; '.join(wrong[:3])}{more}")
+
+
+def completed(tensors: Mapping[str, Tensor], source: object) -> Tensors:
+    """Return the weights as float32, with the counters that frozen norms of other projects lack.
+
+    Raises UserError for values that are not finite.
+    """
+    result = {name: one.float() if one.is_floating_point() else one for name, one in tensors.items()}
+    for name in tensors:
+        if name.endswith(".running_var"):
+            result.setdefault(f"{name.removesuffix('running_var')}num_batches_tracked", torch.tensor(0))
+    for name, one in result.items():
+        if not one.isfinite().all():
+            raise UserError(f"{source}: {name} has values that are not finite")
+    return result
+
+
+def rows_of(tensors: Mapping[str, Tensor], name: str, source: object) -> int:
+    """Return the number of rows of a tensor. Raises UserError where it is missing or has none."""
+    if name not in tensors or tensors[name].ndim == 0:
+        raise UserError(f"{source}: {name} is missing; the file is damaged, or of another kind of detector")
+    return len(tensors[name])
+
+
+def count_of(pattern: str, names: Iterable[str]) -> int:
+    """Return how many names match a pattern as a whole."""
+    return sum(bool(re.fullmatch(pattern, name)) for name in names)
+
+
+def scales_first(rows: Tensor, scales: int) -> Tensor:
+    """Reorder rows [ratios * scales * n, ...] from anchors of a cell in the order ratio, scale to this project's scale, ratio."""
+    return rows.unflatten(0, (RATIOS, scales, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+
+
+def norm_behind(layer: str, tensors: Mapping[str, Tensor], source: object) -> str:
+    """Return the kind of norm, a setting of this project, whose layer `layer` is among the tensors.
+
+    Raises UserError for a GroupNorm of one channel per group, which this project does not have.
+    """
+    if f"{layer}.running_mean" in tensors:
+        return "batch"
+    if f"{layer}.weight" not in tensors:
+        return "none"
+    if tensors[f"{layer}.weight"].numel() <= GROUPS:
+        raise UserError(
+            f"{source}: {layer} is a GroupNorm of {GROUPS} groups with one channel each, which this project does not have"
+        )
+    return "group"

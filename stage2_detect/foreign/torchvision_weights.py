@@ -3,7 +3,7 @@
 The state dicts are those of torchvision 0.29.1 and those of its published files, which have older names. What changes beside names:
 
 - the background's row comes first there and last here, and the box deltas and masks of the background are dropped;
-- RetinaNet's anchors of a cell are ordered ratio, scale there, scale, ratio here;
+- anchors of a cell are ordered ratio, scale there, scale, ratio here;
 - the frozen norms of the published ResNets have an epsilon of 0: the weight of each norm absorbs the difference.
 
 Shapes: K classes, L labels of torchvision (background or an unused one first, COCO's ids without a category among them).
@@ -14,24 +14,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import file_sha256
 from ssld.shared.models.downloads import hub_cached
-from ssld.shared.models.state_dicts import read_state_dict
+from ssld.stage2_detect.foreign.files import read_foreign
+from ssld.stage2_detect.foreign.fitting import RATIOS, SCALES, ForeignDetector, Tensors, completed, scales_first
+from ssld.stage2_detect.foreign.resnets import arch_of
 from ssld.stage2_detect.published import PUBLISHED, Published, published
 
-Tensors = dict[str, Tensor]
 _OUR_EPS = 1e-5
-_SCALES, _RATIOS = 3, 3  # of RetinaNet's anchors
-_DEPTHS = {
-    (2, 2, 2, 2): "resnet18",
-    (3, 4, 6, 3): "resnet50",
-    (3, 4, 23, 3): "resnet101",
-    (3, 8, 36, 3): "resnet152",
-}
 # Names of older files -> names of torchvision 0.29.1.
 _OLDER = (
     (r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)", r"\1.0.\2"),
@@ -39,6 +33,10 @@ _OLDER = (
     (r"roi_heads\.mask_head\.mask_fcn(\d)\.(weight|bias)", lambda m: f"roi_heads.mask_head.{int(m[1]) - 1}.0.{m[2]}"),
     (r"(head\.\w+_head\.conv)\.([0246])\.(weight|bias)", lambda m: f"{m[1]}.{int(m[2]) // 2}.0.{m[3]}"),
 )
+# Stage of timm of each block of MobileNetV3-Large, features 1 to 15; convolutions and norms of a block, in order.
+_MOBILE_BLOCKS = (0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4, 4, 5, 5, 5)
+_MOBILE_LAYERS = (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3"))
+_MOBILE_FIRST = (("conv_dw", "bn1"), ("conv_pw", "bn2"))
 # Layer of torchvision -> module of this project; {} is the group.
 _LAYERS = (
     (r"backbone\.body\.(.+)", "pyramid.body.{}"),
@@ -99,9 +97,13 @@ def check_sha256(file: Path, about: Published) -> str:
 
 
 def read_weights(file: Path) -> Tensors:
-    """Read a state dict of torchvision, under the names of torchvision 0.29.1. Raises UserError like `read_state_dict`."""
-    tensors, _ = read_state_dict(file)
-    return {_current(name.removeprefix("module.")): tensor for name, tensor in tensors.items()}
+    """Read a state dict of torchvision, under the names of torchvision 0.29.1. Raises UserError like `read_foreign`."""
+    return with_current_names(read_foreign(file)[0])
+
+
+def with_current_names(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Return tensors by the names of torchvision 0.29.1."""
+    return {_current(name): tensor for name, tensor in tensors.items()}
 
 
 def _current(name: str) -> str:
@@ -115,11 +117,17 @@ def recognize(tensors: Mapping[str, Tensor], source: object) -> Recognized:
     """Return which of torchvision's detectors these weights belong to. Raises UserError for anything else, with the reason."""
     if "roi_heads.keypoint_predictor.kps_score_lowres.weight" in tensors:
         raise UserError(f"{source}: a Keypoint R-CNN; this project has no keypoint heads")
-    mobile = any(name.startswith("backbone.body.0.0") for name in tensors)
-    body = "mobilenet_v3_large" if mobile else _resnet(tensors, source)
+    body = arch_of(tensors, "backbone.body.")
+    if any(name.startswith("backbone.body.16.0.") for name in tensors):
+        body = "mobilenet_v3_large"
+    if body is None:
+        first = next(iter(tensors), "no tensors")
+        raise UserError(
+            f"{source}: no detector of torchvision on a ResNet or MobileNetV3 with FPN (first of {len(tensors)} tensors: {first})"
+        )
     second = "backbone.fpn.inner_blocks.0.1.weight" in tensors or "head.classification_head.conv.0.1.weight" in tensors
     if "head.classification_head.cls_logits.weight" in tensors:
-        kind, labels = "retinanet", len(tensors["head.classification_head.cls_logits.weight"]) // (_SCALES * _RATIOS)
+        kind, labels = "retinanet", len(tensors["head.classification_head.cls_logits.weight"]) // (SCALES * RATIOS)
     elif "roi_heads.box_predictor.cls_score.weight" in tensors:
         kind = "maskrcnn" if "roi_heads.mask_predictor.mask_fcn_logits.weight" in tensors else "fasterrcnn"
         labels = len(tensors["roi_heads.box_predictor.cls_score.weight"])
@@ -129,26 +137,30 @@ def recognize(tensors: Mapping[str, Tensor], source: object) -> Recognized:
             f"{source}: not a Faster R-CNN, Mask R-CNN or RetinaNet of torchvision (first of {len(tensors)} tensors: {first})"
         )
     name = f"{kind}_{body}_fpn{'_v2' if second else ''}"
-    if mobile:
-        raise UserError(
-            f"{source}: a {name}, which cannot be converted: its pyramid begins at stride 32, with a map from the middle of a stage of MobileNetV3, "
-            "and its RoIs are pooled from that map alone"
-        )
     if name not in PUBLISHED:
         raise UserError(f"{source}: a {name}, which cannot be converted; known: {', '.join(PUBLISHED)}")
     return Recognized(name, PUBLISHED[name], labels)
 
 
-def _resnet(tensors: Mapping[str, Tensor], source: object) -> str:
-    blocks = {match.groups() for name in tensors if (match := re.match(r"backbone\.body\.layer(\d)\.(\d+)\.", name))}
-    depths = tuple(sum(stage == str(number) for stage, _ in blocks) for number in (1, 2, 3, 4))
-    if not blocks:
-        first = next(iter(tensors), "no tensors")
-        raise UserError(
-            f"{source}: no detector of torchvision on a ResNet or MobileNetV3 with FPN (first of {len(tensors)} tensors: {first})"
-        )
-    name = _DEPTHS.get(depths, f"resnet of {depths} blocks")
-    return "resnet34" if name == "resnet50" and "backbone.body.layer1.0.conv3.weight" not in tensors else name
+def torchvision_detector(
+    tensors: Mapping[str, Tensor], recognized: Recognized, labels: Sequence[int], *, norm_eps: float, source: object
+) -> ForeignDetector:
+    """Return the detector that these weights are of; arguments as of `convert`."""
+    about = recognized.about
+    dropped = [str(label) for label in range(recognized.labels) if label not in labels]
+    return ForeignDetector(
+        project="torchvision",
+        name=recognized.name,
+        arch=about.arch,
+        model=about.model,
+        resize=about.resize,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        classes=len(labels),
+        tensors=convert(tensors, labels, norm_eps=norm_eps, source=source),
+        note=f"epsilon of the backbone's BatchNorm {norm_eps:g}; rows of {len(dropped)} labels without a class dropped "
+        f"({', '.join(dropped)}; the background of a two-stage detector is kept apart)",
+    )
 
 
 def convert(tensors: Mapping[str, Tensor], labels: Sequence[int], *, norm_eps: float, source: object) -> Tensors:
@@ -169,31 +181,52 @@ def convert(tensors: Mapping[str, Tensor], labels: Sequence[int], *, norm_eps: f
         module = _module_of(layer, tower)
         if module is None:
             raise UserError(f"{source}: {name} has no place in this project's detectors")
-        value = tensor.float() if tensor.is_floating_point() else tensor
-        converted[f"{module}.{leaf}"] = _rows(module, value, labels)
+        converted[f"{module}.{leaf}"] = _rows(module, tensor, labels)
     for name in [name for name in converted if name.endswith(".running_var")]:
         stem = name.removesuffix("running_var")
-        converted.setdefault(f"{stem}num_batches_tracked", torch.tensor(0))  # torchvision's frozen norms do not count
         if name.startswith("pyramid.body.") and norm_eps != _OUR_EPS:
             variance = converted[name].double()
             factor = ((variance + _OUR_EPS) / (variance + norm_eps)).sqrt()
             converted[f"{stem}weight"] = (converted[f"{stem}weight"] * factor).float()
-    for name, tensor in converted.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{source}: {name} has values that are not finite")
-    return converted
+    return completed(converted, source)
 
 
 def _module_of(layer: str, tower: int) -> str | None:
     if match := re.fullmatch(r"head\.(classification|regression)_head\.conv\.(\d)\.([01])", layer):
         branch = {"classification": "class_tower", "regression": "box_tower"}[match[1]]
         return f"dense.head.{branch}.{tower * int(match[2]) + int(match[3])}"
+    if match := re.fullmatch(r"backbone\.body\.(\d+)\.(.+)", layer):
+        inside = _mobile_module(int(match[1]), match[2])
+        return inside and f"pyramid.body.{inside}"
     if match := re.fullmatch(r"rpn\.head\.conv\.([1-9])\.0", layer):
         return f"rpn.head.more_convs.{int(match[1]) - 1}"
     for pattern, template in _LAYERS:
         if match := re.fullmatch(pattern, layer):
             return template.format(next(iter(match.groups()), ""))
     return None
+
+
+def _mobile_module(number: int, inside: str) -> str | None:
+    """Return timm's module of a layer of MobileNetV3-Large, for example `blocks.1.0.conv_pw` for feature 2, `block.0.0`."""
+    if number == 0:
+        return {"0": "conv_stem", "1": "bn1"}.get(inside)
+    if number == len(_MOBILE_BLOCKS) + 1:
+        return {"0": f"blocks.{len(set(_MOBILE_BLOCKS))}.0.conv", "1": f"blocks.{len(set(_MOBILE_BLOCKS))}.0.bn1"}.get(
+            inside
+        )
+    if number > len(_MOBILE_BLOCKS):
+        return None
+    stage = _MOBILE_BLOCKS[number - 1]
+    block = f"blocks.{stage}.{number - 1 - _MOBILE_BLOCKS.index(stage)}"
+    match = re.fullmatch(r"block\.(\d)\.(0|1|fc1|fc2)", inside)
+    if match is None:
+        return None
+    place, part = int(match[1]), match[2]
+    if part.startswith("fc"):
+        return f"{block}.se.conv_{'reduce' if part == 'fc1' else 'expand'}"
+    if stage == 0:  # without the first convolution
+        return f"{block}.{_MOBILE_FIRST[place][int(part)]}" if place < len(_MOBILE_FIRST) else None
+    return f"{block}.{_MOBILE_LAYERS[min(place, 2)][int(part)]}"  # squeeze-and-excitation is between the last two
 
 
 def _rows(module: str, tensor: Tensor, labels: Sequence[int]) -> Tensor:
@@ -204,7 +237,14 @@ def _rows(module: str, tensor: Tensor, labels: Sequence[int]) -> Tensor:
         return tensor.unflatten(0, (-1, 4))[list(labels)].flatten(0, 1)
     if module == "mask_head.logits":
         return tensor[list(labels)]
+    if module in ("rpn.head.objectness", "rpn.head.deltas"):
+        values = 4 if module.endswith("deltas") else 1
+        return (
+            scales_first(tensor, len(tensor) // (RATIOS * values)) if len(tensor) % (RATIOS * values) == 0 else tensor
+        )
     if module in ("dense.head.logits", "dense.head.boxes"):
-        by_anchor = tensor.unflatten(0, (_RATIOS, _SCALES, -1)).transpose(0, 1)
-        return (by_anchor[:, :, list(labels)] if module.endswith("logits") else by_anchor).flatten(0, 2).contiguous()
+        by_scale = scales_first(tensor, SCALES)
+        if module.endswith("boxes"):
+            return by_scale
+        return by_scale.unflatten(0, (SCALES * RATIOS, -1))[:, list(labels)].flatten(0, 1)
     return tensor

@@ -3,6 +3,8 @@
 A setting has the name of the keyword argument that it becomes, so groups of settings are passed whole.
 """
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from ssld.shared.distributed.ranks import ONE_RANK, Ranks
@@ -47,10 +49,12 @@ def build_detector(
         body,
         name=arch,
         channels=config.fpn_channels,
+        maps=config.fpn_maps,
         norm=config.fpn_norm,
         freeze_stages=config.freeze_stages,
         freeze_norm=config.freeze_norm,
         dcn_strides=config.dcn_strides,
+        stride_in_1x1=config.stride_in_1x1,
         p3_p7=config.is_dense,
         p6_from=config.dense.p6_from,
         relu_before_p7=config.dense.relu_before_p7,
@@ -64,11 +68,13 @@ def build_detector(
             ranks=ranks,
             **config.dense.model_dump(exclude={"p6_from", "relu_before_p7", "convolutions"}),
         )
+    # All levels but the pooled one; torchvision finds the levels of RoIs by their strides, and so pools from the first of two equal ones.
+    roi_strides = pyramid.strides[:1] if config.fpn_maps == "last_stage" else pyramid.strides[:-1]
     return RCNN(
         pyramid=pyramid,
         rpn=RPN(channels=pyramid.channels, strides=pyramid.strides, **dict(config.rpn)),
-        roi_heads=_roi_heads(config, classes),
-        mask_head=_mask_head(config, classes) if config.has_masks else None,
+        roi_heads=_roi_heads(config, classes, roi_strides),
+        mask_head=_mask_head(config, classes, roi_strides) if config.has_masks else None,
         mean=inputs.mean,
         std=inputs.std,
         ranks=ranks,
@@ -86,7 +92,7 @@ def _dense(config: DetectorConfig, classes: int, pyramid: TimmPyramid) -> GFL | 
     )
 
 
-def _roi_heads(config: DetectorConfig, classes: int) -> RoIHeads:
+def _roi_heads(config: DetectorConfig, classes: int, strides: Sequence[int]) -> RoIHeads:
     roi, cascade = config.roi, config.cascade
     settings = dict(roi) | {
         "class_agnostic": config.is_cascade or roi.class_agnostic,
@@ -97,10 +103,12 @@ def _roi_heads(config: DetectorConfig, classes: int) -> RoIHeads:
     return RoIHeads(
         classes=classes,
         channels=config.fpn_channels,
+        strides=strides,
         freeze_norm=config.freeze_norm,
         stages=_stages(config),
         add_gt_each_stage=cascade.add_gt_each_stage,
         score_rois=cascade.score_rois,
+        average_of=cascade.average_of,
         **settings,
     )
 
@@ -113,10 +121,11 @@ def _stages(config: DetectorConfig) -> tuple[BoxStage, ...]:
     return tuple(BoxStage(*stage) for stage in stages)
 
 
-def _mask_head(config: DetectorConfig, classes: int) -> MaskHead:
+def _mask_head(config: DetectorConfig, classes: int, strides: Sequence[int]) -> MaskHead:
     return MaskHead(
         classes=classes,
         channels=config.fpn_channels,
+        strides=strides,
         freeze_norm=config.freeze_norm,
         sampling_ratio=config.roi.sampling_ratio,
         aligned=config.roi.aligned,

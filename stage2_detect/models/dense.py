@@ -4,6 +4,7 @@ Shapes: B images, A anchors of all levels, N candidates of an image, K classes.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -34,6 +35,7 @@ class DenseDetector(nn.Module):
         nms_iou: overlap with a better detection of the same class above which a detection is dropped.
         detections_per_image: largest number of detections per image.
         clip_boxes: clip boxes to the image, and drop those without area in it.
+        clip_after_nms: compare the whole boxes in NMS, and clip those it keeps.
         ranks: processes whose counts the losses of `forward` are divided by.
     """
 
@@ -50,6 +52,7 @@ class DenseDetector(nn.Module):
         nms_iou: float = 0.6,
         detections_per_image: int = 100,
         clip_boxes: bool = True,
+        clip_after_nms: bool = False,
         ranks: Ranks = ONE_RANK,
     ) -> None:
         super().__init__()
@@ -57,6 +60,7 @@ class DenseDetector(nn.Module):
         self.candidates, self.candidates_of = candidates, candidates_of
         self.score_threshold, self.nms_iou = score_threshold, nms_iou
         self.detections_per_image, self.clip_boxes, self.ranks = detections_per_image, clip_boxes, ranks
+        self.clip_after_nms = clip_boxes and clip_after_nms
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:
         """Compute losses (float32 scalars, already divided by their counts) in train mode, detections in eval mode."""
@@ -101,14 +105,23 @@ class DenseDetector(nn.Module):
         if of_scores:
             scores_BNK = torch.full_like(scores_BNK, -torch.inf).scatter(2, class_BN1, scores_BNK.gather(2, class_BN1))
         boxes_BN4 = boxes_BN4 / images.scales_B[:, None, None]
+        originals_B2 = (images.sizes_B2 / images.scales_B[:, None] + 0.5).floor()
         if self.clip_boxes:
-            boxes_BN4 = boxes.clip(boxes_BN4, (images.sizes_B2 / images.scales_B[:, None] + 0.5).floor())
+            clipped_BN4 = boxes.clip(boxes_BN4, originals_B2)
             # Boxes that lay in the padding have no area left.
-            scores_BNK = torch.where((boxes.area(boxes_BN4) > 0)[..., None], scores_BNK, -torch.inf)
-        return postprocess.select(
+            scores_BNK = torch.where((boxes.area(clipped_BN4) > 0)[..., None], scores_BNK, -torch.inf)
+            boxes_BN4 = boxes_BN4 if self.clip_after_nms else clipped_BN4
+        selected = postprocess.select(
             boxes_BN4[:, :, None],
             scores_BNK,
             threshold=self.score_threshold,
             nms=NMS(iou=self.nms_iou),
             most=self.detections_per_image,
         )
+        if not self.clip_after_nms:
+            return selected
+        sizes = originals_B2.cpu().split(1)
+        return [
+            replace(one, boxes_N4=boxes.clip(one.boxes_N4[None], size)[0])
+            for one, size in zip(selected, sizes, strict=True)
+        ]

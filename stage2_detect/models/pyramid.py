@@ -9,10 +9,12 @@ Shapes: B images, C channels, H height, W width.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.layers import Format
+from timm.models._efficientnet_blocks import InvertedResidual
+from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -59,24 +61,74 @@ class P6P7(ExtraFPNBlock):
         return maps_BCHW
 
 
+class LastStage(nn.Module):
+    """A body of timm's MobileNetV3 (its modules, under their names) -> two maps of stride 32: of the first block of this stride, and the last.
+
+    Source: torchvision 0.29.1, models/detection/backbone_utils.py, `_mobilenet_extractor`.
+
+    Raises:
+        UserError: a body without such stages.
+    """
+
+    conv_stem: nn.Module
+    bn1: nn.Module
+    act1: nn.Module
+    blocks: Any
+
+    def __init__(self, body: nn.Module, name: str) -> None:
+        super().__init__()
+        stages = getattr(body, "blocks", None)
+        halving = [
+            number
+            for number, stage in enumerate(
+                stages if isinstance(stages, nn.Sequential) and hasattr(body, "conv_stem") else ()
+            )
+            if isinstance(stage, nn.Sequential)
+            and type(stage[0]) is InvertedResidual
+            and stage[0].conv_dw.stride == (2, 2)
+        ]
+        if not halving or freezing.feature_info(body).reduction()[-1] != freezing.STRIDES[-1]:
+            raise UserError(
+                f"fpn_maps: last_stage: backbone {name} has no stages of inverted residuals; it is for MobileNetV3"
+            )
+        for part in ("conv_stem", "bn1", "act1", "blocks"):
+            setattr(self, part, getattr(body, part))
+        self.feature_info = freezing.feature_info(body)
+        self.first = halving[-1]
+        self.widths = [int(self.blocks[self.first][0].conv_pwl.out_channels), int(self.feature_info.channels()[-1])]
+
+    def forward(self, pixels_BCHW: Tensor) -> list[Tensor]:
+        """Compute the two maps."""
+        x = self.act1(self.bn1(self.conv_stem(pixels_BCHW)))
+        maps = []
+        for number, stage in enumerate(self.blocks):
+            for place, block in enumerate(stage):
+                x = block(x)
+                if (number, place) == (self.first, 0):
+                    maps.append(x)
+        return [*maps, x]
+
+
 class TimmPyramid(nn.Module):
     """Images [B, 3, H, W] with sides that are multiples of 32 -> five maps of `channels` channels, P2..P6 with strides
-    4, 8, 16, 32, 64, or P3..P7 with the double.
+    4, 8, 16, 32, 64, or P3..P7 with the double; over `LastStage` three, of strides 32, 32, 64.
 
     Args:
         body: a timm `features_only` module.
         name: name of the backbone, for messages.
         channels: width of every output map.
+        maps: `last_stage` for the maps of `LastStage`.
         norm: norm after the pyramid's convolutions, which then have no bias; P6 and P7 have none.
         freeze_stages: number of frozen stages: 0 none, 1 the stem, 2 stem and stride 4, ..., 5 all of the body.
         freeze_norm: freeze running statistics, weight and bias of every BatchNorm; LayerNorm and GroupNorm are not affected.
+        stride_in_1x1: move the strides of the body's bottlenecks from their 3x3 convolution to the 1x1 before it.
         dcn_strides: strides of the stages whose dense 3x3 convolutions become deformable. Load weights into the body before.
         p3_p7: leave out the finest level, and add two convolved ones on top.
         p6_from, relu_before_p7: see `P6P7`; for P3..P7 only.
 
     Raises:
-        UserError: the body lacks a stride, has nothing to make deformable there, or its maps do not have the size that
-            their stride promises.
+        UserError: the body lacks a stride, has nothing to make deformable there, has no bottlenecks to move strides in, or its maps do not have
+            the size that their stride promises.
     """
 
     def __init__(
@@ -85,10 +137,12 @@ class TimmPyramid(nn.Module):
         *,
         name: str,
         channels: int = 256,
+        maps: Literal["strides", "last_stage"] = "strides",
         norm: Norm = "none",
         freeze_stages: int = 0,
         freeze_norm: bool = False,
         dcn_strides: Collection[int] = (),
+        stride_in_1x1: bool = False,
         p3_p7: bool = False,
         p6_from: Literal["p5", "c5"] = "p5",
         relu_before_p7: bool = False,
@@ -96,18 +150,23 @@ class TimmPyramid(nn.Module):
         super().__init__()
         if not 0 <= freeze_stages <= 5:
             raise UserError(f"freeze_stages is {freeze_stages}: it has to be 0 (nothing) to 5 (the whole backbone)")
-        self.body = body
         self.channels = channels
         self.first_level = 1 if p3_p7 else 0
         self.strides = tuple(4 * 2 ** (self.first_level + level) for level in range(5))
         self.level_indices = _level_indices(body, name)
         self.is_nhwc = getattr(body, "output_fmt", Format.NCHW) == Format.NHWC
+        widths = [freezing.feature_info(body).channels()[i] for i in self.level_indices]
+        map_strides: Sequence[int] = freezing.STRIDES
+        if maps == "last_stage":
+            body = last_stage = LastStage(body, name)
+            widths, map_strides, self.level_indices, self.strides = last_stage.widths, (32, 32), [0, 1], (32, 32, 64)
+        self.body = body
+        if stride_in_1x1:
+            _move_strides(body, name)
         if dcn_strides:
             stages = {1 + freezing.STRIDES.index(stride) for stride in dcn_strides}
             replace_convolutions(body, freezing.stage_of_module(body), stages, name)
-        widths = freezing.feature_info(body).channels()
-        widths = [widths[i] for i in self.level_indices]
-        self._probe(widths, name)
+        self._probe(widths, map_strides, name)
         extra: ExtraFPNBlock = LastLevelMaxPool()
         if p3_p7:
             extra = P6P7(widths[-1], channels, p6_from=p6_from, relu_before_p7=relu_before_p7)
@@ -135,7 +194,7 @@ class TimmPyramid(nn.Module):
         return self
 
     def features(self, pixels_BCHW: Tensor) -> list[Tensor]:
-        """Compute C2..C5 of the body, channels second."""
+        """Compute C2..C5 of the body, or the two of its last stage, channels second."""
         maps = self.body(pixels_BCHW)
         maps = [maps[i] for i in self.level_indices]
         return [m.permute(0, 3, 1, 2) for m in maps] if self.is_nhwc else maps
@@ -182,7 +241,7 @@ class TimmPyramid(nn.Module):
         return named
 
     @torch.no_grad()
-    def _probe(self, widths: list[int], name: str) -> None:
+    def _probe(self, widths: Sequence[int], strides: Sequence[int], name: str) -> None:
         parameter = next(self.body.parameters())
         was_training = self.body.training
         self.body.eval()
@@ -196,13 +255,23 @@ class TimmPyramid(nn.Module):
         finally:
             self.body.train(was_training)
         height, width = _PROBE_SIZE
-        for stride, channels, level in zip(freezing.STRIDES, widths, maps, strict=True):
+        for stride, channels, level in zip(strides, widths, maps, strict=True):
             expected = (1, channels, -(-height // stride), -(-width // stride))
             if tuple(level.shape) != expected:
                 raise UserError(
                     f"backbone {name} cannot carry a detector: its map of stride {stride} is {tuple(level.shape)} instead of {expected} "
                     f"for an image of {_PROBE_SIZE}"
                 )
+
+
+def _move_strides(body: nn.Module, name: str) -> None:
+    blocks = [one for one in body.modules() if type(one) is Bottleneck and one.conv2.stride != (1, 1)]
+    if not blocks:
+        raise UserError(
+            f"stride_in_1x1: backbone {name} has no bottlenecks with a stride; it is for ResNets of 50 layers and more"
+        )
+    for block in blocks:
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
 
 
 def _level_indices(body: nn.Module, name: str) -> list[int]:

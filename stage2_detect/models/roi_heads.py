@@ -106,7 +106,8 @@ class RoIHeads(nn.Module):
         stages: more than one needs `class_agnostic`.
         class_agnostic: predict one box per RoI in place of one per class.
         add_gt_each_stage: append the objects to the RoIs of later stages, as to those of the first.
-        score_rois: RoIs that each stage scores in evaluation, its own or the last stage's; the scores are averaged.
+        score_rois: RoIs that each stage scores in evaluation, its own or the last stage's.
+        average_of: what is averaged over the stages in evaluation, probabilities of the classes or logits.
         hidden: width of the fully connected layers.
         convolutions, fully_connected: number of convolutions (of the maps' width) and of fully connected layers.
         norm, freeze_norm: norm after the convolutions, see `norms.norm_layer`.
@@ -128,6 +129,7 @@ class RoIHeads(nn.Module):
         class_agnostic: bool = False,
         add_gt_each_stage: bool = False,
         score_rois: Literal["own", "last"] = "own",
+        average_of: Literal["probabilities", "logits"] = "probabilities",
         hidden: int = 1024,
         convolutions: int = 0,
         fully_connected: int = 2,
@@ -150,7 +152,7 @@ class RoIHeads(nn.Module):
             "several stages need class_agnostic: a later stage starts from one box per RoI"
         )
         self.classes, self.stages, self.strides, self.pool_size = classes, tuple(stages), tuple(strides), pool_size
-        self.add_gt_each_stage, self.score_rois = add_gt_each_stage, score_rois
+        self.add_gt_each_stage, self.score_rois, self.average_of = add_gt_each_stage, score_rois, average_of
         self.sampling_ratio, self.aligned = sampling_ratio, aligned
         self.samples_per_image, self.positive_fraction = samples_per_image, positive_fraction
         self.sampling, self.libra_bins = sampling, libra_bins
@@ -256,7 +258,10 @@ class RoIHeads(nn.Module):
         if self.score_rois == "last":
             logits[:-1] = [head(pooled_NCHW)[0] for head in self.heads[:-1]]
         # Whichever RoIs were scored, the boxes are the last stage's.
-        scores_NK = torch.stack([logits_NK.softmax(dim=-1) for logits_NK in logits]).mean(dim=0)
+        if self.average_of == "logits":
+            scores_NK = torch.stack(logits).mean(dim=0).softmax(dim=-1)
+        else:
+            scores_NK = torch.stack([logits_NK.softmax(dim=-1) for logits_NK in logits]).mean(dim=0)
         scores_BRK = scores_NK[:, :-1].unflatten(0, (B, R)) * valid_BR[..., None]
         boxes_BRD4 = boxes.decode(deltas_ND4.unflatten(0, (B, R)), rois_BR4[:, :, None], stage.delta_weights)
         return boxes.clip(boxes_BRD4, sizes_B2), scores_BRK

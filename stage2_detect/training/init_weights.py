@@ -147,7 +147,7 @@ def open_init(init: Path) -> InitWeights:
             licence="bsd-3-clause",
             backbone={"reference": str(init)},
         )
-    convert_first = f"`ssld convert-torchvision --weights {init} --output DIR` makes one of a detector of torchvision"
+    convert_first = f"`ssld convert-detector --weights {init} --output DIR` makes one of a detector of another project"
     if init.is_file() and is_pickle(init):
         raise UserError(f"init: {init}: not a detector file; {convert_first}")
     metadata = read_metadata(init, kind="detector")
@@ -176,6 +176,7 @@ def _differences(file: DetectorConfig, run: DetectorConfig) -> list[str]:
         "kind": (file.kind, run.kind),
         "fpn_channels": (file.fpn_channels, run.fpn_channels),
         "dcn_strides": (file.dcn_strides, run.dcn_strides),
+        "fpn_maps": (file.fpn_maps, run.fpn_maps),
         "rpn.anchor_ratios": (len(file.rpn.anchor_ratios), len(run.rpn.anchor_ratios)),
         "fpn_norm": (file.fpn_norm, run.fpn_norm),
         "rpn.anchor_scales": (len(file.rpn.anchor_scales), len(run.rpn.anchor_scales)),

@@ -23,6 +23,7 @@ from ssld.shared.models.paddle_weights import read_paddle_weights
 from ssld.stage1_ssld.data.sources import open_sources
 from ssld.stage1_ssld.data_config import SourceConfig
 from ssld.stage2_detect.config import ResizeConfig, TrainConfig
+from ssld.stage2_detect.foreign.files import read_foreign
 from ssld.stage2_detect.model_config import DetectorConfig
 from tests.fuzz.conftest import Fuzz, encoded_png
 from tests.fuzz.mutations import as_json, mutated_bytes, mutated_parquet, mutated_text
@@ -129,6 +130,22 @@ def test_paddle_weights(fuzz: Fuzz, tmp_path: Path) -> None:
     sound = [pickle.dumps(content, protocol=protocol) for protocol in (2, 4)]
     file.write_bytes(sound[0])
     fuzz(lambda draw: mutated_bytes(draw.choice(sound), draw), file, lambda: read_paddle_weights(file))
+
+
+def test_detectors_of_other_projects(fuzz: Fuzz, tmp_path: Path) -> None:
+    """A file of detectron2's model zoo, and a checkpoint of mmdetection with its records."""
+    arrays = {
+        "proposal_generator.x.weight": np.ones((2, 3), np.float32),
+        "n": np.array(3),
+        "backbone.bottom_up.y": np.zeros(2),
+    }
+    zoo, checkpoint = tmp_path / "w.pkl", tmp_path / "w.pth"
+    sound = [pickle.dumps({"model": arrays, "__author__": "zoo"}, protocol=protocol) for protocol in (2, 4)]
+    zoo.write_bytes(sound[0])
+    fuzz(lambda draw: mutated_bytes(draw.choice(sound), draw), zoo, lambda: read_foreign(zoo))
+    torch.save({"meta": {"config": "x", "CLASSES": ("a",)}, "state_dict": {"neck.x.weight": torch.ones(2)}}, checkpoint)
+    whole = checkpoint.read_bytes()
+    fuzz(lambda draw: mutated_bytes(whole, draw), checkpoint, lambda: read_foreign(checkpoint))
 
 
 def test_model_files(fuzz: Fuzz, tmp_path: Path) -> None:

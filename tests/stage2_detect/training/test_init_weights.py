@@ -164,10 +164,10 @@ def test_user_errors(
     assert "model.roi.hidden (file: 32, run: 16)" in message(model=model | {"roi": model["roi"] | {"hidden": 16}})
     assert "no such file" in message(init=str(tmp_path / "nowhere.safetensors"))
     pickle = _pickle(tmp_path)
-    convert = "makes one of a detector of torchvision"
+    convert = "makes one of a detector of another project"
     assert f"{pickle}: is a pickle, which can run code when opened" in message(init=pickle)
     (tmp_path / "theirs.pth").write_bytes(Path(pickle).read_bytes())
-    theirs = f"init: {tmp_path}/theirs.pth: not a detector file; `ssld convert-torchvision --weights {tmp_path}/theirs.pth --output DIR`"
+    theirs = f"init: {tmp_path}/theirs.pth: not a detector file; `ssld convert-detector --weights {tmp_path}/theirs.pth --output DIR`"
     assert f"{theirs} {convert}" in message(init=str(tmp_path / "theirs.pth"))
     earlier, metadata = tmp_path / "earlier.safetensors", read_metadata(trained, kind="detector")
     save_model_file(earlier, load_file(trained), metadata | {"model": metadata["model"] | {"rpn": {"samples": 9}}})

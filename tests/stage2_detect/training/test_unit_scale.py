@@ -32,19 +32,22 @@ from ssld.stage2_detect.training import unit_scale
 INPUTS = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
 SCALE = 7.0  # of the maps of EfficientNet-Lite0, trained on ImageNet
 SMALL_SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 4, "strict_img_size": False}  # fmt: skip
-TINY: dict[str, dict[str, Any]] = {
+SMALL_PVT = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 1, 2, 2)}
+LONG = ("test_byobnet", "lcnet_035", "mobilenetv3_small_050", "pvt_v2_b0")
+# Not RepVGG and HGNetV2: with random weights behind frozen norms the body itself diverges.
+FAMILIES: dict[str, dict[str, Any]] = {
     "test_resnet": {},
     "test_convnext": {},
-    "test_convnext2": {},
-    "test_convnext3": {},
     "test_efficientnet": {},
-    "test_efficientnet_gn": {},
-    "test_efficientnet_evos": {},
     "test_byobnet": {},
     "test_mambaout": {},
     "lcnet_035": {},
     "mobilenetv3_small_050": {},
     "swin_tiny_patch4_window7_224": SMALL_SWIN,
+    "pvt_v2_b0": SMALL_PVT,
+    "regnetx_002": {},
+    "test_efficientnet_evos": {},
+    "edgenext_xx_small": {},
 }
 
 
@@ -120,9 +123,9 @@ def assert_it_learns(detector: Detector, steps: int) -> None:
     assert np.median(totals[-steps // 3 :]) < 0.8 * totals[0], totals
 
 
-@pytest.mark.parametrize("arch", TINY)
+@pytest.mark.parametrize("arch", FAMILIES)
 def test_any_body_trains_at_the_usual_rate(arch: str) -> None:
-    assert_it_learns(loud_detector(arch, TINY[arch]), steps=15)
+    assert_it_learns(loud_detector(arch, FAMILIES[arch]), steps=50 if arch in LONG else 15)
 
 
 def test_without_it_such_a_body_diverges() -> None:
