@@ -130,7 +130,7 @@ def file_init(file: Path) -> Init:
     """Return the detector in a file of this project. Raises UserError for any other file."""
     metadata = _metadata(file)
     if metadata.get("kind") != "detector":
-        other = f"ssld convert-torchvision --weights {file} --output DIR makes one of a detector of torchvision"
+        other = f"ssld convert-detector --weights {file} --output DIR makes one of a detector of torchvision, detectron2 or mmdetection"
         hint = other if file.suffix in PICKLE_SUFFIXES else "give the detector.safetensors of a training, or coco:NAME"
         raise UserError(f"--init {file}: not a detector file of this project; {hint}")
     resize = metadata.get("resize") or {}

@@ -141,7 +141,7 @@ def test_a_detector_file_brings_its_settings(tmp_path: Path) -> None:
     assert DetectorConfig.model_validate(model["model"]) == config
     (tmp_path / "weights.pth").write_bytes(b"x")
     with pytest.raises(
-        UserError, match=r"weights.pth: not a detector file of this project; ssld convert-torchvision --weights "
+        UserError, match=r"weights.pth: not a detector file of this project; ssld convert-detector --weights "
     ):
         file_init(tmp_path / "weights.pth")
     save_file({"w": np.zeros(2, np.float32)}, tmp_path / "body.safetensors")

@@ -121,7 +121,7 @@ def _check_scores(model: RCNN, theirs: Network, features: list[Tensor], project:
     proposals = Proposals(rois[None], torch.ones(1, 3, dtype=torch.bool))
     boxes_BRD4, scores_BRK = model.roi_heads.score(features, proposals, torch.tensor([SIZE]))
     cascade = len(model.roi_heads.heads) == 3
-    weights = [(10, 10, 5, 5)]
+    weights: list[tuple[float, ...]] = [(10, 10, 5, 5)]
     if cascade:
         third = (30, 30, 15, 15) if project == "detectron2" else (1 / 0.033, 1 / 0.033, 1 / 0.067, 1 / 0.067)
         weights += [(20, 20, 10, 10), third]

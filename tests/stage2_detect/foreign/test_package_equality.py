@@ -76,7 +76,7 @@ class _Operators:
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name == "detectron2._C" or name == "mmcv.ops" or name.startswith("mmcv.ops."):
-            return ModuleSpec(name, self, is_package=name == "mmcv.ops")  # type: ignore[arg-type]
+            return ModuleSpec(name, self, is_package=name == "mmcv.ops")
         return None
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:

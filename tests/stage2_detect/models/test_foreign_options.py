@@ -45,7 +45,7 @@ def test_strides_move_to_the_first_convolution() -> None:
 
 def test_maps_of_the_last_stage() -> None:
     """Those of timm's own modules, one after the other; frozen, folded and refused as for every body."""
-    body = timm.create_model("mobilenetv3_large_100", features_only=True).eval()
+    body: Any = timm.create_model("mobilenetv3_large_100", features_only=True).eval()
     last = LastStage(body, "mobilenetv3_large_100")
     assert last.state_dict().keys() == body.state_dict().keys()
     pixels = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
