@@ -76,7 +76,7 @@ class _Operators:
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name == "detectron2._C" or name == "mmcv.ops" or name.startswith("mmcv.ops."):
-            return ModuleSpec(name, self, is_package=name == "mmcv.ops")
+            return ModuleSpec(name, self, is_package=name == "mmcv.ops")  # type: ignore[arg-type]
         return None
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:
@@ -89,7 +89,7 @@ class _Operators:
 @pytest.fixture
 def _operators() -> None:
     if not any(isinstance(finder, _Operators) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Operators())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Operators())
 
 
 def enliven(model: nn.Module) -> None:
