@@ -6,7 +6,7 @@
 The data are checked first, as by `ssld doctor`. Anchors, warm-up and the largest useful image size follow from the photos; a trial of three real
 steps of each training then decides networks, image size and steps such that the whole pipeline fits `--minutes`. Without an evaluation file, a random
 fifth of the images (seeded) becomes one: `mine_train.json` and `mine_val.json` beside the YAML file. With `--unlabeled DIR` the backbone is first
-distilled on those images where measurements say that this helps, and a second detector without that step measures its gain. `--unlabeled` without
+distilled on those images where this may help, and a second detector without that step measures its gain. `--unlabeled` without
 annotations: a backbone and nothing else. A detector that starts from COCO weights is compared with the others where these are at hand and fit the
 time.
 """

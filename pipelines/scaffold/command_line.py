@@ -46,7 +46,7 @@ def parser() -> Parser:
         "--distill",
         choices=("auto", "yes", "no"),
         default="auto",
-        help="stage 1 on the unlabeled photos; auto: only where measurements say that it helps (default: auto)",
+        help="stage 1 on the unlabeled photos; auto: only where it may help (default: auto)",
     )
     parser.add_argument(
         "--starts",

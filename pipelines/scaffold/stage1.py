@@ -1,4 +1,4 @@
-"""Whether a new pipeline begins with stage 1: only where measurements say that it helps, or where the user asks for it."""
+"""Whether a new pipeline begins with stage 1: only where it may help by what was measured, or where the user asks for it."""
 
 from typing import Literal
 
@@ -27,7 +27,7 @@ def proposes_stage_1(asked: Distill, backbone: str, photos: int, *, detector: bo
     if backbone.startswith("random:"):
         return (
             True,
-            "stage 1: the student has no pretrained weights, and then its detectors were better wherever this was measured",
+            "stage 1: the student has no pretrained weights; its detectors were better with stage 1 than with random weights on drawn scenes and on one set of photos",
         )
     if photos >= MANY:
         return True, (

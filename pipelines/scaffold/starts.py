@@ -95,7 +95,7 @@ def download_of(init: Init) -> dict[str, str]:
 def absence(init: Init) -> str:
     """Return the line about a published detector that is neither on this machine nor within reach of the network."""
     about = published(init.reference, "--init")
-    what = "COCO weights, often the better start," if init.optional else f"--init {init.reference}: its weights"
+    what = "COCO weights, which may be the better start," if init.optional else f"--init {init.reference}: its weights"
     where = f"put {about.url} into {hub_folder()}, or give a detector file as --init FILE"
     return f"{what} are not on this machine and cannot be downloaded here: {where}"
 

@@ -155,7 +155,7 @@ def test_without_network_and_files_one_line_says_how(
     lines = [line for line in capfd.readouterr().out.splitlines() if "COCO" in line]
     url = PUBLISHED[FAST].url
     assert lines == [
-        "COCO weights, often the better start, are not on this machine and cannot be downloaded here: "
+        "COCO weights, which may be the better start, are not on this machine and cannot be downloaded here: "
         f"put {url} into {starts.hub_folder()}, or give a detector file as --init FILE"
     ]
     assert init.main([*LINE, "--output", "other.yaml", "--starts", "coco"]) == 2
