@@ -74,7 +74,7 @@ def _onnx(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         import onnx
     except ImportError:
-        raise UserError(f"{path}: reading it needs onnx; pip install 'ssld[export]'") from None
+        raise UserError(f"{path}: reading it needs onnx; pip install -e '.[export]' in the clone") from None
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf exports no common base class of its errors

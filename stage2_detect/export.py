@@ -43,10 +43,11 @@ def export_detector(config: ExportDetectorConfig) -> None:
     from ssld.shared.files import atomically
     from ssld.shared.run_dir import RunDir
     from ssld.stage2_detect.data.coco import read_coco
+    from ssld.stage2_detect.data.padding import PAD_MULTIPLE
     from ssld.stage2_detect.deploy.card import write_folder
     from ssld.stage2_detect.deploy.check import batches_of, check, find, graph_of, images_of, measure
     from ssld.stage2_detect.deploy.gate import LowerPrecision, files_of, int8_ratios
-    from ssld.stage2_detect.deploy.writing import openvino_runner, require_openvino, runner, write, write_runtime
+    from ssld.stage2_detect.deploy.writing import LEAST, openvino_runner, require_openvino, runner, write, write_runtime
     from ssld.stage2_detect.detector_file import load_detector
 
     if "onnx" in config.formats:
@@ -75,6 +76,12 @@ def export_detector(config: ExportDetectorConfig) -> None:
         return
     for line in loaded.notes:
         run.log(line)
+    shortest = PAD_MULTIPLE * LEAST
+    if config.canvas is None and loaded.resize.short_side < shortest:
+        run.log(
+            f"warning: this detector sees photos of {loaded.resize.short_side} px, and the files pad shorter sides to {shortest} px: "
+            f"their detections differ from those of ssld predict; train with resize.short_side {shortest} or more"
+        )
 
     # ---- the files, under temporary names until all of them are checked
     files = {str(name): run.path / FILES[name] for name in config.formats}

@@ -109,7 +109,9 @@ def machine_lines(probe: Callable[[], dict[str, Any]]) -> Iterator[Line]:
     if absent:
         names = ", ".join(name for name in OPTIONAL if installed_version(name) is None)
         yield Line(
-            "note", "packages", f"optional, not installed: {names}; pip install 'ssld[{','.join(absent)}]' adds them"
+            "note",
+            "packages",
+            f"optional, not installed: {names}; pip install -e '.[{','.join(absent)}]' in the clone adds them",
         )
     yield from device_lines(facts)
     yield from _memory_lines()

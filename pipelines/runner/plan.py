@@ -72,8 +72,11 @@ def make_plan(stages: list[Stage], redo: set[str]) -> list[Planned]:
     for name in outdated:
         if not any(name in followers(stages, {other}) - {other} for other in outdated):
             source = ", ".join(outdated[name])
+            changes = [note for one in plan if one.stage.name in outdated[name] for note in one.notes]
+            why = f" ({source}: {'; '.join(changes)})" if changes else ""
+            afresh = f", and --redo {source} begins {source} afresh instead of continuing it" if changes else ""
             errors.append(
-                f"stage {name}: was made from {source}, which is missing or will change; --redo {name} computes it again"
+                f"stage {name}: was made from {source}, which is missing or will change{why}; --redo {name} computes it again{afresh}"
             )
     if errors:
         raise UserError("\n".join(errors))

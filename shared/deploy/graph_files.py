@@ -36,7 +36,7 @@ def require_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"export: needs onnx, onnxscript and onnxruntime ({error.name} is missing); pip install 'ssld[export]'"
+            f"export: needs onnx, onnxscript and onnxruntime ({error.name} is missing); pip install -e '.[export]' in the clone"
         ) from None
 
 

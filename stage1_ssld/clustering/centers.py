@@ -74,7 +74,7 @@ def require_scikit_learn() -> None:
     from importlib.util import find_spec
 
     if find_spec("sklearn") is None:
-        raise UserError("prototypes need scikit-learn; pip install 'ssld[prototypes]'")
+        raise UserError("prototypes need scikit-learn; pip install -e '.[prototypes]' in the clone")
 
 
 def _by_mini_batches(embeddings: Embeddings, standard: Standard, count: int, seed: int, log: Log) -> np.ndarray:

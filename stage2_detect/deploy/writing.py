@@ -199,7 +199,7 @@ def require_openvino() -> None:
     try:
         import openvino  # noqa: F401
     except ImportError:
-        raise UserError("openvino: is not installed; pip install 'ssld[openvino]'") from None
+        raise UserError("openvino: is not installed; pip install -e '.[openvino]' in the clone") from None
 
 
 def openvino_runner(path: Path) -> Callable[[Tensor, Tensor], Sequence[np.ndarray]]:

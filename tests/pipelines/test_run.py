@@ -159,6 +159,21 @@ def test_more_steps_go_on_and_say_so(
     assert "[5/5] ap: changed since the last start: steps: 1 -> 2" in capfd.readouterr().out
 
 
+def test_more_steps_of_a_stage_that_others_read_name_the_change(
+    finished: Path, started: list[str], write_pipeline: Any, chain: dict[str, Any], capfd: Any
+) -> None:
+    chain["student"]["set"]["steps"] = 2
+    write_pipeline(chain)
+    assert main([str(finished)]) == 2
+    assert started == []
+    assert capfd.readouterr().err == (
+        "error: stage ap: was made from student, which is missing or will change (student: changed since the last start: steps: 1 -> 2); "
+        "--redo ap computes it again, and --redo student begins student afresh instead of continuing it\n"
+    )
+    assert main([str(finished), "--redo", "ap"]) == 0
+    assert started == ["student", "ap"]
+
+
 def test_report_is_made_again_when_something_changed(
     started: list[str], write_pipeline: Any, chain: dict[str, Any], table: dict[str, Any]
 ) -> None:

@@ -468,10 +468,10 @@ def test_a_precision_that_is_too_small(
 
 def test_without_scikit_learn(arguments: Any, settings: Any, user_error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
-        raise UserError("prototypes need scikit-learn; pip install 'ssld[prototypes]'")
+        raise UserError("prototypes need scikit-learn; pip install -e '.[prototypes]' in the clone")
 
     monkeypatch.setattr(steps, "require_scikit_learn", missing)
-    assert "pip install 'ssld[prototypes]'" in user_error(prototypes, arguments(settings))
+    assert "pip install -e '.[prototypes]' in the clone" in user_error(prototypes, arguments(settings))
 
 
 def test_an_encoder_itself_is_refused_as_a_teacher(

@@ -281,6 +281,10 @@ def test_what_an_export_leaves(exported: Path, detector_file: Path, files_below:
     runtime = {"onnx_detector.py", "hub/onnx_detector.py"}
     assert files_below(exported) - kept == published | set(FILES.values()) | runtime
     log = (exported / "log.txt").read_text()
+    assert (
+        "warning: this detector sees photos of 64 px, and the files pad shorter sides to 160 px: their detections differ "
+        in log
+    )
     for name in ("onnx", "pt2"):
         assert re.search(rf"detector.{name} against torch on 3 images: [1-9]\d* detections", log)
         assert re.search(rf"detector.{name} +[\d.]+ ms +[\d.]+ images/s", log)
@@ -366,7 +370,7 @@ def test_mistakes(
     assert "push_to_hub: one: is not of the form ORG/NAME" in line(detector_file, "--push_to_hub", "one")
     assert "canvas" in line(detector_file, "--canvas", "[100, 64]")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert "onnxruntime is missing); pip install 'ssld[export]'" in line(detector_file)
+    assert "onnxruntime is missing); pip install -e '.[export]' in the clone" in line(detector_file)
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="soft NMS"):
         graph_of(detector("faster_rcnn", roi={"nms": {"kind": "soft_linear"}}))
