@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ssld.pipelines.config import ROOT
+from ssld.shared.files import is_pattern
 
 _left: list[Path] = []  # the folders that `inside` has left, the user's first
 
@@ -69,7 +70,7 @@ def shown(path: Path) -> Path:
 def rebased_value(text: str) -> str:
     """Return a value of the command line with its paths as they are written in the current folder.
 
-    A value, or an item of a list, is a path if its first part exists in the user's folder, and if it is no number.
+    A value, or an item of a list, is a path if its first part exists in the user's folder.
     """
     if not _left:
         return text
@@ -106,9 +107,9 @@ def _each_rebased(value: Any) -> Any:
 
 
 def _is_there(text: str) -> bool:
-    """Return whether the first part of a text is a file or folder of the user's folder; numbers are no paths."""
-    with suppress(ValueError):
-        float(text)
+    """Return whether the first part of a text is a file or folder of the user's folder, or a pattern that fits some."""
+    path = Path(text)
+    if not text or path.is_absolute():
         return False
-    first = Path(text).parts[:1]
-    return bool(first) and not Path(text).is_absolute() and os.path.lexists(_left[0] / first[0])
+    first = (path.parts or (".",))[0]
+    return os.path.lexists(_left[0] / first) or (is_pattern(first) and any(_left[0].glob(first)))

@@ -97,9 +97,9 @@ def _lists_sources(model: type[BaseModel], path: Sequence[str]) -> bool:
 
 
 def takes_path(model: type[BaseModel], path: Sequence[str]) -> bool:
-    """Return whether a value of the key, in its parts, may be a path: a path, text, a group of settings, or a list of these."""
+    """Return whether a value of the key, in its parts, may be a path: a path, text but for names of classes, a group, or a list of these."""
     field = model.model_fields.get(path[0])
-    if field is None:
+    if field is None or path[0] == "classes":
         return False
     inner = models_in(field.annotation)
     if len(path) == 1:

@@ -64,7 +64,7 @@ def check_fits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], so
 def completed(tensors: Mapping[str, Tensor], source: object) -> Tensors:
     """Return the weights as float32, with the counters that frozen norms of other projects lack.
 
-    Raises UserError for values that are not finite.
+    Raises UserError for values that are not finite, for variances below 0 and for weights of whole numbers.
     """
     result = {name: one.float() if one.is_floating_point() else one for name, one in tensors.items()}
     for name in tensors:
@@ -73,6 +73,12 @@ def completed(tensors: Mapping[str, Tensor], source: object) -> Tensors:
     for name, one in result.items():
         if not one.isfinite().all():
             raise UserError(f"{source}: {name} has values that are not finite")
+        if name.endswith(".running_var") and (one < 0).any():
+            raise UserError(f"{source}: {name} has variances below 0; the file is damaged")
+        if not one.is_floating_point() and not name.endswith("num_batches_tracked"):
+            raise UserError(
+                f"{source}: {name} has whole numbers ({one.dtype}); give the file before its weights were quantized"
+            )
     return result
 
 

@@ -19,6 +19,7 @@ from ssld.shared.config.words import takes_path
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect import check_data
 from ssld.stage2_detect.config import TrainConfig
+from ssld.stage2_detect.predict_config import PredictConfig
 from tests.docs_sandbox import write_coco
 from tests.pipelines.test_init import photos as photos  # a fixture
 
@@ -120,8 +121,8 @@ def test_what_is_typed_belongs_to_the_current_folder(
     assert recorded(Path("many/b"))["sources"] == ["../x.txt"]
 
 
-def test_values_that_are_no_paths_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("300", "resnet18d", "labels", "photos", "sub", "a,b"):
+def test_values_are_paths_if_their_first_part_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("300", "2024", "resnet18d", "labels", "photos", "sub", "a,b"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     assert rebased_value("photos") == "photos"
@@ -137,9 +138,13 @@ def test_values_that_are_no_paths_stay(tmp_path: Path, monkeypatch: pytest.Monke
             "",
             "nowhere",
             "${a}/photos",
+            ".",
+            "pho*",
+            "*.nothing",
+            "2024",
         ]
         expected = [
-            "300",
+            "../300",
             "random:resnet18d",
             "../photos",
             "../photos/x",
@@ -149,6 +154,10 @@ def test_values_that_are_no_paths_stay(tmp_path: Path, monkeypatch: pytest.Monke
             "",
             "nowhere",
             "${a}/photos",
+            "..",
+            "../pho*",
+            "*.nothing",
+            "../2024",
         ]
         assert list(map(rebased_value, values)) == expected
         assert json.loads(rebased_value('[{"path": "photos", "weight": 2}]')) == [{"path": "../photos", "weight": 2}]
@@ -160,6 +169,7 @@ def test_values_that_are_no_paths_stay(tmp_path: Path, monkeypatch: pytest.Monke
         (TrainConfig, "data"),
     ]
     assert all(takes_path(kind, key.split(".")) for kind, key in kinds)
+    assert not takes_path(PredictConfig, ["classes"])
     for key in ("objective", "steps", "optim.lr", "nothing", "data.nothing", "channels_last"):
         assert not takes_path(DistillConfig, key.split(".")), key
     set_: dict[str, Any] = {
@@ -331,7 +341,7 @@ def test_init_writes_paths_for_the_folder_of_its_file(photos: Path, capfd: Any) 
     assert init.main(line) == 0
     assert "read deep/sub/mine.yaml, then start it: ssld run deep/sub/mine.yaml\n" in capfd.readouterr().out
     content = yaml.safe_load(Path("deep/sub/mine.yaml").read_text())
-    data = content["stages"]["detector_ssld"]["set"]["data"]
+    data = content["stages"]["detector_random"]["set"]["data"]
     assert [data[key] for key in ("train_annotations", "train_images")] == ["mine_train.json", "../../photos"]
     assert content["stages"]["ssld"]["set"]["data"]["train"][0] == {
         "path": "mine_unlabeled.txt",

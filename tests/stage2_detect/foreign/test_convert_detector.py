@@ -89,6 +89,11 @@ def test_an_epsilon_of_zero_goes_into_the_weight() -> None:
     torch.testing.assert_close(norm(maps), frozen(maps), rtol=1e-4, atol=1e-5)
     same = convert(state, (), norm_eps=1e-5, source="s")
     assert torch.equal(same["pyramid.body.bn1.weight"], state[f"{prefix}.weight"])
+    state[f"{prefix}.running_var"][0] = -1
+    with pytest.raises(
+        UserError, match=r"s: pyramid\.body\.bn1\.running_var has variances below 0; the file is damaged"
+    ):
+        convert(state, (), norm_eps=0.1, source="s")
     state[f"{prefix}.running_var"][0] = 0
     with pytest.raises(UserError, match=r"s: pyramid\.body\.bn1\.weight has values that are not finite"):
         convert(state, (), norm_eps=0.0, source="s")
