@@ -27,7 +27,7 @@ def proposes_stage_1(asked: Distill, backbone: str, photos: int, *, detector: bo
     if backbone.startswith("random:"):
         return (
             True,
-            "stage 1: the student has no pretrained weights; on drawn scenes and one set of photos its detectors were better than from random weights",
+            "stage 1: the student has no pretrained weights; on drawn scenes and one set of photos its detectors beat those from random weights",
         )
     if photos >= MANY:
         return True, (
