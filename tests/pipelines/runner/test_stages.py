@@ -25,6 +25,7 @@ from ssld.pipelines.runner.stages import (
 )
 from ssld.shared.config.settings import CommandConfig, Config, identity, parse_config
 from ssld.shared.errors import UserError
+from ssld.stage2_detect.config import TrainConfig
 
 
 def build(file: Path, **options: Any) -> list[Stage]:
@@ -382,6 +383,20 @@ def test_missing_inputs_are_told_before_anything_runs(fake_kinds: None, write_pi
 def test_commands_of_one_process_are_not_launched_as_several(command: str, write_pipeline: Any) -> None:
     message = error_of(write_pipeline({"a": {"command": command, "processes": 2}}))
     assert message == f"stage a: {command} runs as one process; remove processes: 2"
+
+
+@pytest.mark.parametrize("name", ["detector_distillation", "moving_toy", "sad_toy"])
+def test_milestones_of_shipped_pipelines_scale_with_their_steps(name: str, tmp_path: Path) -> None:
+    file = find_pipeline(name)
+    pipeline = read_pipeline(file)
+    for steps in (200, 2000):
+        lengths = {key: str(steps) for key in ("steps", "teacher_steps") if key in pipeline.variables}
+        stages = build_stages(pipeline, file, output=tmp_path, variables=lengths)
+        trainings = [stage.config for stage in stages if isinstance(stage.config, TrainConfig)]
+        for config in trainings:
+            first, second = config.optim.milestones(steps_per_epoch=1, steps=steps)
+            assert 0.7 * steps < first < second < 0.95 * steps
+        assert trainings
 
 
 def test_names_of_conversions_are_those_of_the_command_line(write_pipeline: Any) -> None:
