@@ -390,7 +390,7 @@ def test_milestones_of_shipped_pipelines_scale_with_their_steps(name: str, tmp_p
     file = find_pipeline(name)
     pipeline = read_pipeline(file)
     for steps in (200, 2000):
-        lengths = {key: str(steps) for key in ("steps", "teacher_steps") if key in pipeline.variables}
+        lengths: dict[str, str] = {key: str(steps) for key in ("steps", "teacher_steps") if key in pipeline.variables}
         stages = build_stages(pipeline, file, output=tmp_path, variables=lengths)
         trainings = [stage.config for stage in stages if isinstance(stage.config, TrainConfig)]
         for config in trainings:
