@@ -235,7 +235,10 @@ def _script(name: str, argv: list[str]) -> str:
         raise UserError(
             f"usage: ssld {name} --model FILE ...; ssld {name} --help lists the settings for each kind of file"
         )
-    kind = read_metadata(Path(file)).get("kind", "backbone")  # a file of plain timm has no kind
+    try:
+        kind = read_metadata(Path(file)).get("kind", "backbone")  # a file of plain timm has no kind
+    except UserError as error:
+        raise UserError(f"model: {error}") from None
     done, scripts = _BY_KIND[name]
     if kind not in scripts:
         raise UserError(f"{file}: a {kind} file cannot be {done}")

@@ -24,7 +24,7 @@ CommandName = Literal[
     "evaluate_backbone",
     "export_backbone",
     "convert_detector",
-    "convert_foreign_detector",
+    "convert_paddle_detector",
     "train",
     "evaluate_detector",
     "export_detector",

@@ -140,7 +140,7 @@ def _init(arguments: Namespace) -> int:
         init=init,
         trackers=("tensorboard",) if find_spec("tensorboard") else (),
     )
-    augment, augment_reason = choose_augment(arguments.augment, facts)
+    augment, augment_reason = choose_augment(arguments.augment)
     facts = replace(facts, augment=augment, augment_reason=augment_reason)
     if why:
         say(why)

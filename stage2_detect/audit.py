@@ -31,10 +31,10 @@ def audit(config: AuditConfig) -> None:
     Raises:
         UserError: bad settings or files; no photo can be read.
     """
-    from ssld.stage2_detect.detector_file import load_detector
+    from ssld.stage2_detect.detector_file import load_named
     from ssld.stage2_detect.prediction.audits import check_labels, list_next
 
-    loaded = load_detector(config.model)
+    loaded = load_named(config.model)
     if config.annotations is None:
         list_next(config, loaded)
     else:

@@ -101,8 +101,3 @@ class AugmentConfig(Config):
                 f"add up to at most 1, not {total:g}"
             )
         return self
-
-    @property
-    def composes(self) -> bool:
-        """Whether an image may be composed of several."""
-        return self.copy_paste + self.mosaic + self.mixup > 0

@@ -129,3 +129,11 @@ def load_detector(path: str | Path) -> LoadedDetector:
     load_module(model, read_tensors(path), path)
     resize = settings_of(metadata, "resize", ResizeConfig, path)
     return LoadedDetector(model.eval(), names, tuple(metadata["category_ids"]), resize, metadata)
+
+
+def load_named(path: Path, key: str = "model") -> LoadedDetector:
+    """Load the detector file that the setting `key` names; the messages of its errors begin with it."""
+    try:
+        return load_detector(path)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None

@@ -36,13 +36,13 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     from ssld.stage2_detect.data.coco_json import write_results
     from ssld.stage2_detect.data.convert.parts import evaluated_part
     from ssld.stage2_detect.data.sizing import Sizing
-    from ssld.stage2_detect.detector_file import load_detector
+    from ssld.stage2_detect.detector_file import load_named
     from ssld.stage2_detect.evaluation.bootstrap import bootstrap_metrics, read_detections
     from ssld.stage2_detect.evaluation.files import write_evaluation
     from ssld.stage2_detect.evaluation.label_audit import write_audit
     from ssld.stage2_detect.evaluation.scoring import compare_expected, describe, score
 
-    loaded = load_detector(config.model)
+    loaded = load_named(config.model)
     with_masks = loaded.has_masks
     part, notes = evaluated_part(config)
     data = read_coco(

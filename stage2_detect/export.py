@@ -48,7 +48,7 @@ def export_detector(config: ExportDetectorConfig) -> None:
     from ssld.stage2_detect.deploy.check import batches_of, check, find, graph_of, images_of, measure
     from ssld.stage2_detect.deploy.gate import LowerPrecision, files_of, int8_ratios
     from ssld.stage2_detect.deploy.writing import LEAST, openvino_runner, require_openvino, runner, write, write_runtime
-    from ssld.stage2_detect.detector_file import load_detector
+    from ssld.stage2_detect.detector_file import load_named
 
     if "onnx" in config.formats:
         require_onnx()
@@ -56,7 +56,7 @@ def export_detector(config: ExportDetectorConfig) -> None:
         require_openvino()
     if config.push_to_hub:
         check_name(config.push_to_hub)
-    loaded = load_detector(config.model)
+    loaded = load_named(config.model)
     graph_of(loaded.model)
     images = images_of(config, print)  # before minutes of tracing
     data = None

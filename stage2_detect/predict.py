@@ -49,7 +49,7 @@ def _predict(config: PredictConfig) -> None:
     from ssld.shared.run_dir import RunDir
     from ssld.shared.training.progress import Bar, Clock
     from ssld.shared.wording import count
-    from ssld.stage2_detect.detector_file import load_detector
+    from ssld.stage2_detect.detector_file import load_named
     from ssld.stage2_detect.prediction.files import DrawingsAndCrops, Parts, counts, table_text, write_yolo
     from ssld.stage2_detect.prediction.label_tools import cvat_xml, label_studio_config, label_studio_tasks
     from ssld.stage2_detect.prediction.steps import (
@@ -63,7 +63,7 @@ def _predict(config: PredictConfig) -> None:
     from ssld.stage2_detect.prediction.video import VideoParts, write_video
 
     # ---- detector and images, checked before any process group exists
-    loaded = load_detector(config.model)
+    loaded = load_named(config.model)
     check_detector(config, loaded)
     work = find_work(config)
 

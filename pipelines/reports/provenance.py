@@ -18,6 +18,7 @@ _KINDS = {
     "faster_rcnn": "Faster R-CNN",
     "cascade_rcnn": "Cascade R-CNN",
     "mask_rcnn": "Mask R-CNN",
+    "cascade_mask_rcnn": "Cascade Mask R-CNN",
     "retinanet": "RetinaNet",
     "gfl": "GFL",
 }

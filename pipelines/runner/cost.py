@@ -25,12 +25,12 @@ from ssld.stage1_ssld.config import (
 )
 from ssld.stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
 from ssld.stage1_ssld.data_config import SourceConfig
-from ssld.stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
+from ssld.stage2_detect.config import ConvertForeignConfig, TrainConfig
+from ssld.stage2_detect.config import ConvertPaddleConfig as ConvertPaddleDetectorConfig
 from ssld.stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
-from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data_config import DetectionDataConfig
 from ssld.stage2_detect.export_config import ExportDetectorConfig
-from ssld.stage2_detect.predict_config import PredictConfig
+from ssld.stage2_detect.predict_config import AuditConfig, PredictConfig
 
 _SCORED = 100
 """bytes per image that a curation writes at most: file name and numbers, in the scores, the candidates and the selection"""
@@ -61,7 +61,12 @@ def disk_bytes(stages: list[Stage]) -> dict[str, int | None]:
                 sizes[stage.name] = _store_bytes(config)
             case CurateConfig() as config:
                 sizes[stage.name] = _curation_bytes(config)
-            case ConvertPaddleConfig(weights=file) | ConvertDetectorConfig(weights=file):
+            case (
+                ConvertPaddleConfig(weights=weights)
+                | ConvertPaddleDetectorConfig(weights=weights)
+                | ConvertForeignConfig(weights=weights)
+            ):
+                file = Path(weights)
                 sizes[stage.name] = file.stat().st_size if file.is_file() else None
             case (
                 ExportConfig(model=file) | ExportDetectorConfig(model=file)
@@ -101,7 +106,10 @@ def training_images(config: CommandConfig) -> int | None:
 
 
 def evaluation_images(config: CommandConfig) -> int | None:
-    """Return the number of images of an evaluation, 0 for a command without one; None as for `training_images`."""
+    """Return the number of images of an evaluation, 0 for a command without one; None as for `training_images`.
+
+    The photos of an audit without annotations count twice: the detector gets each of them and its mirror image.
+    """
     match config:
         case DistillConfig(data=data) if data.held_out:
             images = _images(data.train)
@@ -116,6 +124,11 @@ def evaluation_images(config: CommandConfig) -> int | None:
             return None if config.data else _coco_rows([file for file, _ in config.pairs()])
         case PredictConfig():
             return _predicted(Path(config.images))
+        case AuditConfig(annotations=None):
+            photos = _predicted(Path(config.images))
+            return None if photos is None else 2 * photos
+        case AuditConfig(annotations=file) if file is not None:
+            return _coco_rows([file])
     return 0
 
 

@@ -27,11 +27,11 @@ from ssld.shared.wording import duration
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
 from ssld.stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
-from ssld.stage2_detect.predict_config import PredictConfig
+from ssld.stage2_detect.predict_config import AuditConfig, PredictConfig
 
 FILE = "estimate.json"
 """file in a pipeline's output with the measured rates"""
-EVALUATIONS = (EvaluateBackboneConfig, EvaluateDetectorConfig, PredictConfig)
+EVALUATIONS = (EvaluateBackboneConfig, EvaluateDetectorConfig, PredictConfig, AuditConfig)
 """settings of the stages whose rate follows from that of the training whose model they read"""
 FORWARD_SHARE = 0.5
 """seconds of evaluating an image, relative to those of training on it: no backward pass, but decoding, the teacher and the scores"""

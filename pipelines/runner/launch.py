@@ -118,13 +118,24 @@ def command_line(stage: Stage) -> list[str]:
     where accelerate starts only one."""
     script = own_file(stage.kind.script)
     count = str(stage.processes)
+    arguments = _with_recipe_name(stage)
     if stage.processes == 1:
-        return ["ssld", *(typed_name(name) for name, kind in KINDS.items() if kind is stage.kind), *stage.arguments]
+        return ["ssld", *(typed_name(name) for name, kind in KINDS.items() if kind is stage.kind), *arguments]
     if getattr(stage.config, "device", "auto") != "cpu" and _has_cuda():
         launcher = ["accelerate", "launch", "--multi_gpu", "--num_processes", count]
     else:
         launcher = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
-    return [*launcher, script, *stage.arguments]
+    return [*launcher, script, *arguments]
+
+
+def _with_recipe_name(stage: Stage) -> list[str]:
+    """Return the arguments of a stage with the name of a shipped recipe that its command takes in place of the path."""
+    recipes, arguments = stage.kind.config_type.recipes, list(stage.arguments)
+    if recipes is not None and arguments[:1] == ["--config"]:
+        file = Path(arguments[1])
+        if file.resolve().parent == recipes and not Path(file.stem).is_file():  # a file of that name would be read
+            arguments[1] = file.stem
+    return arguments
 
 
 def run_stage(stage: Stage, console: Path, signals: Signals, *, quiet: bool = False) -> Outcome:

@@ -39,7 +39,7 @@ from ssld.stage1_ssld.config import (
 )
 from ssld.stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
 from ssld.stage2_detect.config import ConvertDataConfig, ConvertForeignConfig, TrainConfig
-from ssld.stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
+from ssld.stage2_detect.config import ConvertPaddleConfig as ConvertPaddleDetectorConfig
 from ssld.stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
 from ssld.stage2_detect.export_config import ExportDetectorConfig
 from ssld.stage2_detect.predict_config import AuditConfig, PredictConfig
@@ -82,10 +82,10 @@ KINDS: dict[CommandName, Kind] = {
         "stage1_ssld/export.py", ExportConfig, ("backbone.onnx", "backbone.pt2", "hub"), one_process=True
     ),
     "convert_detector": Kind(
-        "stage2_detect/convert_paddle.py", ConvertDetectorConfig, ("detector.safetensors",), one_process=True
-    ),
-    "convert_foreign_detector": Kind(
         "stage2_detect/convert_detector.py", ConvertForeignConfig, ("detector.safetensors",), one_process=True
+    ),
+    "convert_paddle_detector": Kind(
+        "stage2_detect/convert_paddle.py", ConvertPaddleDetectorConfig, ("detector.safetensors",), one_process=True
     ),
     "train": Kind("stage2_detect/train.py", TrainConfig, ("detector.safetensors",)),
     "evaluate_detector": Kind("stage2_detect/evaluate.py", EvaluateDetectorConfig, ("detections.json",)),
@@ -104,7 +104,6 @@ KINDS: dict[CommandName, Kind] = {
 
 _TYPED = {
     "convert_backbone": "convert-paddle",
-    "convert_detector": "convert-paddle-detector",
     "evaluate_backbone": "evaluate",
     "evaluate_detector": "evaluate",
     "export_backbone": "export",
@@ -299,6 +298,11 @@ def _build_stage(
     for key, value in (*flatten(settings.set), *flatten(extra)):
         paths = names[1] if takes_path(kind.config_type, key.split(".")) else {}
         values[key] = _substitute(value, names[0], used, paths)
+    if settings.command == "convert_detector" and str(values.get("weights")).endswith(".pdparams"):
+        raise UserError(
+            f"weights: {values['weights']}: PaddlePaddle's detectors are converted by the command convert_paddle_detector, "
+            "which was convert_detector up to version 0.2; rename it"
+        )
     for key in ("output", "config"):
         if key in values:
             raise UserError(f"set.{key}: not allowed; the runner sets --{key}")

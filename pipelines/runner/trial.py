@@ -26,13 +26,13 @@ from ssld.shared.errors import Stopped, UserError
 from ssld.shared.run_dir import read_metrics
 from ssld.shared.terminal import say
 from ssld.stage1_ssld.config import ConvertPaddleConfig, DistillConfig
-from ssld.stage2_detect.config import ConvertDataConfig, TrainConfig
-from ssld.stage2_detect.config import ConvertPaddleConfig as ConvertDetectorConfig
+from ssld.stage2_detect.config import ConvertDataConfig, ConvertForeignConfig, TrainConfig
+from ssld.stage2_detect.config import ConvertPaddleConfig as ConvertPaddleDetectorConfig
 
 STEPS = 3
 GRACE_SECONDS = 5.0
 """time that a training has to finish its step when a trial has reached its limit; then it is killed"""
-_WHOLE = (ToyDataConfig, ConvertDataConfig, ConvertPaddleConfig, ConvertDetectorConfig)
+_WHOLE = (ToyDataConfig, ConvertDataConfig, ConvertForeignConfig, ConvertPaddleConfig, ConvertPaddleDetectorConfig)
 """settings of the stages that a trial runs as a whole"""
 _TRIED = (*_WHOLE, TrainingConfig)
 _LENGTH = {

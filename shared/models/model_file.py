@@ -24,7 +24,6 @@ from ssld.shared.models.downloads import PICKLE_SUFFIXES
 from ssld.shared.models.metadata import NEEDED, parse_metadata
 
 _KEY = "ssld"
-_PROTOCOL_MARK = pickle.PROTO[0]
 _OWN_HASH = "metadata_sha256"
 FORMAT = 1
 _CHANGED = "its metadata do not match their hash; the file was changed or damaged"

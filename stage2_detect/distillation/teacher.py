@@ -19,7 +19,7 @@ from ssld.shared.models.backbones import place
 from ssld.shared.wording import count
 from ssld.stage2_detect.data.coco import CocoData, Id
 from ssld.stage2_detect.data.sizing import Sizing
-from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.detector_file import load_named
 from ssld.stage2_detect.distill_config import DistillConfig
 from ssld.stage2_detect.evaluation.coco_ap import coco_ap
 from ssld.stage2_detect.evaluation.scoring import score
@@ -92,10 +92,7 @@ def open_teacher(
     Raises:
         UserError: the file is no detector file, has other classes, or maps of other strides.
     """
-    try:
-        loaded = load_detector(path)
-    except UserError as error:
-        raise UserError(f"distill.teacher: {error}") from None
+    loaded = load_named(path, "distill.teacher")
     strange = sorted(set(class_names) ^ set(loaded.class_names))
     if strange:
         owner = "the training annotations" if strange[0] in class_names else "the teacher"

@@ -83,7 +83,7 @@ def test_evaluate_and_export_go_by_the_file(
             ["export"],
             "error: usage: ssld export --model FILE ...; ssld export --help lists the settings for each kind of file",
         ),
-        (["evaluate", "--model", "nowhere.safetensors"], "error: nowhere.safetensors: no such file"),
+        (["evaluate", "--model", "nowhere.safetensors"], "error: model: nowhere.safetensors: no such file"),
         (["inspect"], "error: usage: ssld inspect FILE_OR_FOLDER"),
         (["recipes", "gfl"], "error: usage: ssld recipes"),
         (["completion"], "error: usage: ssld completion bash|zsh"),

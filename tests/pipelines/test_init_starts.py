@@ -199,22 +199,10 @@ def test_coco_weights_that_do_not_fit_are_left_out(
 def test_augmentation_and_its_reason(asked: str, expected: str | None, photos: Path, capfd: Output) -> None:
     assert init.main([*LINE, "--augment", asked]) == 0
     assert base.stages_of("mine.yaml")["detector"].augment.preset == expected
-    reason = augment.choose_augment(asked, SOME)[1]
+    reason = augment.choose_augment(asked)[1]
     (line,) = [line for line in Path("mine.yaml").read_text().splitlines() if "augment: " in line]
     assert reason in line
     assert f"augmentation: {expected or 'none'}, {reason}" in capfd.readouterr().out
-
-
-SOME = facts_of(100, [0.4] * 5)
-
-
-def test_the_first_rule_that_holds_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rule is one line of the table; the user's choice comes before all rules."""
-    rules = ((lambda facts: facts.images < 1000, "strong", "few photos"), *augment.RULES)
-    monkeypatch.setattr(augment, "RULES", rules)
-    assert augment.choose_augment("auto", SOME) == ("strong", "few photos")
-    assert augment.choose_augment("auto", replace(SOME, images=1000))[1] != "few photos"
-    assert augment.choose_augment("light", SOME) == ("light", "chosen by --augment light")
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -262,7 +250,7 @@ def test_a_trial_of_a_start_from_coco_needs_no_weights(
     split = split_content(base.content(), share=0.2, seed=0)
     files = {Path(f"{part}.json"): json.dumps(one) for part, one in zip(("train", "val"), split, strict=True)}
     facts = replace(
-        SOME,
+        facts_of(100, [0.4] * 5),
         annotations=Path("train.json"),
         val_annotations=Path("val.json"),
         images_folder=photos / "photos",

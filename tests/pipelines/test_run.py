@@ -220,7 +220,7 @@ def test_shipped_quickstart_prints_its_commands(capfd: Any, tmp_path: Path, monk
     monkeypatch.chdir(ROOT)
     assert main(["pipelines/quickstart.yaml", "--dry-run", "--output", str(tmp_path / "q")]) == 0
     out = capfd.readouterr().out
-    assert "ssld distill --config stage1_ssld/configs/toy_student.yaml --teacher.model " in out
+    assert "ssld distill --config toy_student --teacher.model " in out
     assert len(re.findall(r"\d+ steps of \d+ images; disk unknown", out)) == 6
     line = r"11 stages in .*: unknown time; --estimate measures it; 6 stages of unknown size; data sets not counted"
     assert re.search(line, out)

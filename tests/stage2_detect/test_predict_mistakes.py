@@ -173,6 +173,7 @@ def test_mistakes(
         (predict_line(images=tmp_path / "notes.bin"), "neither an image"),
         (predict_line("--classes", "tal"), "does not know 'tal'; did you mean 'tall'?"),
         (predict_line("--model", str(teacher_file)), "backbone"),
+        (predict_line("--model", "nowhere.safetensors"), "model: nowhere.safetensors: no such file"),
         (
             predict_line("--model", str(earlier)),
             f"{earlier}: was written by an earlier version of this project (model.rpn.samples is not a setting of this version)",

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -11,6 +11,7 @@ from ssld.pipelines.config import PipelineConfig, RowConfig, TableConfig
 from ssld.pipelines.report import render
 from ssld.pipelines.reports.provenance import Start, alone, compared, origin, start
 from ssld.pipelines.reports.table import table_text
+from ssld.stage2_detect.model_config import Kind
 
 
 def write(run: Path, settings: Any, images_seen: Any = None) -> None:
@@ -40,6 +41,14 @@ def test_backbone_and_evaluated_detector(tmp_path: Path) -> None:
     assert origin(row, tmp_path) == "student random:resnet18d trained on labels, 48 px"
     write(tmp_path / "teacher", {"model": {"model": "timm:resnet50"}})
     assert origin(RowConfig(classifier=("teacher",)), tmp_path) == "network timm:resnet50 trained on labels"
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_each_kind_of_detector_has_its_name(kind: str, tmp_path: Path) -> None:
+    write(tmp_path / "detector", {"backbone": "random:resnet18d", "model": {"kind": kind}})
+    text = origin(RowConfig(detector=("detector",)), tmp_path)
+    assert text is not None
+    assert kind not in text.split(", ")
 
 
 COCO = "coco:fasterrcnn_resnet50_fpn_v2"

@@ -129,4 +129,6 @@ def test_sizes_of_the_other_commands(tiny: Any, teacher_file: Path, tmp_path: Pa
     assert size_of(tmp_path, "export_backbone", model=str(teacher_file)) == 3 * teacher_file.stat().st_size
     assert size_of(tmp_path, "convert_backbone", weights=str(teacher_file)) == teacher_file.stat().st_size
     assert size_of(tmp_path, "convert_detector", weights=str(teacher_file)) == teacher_file.stat().st_size
+    assert size_of(tmp_path, "convert_detector", weights="fasterrcnn_resnet50_fpn") is None
+    assert size_of(tmp_path, "convert_paddle_detector", weights=str(teacher_file)) == teacher_file.stat().st_size
     assert size_of(tmp_path, "convert_backbone", weights="later.pdparams") is None

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from ssld.pipelines.run import main
+from ssld.pipelines.runner import trial
 from ssld.pipelines.runner.estimate import FILE, Rate, disk_of, rate_key, read_rates, seconds, time_text, write_rates
+from ssld.pipelines.runner.launch import Outcome
+from ssld.pipelines.runner.plan import Planned
 from ssld.pipelines.runner.stages import KINDS, Stage, build_stages, read_pipeline
 from ssld.pipelines.runner.trial import rate_of, shortened
 from ssld.shared.config.settings import parse_config
@@ -116,6 +119,50 @@ def test_the_first_step_counts_as_start(tmp_path: Path) -> None:
     rate = rate_of(tmp_path, 30.0, images=5, val_images=2)
     metrics = (tmp_path / "metrics.jsonl").stat().st_size
     assert rate == Rate(24.0, 2.0, images=5, val_images=2, files=50 + metrics, model=50, checkpoint=70)  # 30 - 3 x 2
+
+
+def test_a_trial_converts_files_and_estimates_audits(
+    tmp_path: Path, write_pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, annotations = tmp_path / "photos", tmp_path / "a.json"
+    photos.mkdir()
+    for number in range(6):
+        (photos / f"{number}.jpg").touch()
+    annotations.write_text(json.dumps({"images": [{"id": n} for n in range(8)], "annotations": []}))
+    own = {"model": "${trained}/detector.safetensors", "images": str(photos)}
+    data = {"data.train_annotations": str(annotations), "data.train_images": str(photos)}
+    settings = data | {"steps": 30, "batch_size": 4, "optim": {"lr": 0.1, "reference_batch": 4}}
+    file = write_pipeline(
+        {
+            "paddle": {"command": "convert_paddle_detector", "set": {"weights": "w.pdparams"}},
+            "converted": {"command": "convert_detector", "set": {"weights": "w.pth"}},
+            "trained": {"command": "train", "set": settings | {"init": "${converted}/detector.safetensors"}},
+            "next": {"command": "audit", "set": own},
+            "labels": {"command": "audit", "set": own | {"annotations": str(annotations)}},
+            "unseen": {"command": "audit", "set": own | {"images": "later"}},
+        }
+    )
+    ran: list[str] = []
+
+    def run(stage: Stage, console: Path, signals: Any, *, quiet: bool) -> Outcome:
+        ran.append(stage.name)
+        stage.run.mkdir()
+        lines = [json.dumps({"step": step, "seconds": 2.0}) for step in (1, 2, 3)] if stage.name == "trained" else []
+        (stage.run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        return Outcome(0, ())
+
+    monkeypatch.setattr(trial, "run_stage", run)
+    pipeline = read_pipeline(file)
+    stages = build_stages(pipeline, file, output=pipeline.output)
+    rates: dict[str, Rate] = {}
+    plan = [Planned(one, "new") for one in stages]
+    trial.measure(plan, lambda folder: build_stages(pipeline, file, output=folder), pipeline.output, rates)
+    assert ran == ["paddle", "converted", "trained"]
+    starts = {one.name: rate.start for one in stages if (rate := rates.get(rate_key(one, pipeline.output)))}
+    assert starts.keys() == {"paddle", "converted", "trained", "next", "labels"}
+    # 2 s per step of 4 images, half of it per evaluated image: 6 photos in two views, 8 annotated ones.
+    assert starts["next"] - starts["trained"] == pytest.approx(0.5 * 12 * 2 / 4)
+    assert starts["labels"] - starts["trained"] == pytest.approx(0.5 * 8 * 2 / 4)
 
 
 @pytest.mark.process

@@ -19,6 +19,7 @@ from ssld.pipelines.run import main
 from ssld.pipelines.runner import launch
 from ssld.pipelines.runner.launch import Outcome, Signals, command_line, run_stage, stoppable
 from ssld.pipelines.runner.stages import ROOT, Stage, build_stages, find_pipeline, read_pipeline
+from ssld.shared.config.settings import parse_config
 from ssld.shared.errors import Stopped
 
 FAKE = Path(__file__).parents[1] / "fake_stage.py"
@@ -45,7 +46,9 @@ def test_command_lines_from_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.chdir(tmp_path)
     stage = one_stage(ROOT / "pipelines/quickstart.yaml", 1)
     line = command_line(stage)
-    assert line[:4] == ["ssld", "teach", "--config", str(ROOT / "stage1_ssld/configs/toy_teacher.yaml")]
+    assert line[:4] == ["ssld", "teach", "--config", "toy_teacher"]  # a shipped recipe by its name
+    Path("toy_teacher").touch()  # which `--config toy_teacher` would read
+    assert command_line(stage)[3] == str(ROOT / "stage1_ssld/configs/toy_teacher.yaml")
     monkeypatch.setattr(launch, "_has_cuda", lambda: False)
     several = command_line(dataclasses.replace(stage, processes=2))
     assert several[6] == str(ROOT / "stage1_ssld/teach.py")
@@ -54,7 +57,7 @@ def test_command_lines_from_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_every_line_is_a_sub_command_with_the_settings_of_its_stage(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The line of each stage of every shipped pipeline, given to `ssld`, calls the entry of that stage with its arguments."""
+    """The line of each stage of every shipped pipeline, given to `ssld`, calls the entry of that stage with its settings."""
     monkeypatch.chdir(tmp_path)
     calls: list[tuple[str, list[str]]] = []
 
@@ -74,7 +77,8 @@ def test_every_line_is_a_sub_command_with_the_settings_of_its_stage(
             script = (
                 "stage2_detect/evaluate.py" if module.endswith(": evaluate") else f"{module[5:].replace('.', '/')}.py"
             )
-            assert (script, argv) == (stage.kind.script, list(stage.arguments))
+            assert script == stage.kind.script
+            assert parse_config(stage.kind.config_type, argv, program=script) == stage.config
 
 
 def run_one(file: Path) -> tuple[Outcome, str]:

@@ -29,6 +29,7 @@ PUBLISHED = {
     "pss_cascade_dcn_r50vd": ("47.8 AP", "1000 px", "208 V100 h"),
     "mask_rcnn_r50_lsj_100e": ("44.6 AP", "800 px", "608 V100 h"),
     "retinanet_r50_600_adl_3x": ("", "600 px", ""),  # published only with unlabeled images in addition
+    "gfl_r50_cwd_2x": ("44.0 AP", "800 px", ""),
     "gfl_r18_ld_1x": ("37.5 AP", "800 px", ""),
     "toy_gfl": ("", "128 px", ""),
     "resnet50d": ("82.07 top-1", "224 px", ""),

@@ -9,6 +9,7 @@ import pytest
 from pydantic import Field
 
 from ssld.pipelines.config import PipelineConfig, flatten
+from ssld.pipelines.runner.launch import command_line
 from ssld.pipelines.runner.plan import make_plan
 from ssld.pipelines.runner.stages import (
     KINDS,
@@ -24,6 +25,7 @@ from ssld.pipelines.runner.stages import (
 )
 from ssld.shared.config.settings import CommandConfig, Config, identity, parse_config
 from ssld.shared.errors import UserError
+from ssld.stage2_detect.config import TrainConfig
 
 
 def build(file: Path, **options: Any) -> list[Stage]:
@@ -367,11 +369,45 @@ def test_missing_inputs_are_told_before_anything_runs(fake_kinds: None, write_pi
 
 
 @pytest.mark.parametrize(
-    "command", ["toy_data", "report", "convert_backbone", "convert_detector", "export_backbone", "export_detector"]
+    "command",
+    [
+        "toy_data",
+        "report",
+        "convert_backbone",
+        "convert_detector",
+        "convert_paddle_detector",
+        "export_backbone",
+        "export_detector",
+    ],
 )
 def test_commands_of_one_process_are_not_launched_as_several(command: str, write_pipeline: Any) -> None:
     message = error_of(write_pipeline({"a": {"command": command, "processes": 2}}))
     assert message == f"stage a: {command} runs as one process; remove processes: 2"
+
+
+@pytest.mark.parametrize("name", ["detector_distillation", "moving_toy", "sad_toy"])
+def test_milestones_of_shipped_pipelines_scale_with_their_steps(name: str, tmp_path: Path) -> None:
+    file = find_pipeline(name)
+    pipeline = read_pipeline(file)
+    for steps in (200, 2000):
+        lengths: dict[str, str] = {key: str(steps) for key in ("steps", "teacher_steps") if key in pipeline.variables}
+        stages = build_stages(pipeline, file, output=tmp_path, variables=lengths)
+        trainings = [stage.config for stage in stages if isinstance(stage.config, TrainConfig)]
+        for config in trainings:
+            first, second = config.optim.milestones(steps_per_epoch=1, steps=steps)
+            assert 0.7 * steps < first < second < 0.95 * steps
+        assert trainings
+
+
+def test_names_of_conversions_are_those_of_the_command_line(write_pipeline: Any) -> None:
+    """A pipeline of version 0.2, in which `convert_detector` was PaddlePaddle's, is told the new name."""
+    old = {"command": "convert_detector", "config": "faster_rcnn_r50vd_ssld_1x", "set": {"weights": "w.pdparams"}}
+    with pytest.raises(UserError, match=r"^stage a: weights: w.pdparams: .* convert_paddle_detector, .*; rename it$"):
+        build(write_pipeline({"a": old}))
+    (stage,) = build(write_pipeline({"a": old | {"command": "convert_paddle_detector"}}))
+    assert command_line(stage)[:2] == ["ssld", "convert-paddle-detector"]
+    (stage,) = build(write_pipeline({"a": {"command": "convert_detector", "set": {"weights": "w.pth"}}}))
+    assert command_line(stage)[:2] == ["ssld", "convert-detector"]
 
 
 # ---- files of the project
