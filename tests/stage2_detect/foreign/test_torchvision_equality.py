@@ -126,9 +126,12 @@ def ours(name: str, reference: nn.Module) -> Detector:
     assert (found.name, found.labels) == (name, 91)
     settings = found.about.model | {"freeze_stages": 0, "freeze_norm": False}
     config = DetectorConfig.model_validate(settings)
-    body = timm.create_model(found.about.arch, features_only=True, **found.about.model_args)
     inputs = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
-    model = build_detector(config, classes=80, body=body, arch=found.about.arch, inputs=inputs)
+    with pytest.MonkeyPatch.context() as patch:  # every weight is replaced, so that drawing them would be lost time
+        for function in ("kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_"):
+            patch.setattr(nn.init, function, lambda tensor, *_, **__: tensor)
+        body = timm.create_model(found.about.arch, features_only=True, **found.about.model_args)
+        model = build_detector(config, classes=80, body=body, arch=found.about.arch, inputs=inputs)
     tensors = convert(state, LABELS, norm_eps=1e-5, source="state")
     check_fits(tensors, model.state_dict(), "state")
     model.load_state_dict(tensors)
