@@ -209,7 +209,7 @@ class DenseConfig(Config):
     clip_boxes: bool = True
     """clip detected boxes to the image"""
     clip_after_nms: bool = False
-    """compare whole boxes in NMS and clip those it keeps, as detectron2; needs clip_boxes. false: clip before NMS"""
+    """clip, and drop boxes outside of the image, after NMS and detections_per_image, as detectron2; needs clip_boxes. false: before NMS"""
 
 
 class GFLConfig(Config):

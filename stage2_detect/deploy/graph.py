@@ -154,10 +154,9 @@ class DetectorGraph(nn.Module):
         index_BN = index_BN // K if of_scores else index_BN
         row_B1 = torch.arange(index_BN.shape[0], device=index_BN.device)[:, None]
         boxes_BN4 = model.dense.decode(values[row_B1, index_BN], index_BN, grids)
-        if model.clip_boxes:
-            clipped_BN4 = boxes.clip(boxes_BN4, sizes_B2)
-            valid_BN = valid_BN & (boxes.area(clipped_BN4) > 0)
-            boxes_BN4 = boxes_BN4 if model.clip_after_nms else clipped_BN4
+        if model.clip_boxes and not model.clip_after_nms:
+            boxes_BN4 = boxes.clip(boxes_BN4, sizes_B2)
+            valid_BN = valid_BN & (boxes.area(boxes_BN4) > 0)
         scores_BNK = torch.where(valid_BN[..., None], logits_BAK[row_B1, index_BN].sigmoid(), NOTHING)
         if of_scores:
             scores_BNK = torch.full_like(scores_BNK, NOTHING).scatter(2, class_BN1, scores_BNK.gather(2, class_BN1))
@@ -165,9 +164,17 @@ class DetectorGraph(nn.Module):
         keep_BKN = self.nms(boxes_BN4, scores_BKN, model.nms_iou, model.score_threshold, self.most)
         scores_BKN = torch.where(keep_BKN, scores_BKN, NOTHING)
         scores_BM, labels_BM, place_BM, valid_BM = self._take(scores_BKN)
-        taken_BM4 = boxes.take(boxes_BN4, place_BM)
-        taken_BM4 = boxes.clip(taken_BM4, sizes_B2) if model.clip_after_nms else taken_BM4
-        return self._rows(taken_BM4, scores_BM, labels_BM, valid_BM)
+        boxes_BM4 = boxes.take(boxes_BN4, place_BM)
+        if model.clip_after_nms:
+            boxes_BM4 = boxes.clip(boxes_BM4, sizes_B2)
+            # Those without area move behind the others.
+            scores_BM, order_BM = torch.where(boxes.area(boxes_BM4) > 0, scores_BM, NOTHING).topk(self.most, dim=1)
+            boxes_BM4, labels_BM, valid_BM = (
+                boxes.take(boxes_BM4, order_BM),
+                labels_BM.gather(1, order_BM),
+                scores_BM > NOTHING,
+            )
+        return self._rows(boxes_BM4, scores_BM, labels_BM, valid_BM)
 
     def _two_stages(self, model: RCNN, features: list[Tensor], sizes_B2: Tensor) -> tuple[Tensor, ...]:
         heads = model.roi_heads

@@ -4,7 +4,6 @@ Shapes: B images, A anchors of all levels, N candidates of an image, K classes.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -35,7 +34,8 @@ class DenseDetector(nn.Module):
         nms_iou: overlap with a better detection of the same class above which a detection is dropped.
         detections_per_image: largest number of detections per image.
         clip_boxes: clip boxes to the image, and drop those without area in it.
-        clip_after_nms: compare the whole boxes in NMS, and clip those it keeps.
+        clip_after_nms: compare the whole boxes in NMS, and clip the `detections_per_image` best that it keeps: those outside of the image suppress
+            others and count among them, and are dropped then, as in detectron2@60d7a1fd, modeling/{meta_arch/retinanet,postprocessing}.py.
         ranks: processes whose counts the losses of `forward` are divided by.
     """
 
@@ -104,24 +104,22 @@ class DenseDetector(nn.Module):
         scores_BNK = logits_BAK[row_B1, index_BN].sigmoid()
         if of_scores:
             scores_BNK = torch.full_like(scores_BNK, -torch.inf).scatter(2, class_BN1, scores_BNK.gather(2, class_BN1))
+        if self.clip_after_nms:
+            selected = self._select(boxes_BN4, scores_BNK)
+            inputs = zip(selected, images.sizes_B2.cpu(), images.scales_B.cpu(), strict=True)
+            return [postprocess.to_original(one, size_2, scale)[0] for one, size_2, scale in inputs]
         boxes_BN4 = boxes_BN4 / images.scales_B[:, None, None]
-        originals_B2 = (images.sizes_B2 / images.scales_B[:, None] + 0.5).floor()
         if self.clip_boxes:
-            clipped_BN4 = boxes.clip(boxes_BN4, originals_B2)
+            boxes_BN4 = boxes.clip(boxes_BN4, (images.sizes_B2 / images.scales_B[:, None] + 0.5).floor())
             # Boxes that lay in the padding have no area left.
-            scores_BNK = torch.where((boxes.area(clipped_BN4) > 0)[..., None], scores_BNK, -torch.inf)
-            boxes_BN4 = boxes_BN4 if self.clip_after_nms else clipped_BN4
-        selected = postprocess.select(
+            scores_BNK = torch.where((boxes.area(boxes_BN4) > 0)[..., None], scores_BNK, -torch.inf)
+        return self._select(boxes_BN4, scores_BNK)
+
+    def _select(self, boxes_BN4: Tensor, scores_BNK: Tensor) -> list[Detections]:
+        return postprocess.select(
             boxes_BN4[:, :, None],
             scores_BNK,
             threshold=self.score_threshold,
             nms=NMS(iou=self.nms_iou),
             most=self.detections_per_image,
         )
-        if not self.clip_after_nms:
-            return selected
-        sizes = originals_B2.cpu().split(1)
-        return [
-            replace(one, boxes_N4=boxes.clip(one.boxes_N4[None], size)[0])
-            for one, size in zip(selected, sizes, strict=True)
-        ]

@@ -24,10 +24,11 @@ from ssld.shared.deploy.graph_files import read_program, session, write_onnx, wr
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import InputSettings
 from ssld.shared.models.model_file import read_metadata
+from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.deploy import graph, precision, writing
 from ssld.stage2_detect.deploy.card import detector_card
 from ssld.stage2_detect.deploy.check import compare, graph_of
-from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.detector_file import LoadedDetector, load_detector
 from ssld.stage2_detect.export import main
 from ssld.stage2_detect.export_config import FILES
 from ssld.stage2_detect.model_config import DetectorConfig
@@ -35,23 +36,25 @@ from ssld.stage2_detect.models import deform, pooling
 from ssld.stage2_detect.models.build import Detector, build_detector
 
 ROOT = Path(__file__).resolve().parents[2]
+RPN: dict[str, Any] = {"pre_nms_top_n_test": 60, "post_nms_top_n_test": 40}
+DENSE: dict[str, Any] = {"convolutions": 1, "candidates": 50}
 SMALL: dict[str, Any] = {
     "fpn_channels": 16,
-    "rpn": {"anchor_sizes": [8, 16, 32, 64, 128], "pre_nms_top_n_test": 60, "post_nms_top_n_test": 40},
+    "rpn": RPN | {"anchor_sizes": [8, 16, 32, 64, 128]},
     "roi": {"hidden": 16},
     "mask": {"hidden": 8, "convolutions": 1},
-    "dense": {"convolutions": 1, "candidates": 50},
+    "dense": DENSE,
 }
 BATCH = ({0: torch.export.Dim("batch")},) * 2
 
 
-def detector(kind: str, **settings: Any) -> Detector:
+def detector(kind: str, arch: str = "test_resnet", body: dict[str, Any] | None = None, **settings: Any) -> Detector:
     """Random weights whose scores and boxes are far from equal."""
     torch.manual_seed(0)
     config = DetectorConfig.model_validate(SMALL | {"kind": kind} | settings)
     inputs = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
-    body = timm.create_model("test_resnet", features_only=True)
-    model = build_detector(config, classes=3, body=body, arch="test_resnet", inputs=inputs).eval()
+    net = timm.create_model(arch, features_only=True, **body or {})
+    model = build_detector(config, classes=3, body=net, arch=arch, inputs=inputs).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if re.search(r"(logits|deltas|boxes)\.weight", name):
@@ -209,6 +212,38 @@ def test_pooling_in_openvino(tmp_path: Path) -> None:
     run = writing.openvino_runner(tmp_path / "a.onnx")
     np.testing.assert_allclose(run(maps, rois)[0], Pooling()(maps, rois), atol=2e-5)
     np.testing.assert_array_equal(run(maps, 0 * rois)[0], np.zeros((18, 4, 3, 3)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "arch", "body", "settings"),
+    [
+        (
+            "retinanet",
+            "resnet26",
+            {"channels": (8, 8, 16, 16)},
+            {"stride_in_1x1": True, "dense": DENSE | {"candidates_of": "scores", "clip_after_nms": True}},
+        ),
+        (
+            "faster_rcnn",
+            "mobilenetv3_small_050",
+            {},
+            {"fpn_maps": "last_stage", "rpn": RPN | {"anchor_sizes": [16, 32, 64]}},
+        ),
+    ],
+)
+def test_bodies_of_other_projects_in_onnx(
+    kind: str, arch: str, body: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Strides of Caffe's ResNets with detectron2's order of NMS and clipping, and the maps of MobileNetV3's last stage, as a user exports them."""
+    model = detector(kind, arch, body, **settings)
+    loaded = LoadedDetector(model, (), (), ResizeConfig(), {"model": {}})
+    assert writing.write("onnx", tmp_path / "a.onnx", loaded, (160, 192), print) == (160, 192)
+    with torch.no_grad():
+        result = compare(writing.runner("onnx", tmp_path / "a.onnx"), model, [scene(2, 160, 192)])
+    assert result["detections"] == result["detections_by_file"] > 25
+    assert (result["missing"], result["images"]) == (0, 2)
+    assert result["box_difference"] < 0.01
+    assert result["score_difference"] < 1e-4
 
 
 def test_a_two_stage_detector_as_a_program(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from ssld.stage2_detect.models.rcnn import RCNN
 
 SIZES = [(64, 96), (60, 70)]
 LABELS = tuple(coco_classes())
-POST_NMS, SAMPLES, ANCHORS, DETECTIONS = 40, 12, 32, 20
+POST_NMS, SAMPLES, ANCHORS, DETECTIONS = 20, 8, 32, 10
 PAIRS = {
     "loss_rpn_cls": "loss_objectness",
     "loss_rpn_box": "loss_rpn_box_reg",
@@ -126,9 +126,12 @@ def ours(name: str, reference: nn.Module) -> Detector:
     assert (found.name, found.labels) == (name, 91)
     settings = found.about.model | {"freeze_stages": 0, "freeze_norm": False}
     config = DetectorConfig.model_validate(settings)
-    body = timm.create_model(found.about.arch, features_only=True, **found.about.model_args)
     inputs = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
-    model = build_detector(config, classes=80, body=body, arch=found.about.arch, inputs=inputs)
+    with pytest.MonkeyPatch.context() as patch:  # every weight is replaced, so that drawing them would be lost time
+        for function in ("kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_"):
+            patch.setattr(nn.init, function, lambda tensor, *_, **__: tensor)
+        body = timm.create_model(found.about.arch, features_only=True, **found.about.model_args)
+        model = build_detector(config, classes=80, body=body, arch=found.about.arch, inputs=inputs)
     tensors = convert(state, LABELS, norm_eps=1e-5, source="state")
     check_fits(tensors, model.state_dict(), "state")
     model.load_state_dict(tensors)
@@ -223,6 +226,8 @@ def test_detections_losses_and_gradients_are_torchvisions(name: str, monkeypatch
         for number, one in enumerate(detections):
             torch.testing.assert_close(predicted[number, : len(one.scores_N)], maps[number][:, 0], rtol=1e-5, atol=1e-5)
 
+    if name.startswith("fasterrcnn_resnet50"):
+        return  # Mask R-CNN's losses are these and one more, with the same parts.
     reference.train()
     model.train()
     dicts, targets = objects()
@@ -249,7 +254,9 @@ def test_detections_losses_and_gradients_are_torchvisions(name: str, monkeypatch
         distance = (parameter.grad - their_gradients[key]).norm() / their_gradients[key].norm().clamp(min=floor)
         assert distance < 1e-4, (key, float(distance))
     state = convert(reference.state_dict(), LABELS, norm_eps=1e-5, source="state")
-    for key, tensor in model.state_dict().items():  # running statistics of this step
+    running = {key: tensor for key, tensor in model.state_dict().items() if "running_" in key}  # of this step
+    assert running
+    for key, tensor in running.items():
         torch.testing.assert_close(tensor, state[key], rtol=1e-4, atol=1e-5, msg=_naming(key))
 
 

@@ -1,5 +1,6 @@
 """Settings that detectors of other projects need: strides of Caffe's ResNets, maps of the last stage, averaged logits, clipping after NMS."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -117,30 +118,48 @@ def test_a_cascade_averages_logits() -> None:
 
 
 def test_clipping_after_nms() -> None:
-    """Two boxes that reach over the border overlap by less than half in it, by more as a whole: one is left, clipped; the exported graph too."""
-    whole = torch.tensor([[[-60.0, 10, 30, 40], [-60, 10, 14, 40], [50, 10, 80, 40]]])
-    scores = torch.tensor([[0.9, 0.8, 0.7]])
-    assert (
-        boxes.paired_iou(whole[0, 0], whole[0, 1])
-        > 0.6
-        > 0.5
-        > boxes.paired_iou(*boxes.clip(whole, torch.tensor([[64, 96]]))[0, :2])
+    """Boxes that overlap much as a whole and little within the image, and one outside of it, which counts among the best four where clipping comes
+    last, and is dropped then; the exported graph too."""
+    whole = torch.tensor(
+        [
+            [
+                [-60.0, 10, 30, 40],
+                [-60, 10, 14, 40],
+                [96, 0, 120, 60],
+                [50, 10, 80, 40],
+                [10, 44, 40, 60],
+                [60, 44, 90, 60],
+            ]
+        ]
     )
+    clipped = [[0, 10, 30, 40], [0, 10, 14, 40], [50, 10, 80, 40], [10, 44, 40, 60], [60, 44, 90, 60]]
+    scores = torch.tensor([[0.9, 0.8, 0.75, 0.7, 0.6, 0.5]])
+    assert boxes.paired_iou(whole[0, 0], whole[0, 1]) > 0.6
+    assert boxes.paired_iou(*torch.tensor(clipped[:2])) < 0.5
     found = {}
     for after in (False, True):
-        model = detector("test_resnet", kind="retinanet", dense={"clip_after_nms": after, "candidates": None})
+        settings = {"clip_after_nms": after, "candidates": None, "detections_per_image": 4}
+        model = detector("test_resnet", kind="retinanet", dense=settings)
         grids = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
         count = 9 * sum(rows * columns for rows, columns in grids)
         logits, values = torch.full((1, count, 3), -20.0), torch.zeros(1, count, 4)
-        logits[0, :3, 0] = torch.logit(scores[0])
+        logits[0, : scores.shape[1], 0] = torch.logit(scores[0])
         model.dense.decode = lambda values, index, grids: torch.where(
-            index[..., None] < 3, whole[:, index[0].clamp(max=2)], torch.tensor([1.0, 1, 2, 2])
+            index[..., None] < scores.shape[1],
+            whole[:, index[0].clamp(max=scores.shape[1] - 1)],
+            torch.tensor([1.0, 1, 2, 2]),
         )
         model.dense.forward = lambda features, outputs=(logits, values): outputs
         with torch.no_grad():
             one = model(image())[0]
-            graph_boxes, _, _, number = DetectorGraph(model)(image().pixels_BCHW, torch.tensor([[64, 96]]))
-        torch.testing.assert_close(graph_boxes[0, : int(number[0])], one.boxes_N4)
+            *graph_rows, number = DetectorGraph(model)(image().pixels_BCHW, torch.tensor([[64, 96]]))
+        for rows, expected in zip(graph_rows, (one.boxes_N4, one.scores_N, one.labels_N), strict=True):
+            torch.testing.assert_close(rows[0, : int(number[0])], expected)
+        assert graph_rows[0][0, int(number[0]) :].abs().sum() == graph_rows[1][0, int(number[0]) :].sum() == 0
+        # In an image of twice the size.
+        original = replace(image(), scales_B=torch.tensor([0.5]))
+        with torch.no_grad():
+            torch.testing.assert_close(model(original)[0].boxes_N4, 2 * one.boxes_N4)
         found[after] = one.boxes_N4.tolist()
-    assert found[False] == [[0, 10, 30, 40], [0, 10, 14, 40], [50, 10, 80, 40]]
-    assert found[True] == [[0, 10, 30, 40], [50, 10, 80, 40]]
+    assert found[False] == clipped[:4]
+    assert found[True] == [clipped[0], clipped[2], clipped[3]]
