@@ -110,6 +110,7 @@ def test_a_trial_has_three_steps_and_no_evaluation() -> None:
 @pytest.mark.parametrize("burn_in", ["500", "0.9"])
 def test_the_steps_of_a_trial_include_the_moving_teacher(burn_in: str) -> None:
     moving = ["--moving_teacher.unlabeled", "more", "--moving_teacher.burn_in", burn_in, "--moving_teacher.weight", "2"]
+    moving += ["--steps", "900"]
     short = shortened(stage("train", *TRAIN, *moving)).config
     assert isinstance(short, TrainConfig)
     assert short.moving_teacher

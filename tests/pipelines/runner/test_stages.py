@@ -24,6 +24,7 @@ from ssld.pipelines.runner.stages import (
 )
 from ssld.shared.config.settings import CommandConfig, Config, identity, parse_config
 from ssld.shared.errors import UserError
+from ssld.stage2_detect.config import TrainConfig
 
 
 def build(file: Path, **options: Any) -> list[Stage]:
