@@ -6,9 +6,9 @@
 The data are checked first, as by `ssld doctor`. Anchors, warm-up and the largest useful image size follow from the photos; a trial of three real
 steps of each training then decides networks, image size and steps such that the whole pipeline fits `--minutes`. Without an evaluation file, a random
 fifth of the images (seeded) becomes one: `mine_train.json` and `mine_val.json` beside the YAML file. With `--unlabeled DIR` the backbone is first
-distilled on those images where this may help, and a second detector without that step measures its gain. `--unlabeled` without
-annotations: a backbone and nothing else. A detector that starts from COCO weights is compared with the others where these are at hand and fit the
-time.
+distilled on those images where this may help, and a second detector without that step measures its gain; with `--moving_teacher yes` one more
+detector learns from them too. `--unlabeled` without annotations: a backbone and nothing else. A detector that starts from COCO weights is compared
+with the others where these are at hand and fit the time.
 """
 
 import json
@@ -53,6 +53,7 @@ from ssld.pipelines.scaffold.starts import (
 from ssld.pipelines.scaffold.suggest import (
     Facts,
     Networks,
+    detector_batch,
     networks_of,
     pipeline_text,
     shapes,
@@ -67,10 +68,14 @@ from ssld.shared.files import list_images, write_atomically
 from ssld.shared.machine import cores
 from ssld.shared.models.downloads import find_downloads_apart, kind_of
 from ssld.shared.terminal import say
-from ssld.shared.wording import duration, printable
+from ssld.shared.wording import count, duration, printable
 
 MINUTES = 60.0
 """time that a pipeline fits if the user gives none"""
+MOVING_HINT = (
+    "--moving_teacher yes adds a detector that learns from the unlabeled photos too, for comparison; left out because it gained nothing on 41 "
+    "labeled photos of blood cells (50.6 against 51.1 AP, one seed: docs/benchmarks/few_labels_cpu_2026-12-01.md)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,8 +113,12 @@ def _init(arguments: Namespace) -> int:
     names = _names(arguments)
     _check_unwritten(names.values())
     photos_read = _read_photos(arguments, names) if arguments.annotations else _Photos()
-    pool = _divide(arguments, photos_read) if distills else None
+    moving = arguments.moving_teacher == "yes"
+    pool = _divide(arguments, photos_read) if distills or moving else None
     files = dict(photos_read.files)
+    moving_photos = _moving_photos(arguments.unlabeled, pool, distills=distills) if pool and moving else []
+    files |= {names["moving"]: "".join(f"{photo}\n" for photo in moving_photos)} if moving else {}
+    pool = pool if distills else None
     if pool:
         lists = {"pool": pool.train} | ({"held_out": pool.held_out} if pool.held_out else {})
         lists |= {"listing": [row["file_name"] for row in photos_read.train["images"]]} if arguments.annotations else {}
@@ -139,11 +148,16 @@ def _init(arguments: Namespace) -> int:
         starts=starts,
         init=init,
         trackers=("tensorboard",) if find_spec("tensorboard") else (),
+        moving=names.get("moving"),
+        moving_images=len(moving_photos),
     )
+    _check_moving(facts)
     augment, augment_reason = choose_augment(arguments.augment)
     facts = replace(facts, augment=augment, augment_reason=augment_reason)
     if why:
         say(why)
+    if detector and arguments.unlabeled and not moving:
+        say(MOVING_HINT)
     if "detector" not in facts.trainings and facts.detectors:
         networks = networks[:1]  # no detector has the sizes of the others
     try:
@@ -202,6 +216,20 @@ def _divide(arguments: Namespace, photos: _Photos) -> Pool:
     if pool.tally.dropped("photo"):
         say(f"{arguments.unlabeled}: {pool.tally.describe()}")
     return pool
+
+
+def _moving_photos(folder: Path, pool: Pool, *, distills: bool) -> list[Path]:
+    """Return the absolute paths of the photos for a moving teacher. Only stage 1 is checked on held-out photos: without it they are used too."""
+    return [folder.absolute() / name for name in sorted([*pool.train, *([] if distills else pool.held_out)])]
+
+
+def _check_moving(facts: Facts) -> None:
+    """Raise UserError if a moving teacher has fewer unlabeled photos than a step uses."""
+    batch = detector_batch(facts)[0]
+    if facts.moving and facts.moving_images < batch:
+        raise UserError(
+            f"--moving_teacher yes: {count(facts.moving_images, 'unlabeled photo')}, and a step uses {batch}; give more photos"
+        )
 
 
 def _available(
@@ -279,6 +307,7 @@ def _names(arguments: Namespace) -> dict[str, Path]:
     if arguments.unlabeled:
         parts = {"pool": "unlabeled", "held_out": "held_out"} | ({"listing": "train"} if arguments.annotations else {})
         parts |= {"shown": "shown"} if arguments.annotations else {}
+        parts |= {"moving": "moving"} if arguments.moving_teacher == "yes" else {}
         names |= {name: output.with_name(f"{output.stem}_{part}.txt") for name, part in parts.items()}
     return names
 
@@ -314,7 +343,7 @@ def _check_arguments(arguments: Namespace) -> None:
             "give --annotations and --images together, or --data for a data set in another form; photos without boxes are --unlabeled"
         )
     if not arguments.annotations and not arguments.data:
-        for name, usual in (("starts", "auto"), ("init", None), ("augment", "auto")):
+        for name, usual in (("starts", "auto"), ("init", None), ("augment", "auto"), ("moving_teacher", "no")):
             if getattr(arguments, name) != usual:
                 raise UserError(f"--{name}: is about detectors; give --data, or --images and --annotations, too")
         if not arguments.unlabeled:
@@ -329,6 +358,8 @@ def _check_arguments(arguments: Namespace) -> None:
                 raise UserError(f"--{name} {path}: no such file or folder")
     if arguments.distill == "yes" and not arguments.unlabeled:
         raise UserError("--distill yes: give --unlabeled too, a folder of photos")
+    if arguments.moving_teacher == "yes" and not arguments.unlabeled:
+        raise UserError("--moving_teacher yes: give --unlabeled too, a folder of photos without boxes")
     starts = read_starts(arguments.starts) or ()
     if starts and arguments.distill != "auto":
         raise UserError(f"--distill {arguments.distill}: leave it out, --starts says whether there is stage 1")

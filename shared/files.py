@@ -13,7 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PosixPath
 
 from ssld.shared.errors import UserError
@@ -196,6 +196,24 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copies(files: Iterable[Path], originals: Iterable[Path]) -> set[Path]:
+    """Return those of `files` that have the content of one of `originals`, if these exist; only files of equal size are read."""
+    by_size: dict[int, list[Path]] = {}
+    for file in originals:
+        with suppress(FileNotFoundError):
+            by_size.setdefault(file.stat().st_size, []).append(file)
+    digests: dict[int, set[str]] = {}
+    found = set()
+    for file in files:
+        size = file.stat().st_size
+        if size in by_size:
+            if size not in digests:
+                digests[size] = {file_sha256(one) for one in by_size[size]}
+            if file_sha256(file) in digests[size]:
+                found.add(file)
+    return found
 
 
 def spread(count: int, most: int, *, repeat: bool = False) -> list[int]:

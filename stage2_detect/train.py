@@ -227,8 +227,8 @@ def train(config: TrainConfig) -> None:
     model = prepare_model(accelerator, trained.model)
     for line in [*data.describe(config), *trained.preview()]:
         run.log(line)
-    for place, part in data.tallies():
-        run.tell(place, part.file, part.tally)
+    for told in data.tallies():
+        run.tell(*told)
     run.log(
         f"{steps} steps of {config.batch_size} images ({count(ranks, 'process')} x {config.accumulate} accumulated), "
         f"{steps / steps_per_epoch:.1f} passes, lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} "

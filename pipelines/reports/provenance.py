@@ -171,6 +171,9 @@ def _training(stages: Sequence[str], runs: Path) -> tuple[str, list[str]] | None
     teacher = _text(settings, "distill", "teacher")
     facts = [_KINDS.get(kind, kind)] if kind else []
     facts += [f"distilled from {_short(teacher, runs)}"] if teacher else []
+    if settings.get("moving_teacher"):
+        unlabeled = _images_read(run, "moving_teacher.unlabeled")
+        facts.append("moving teacher" + (f", {count(unlabeled, 'unlabeled photo')}" if unlabeled else ""))
     facts += _extent(run, settings, "resize", "short_side")
     scheme, _, name = init.partition(":") if isinstance(init, str) else ("", "", "")
     if isinstance(init, str) and scheme != _PUBLISHED:

@@ -45,6 +45,7 @@ from ssld.stage2_detect.export_config import ExportDetectorConfig
 from ssld.stage2_detect.predict_config import AuditConfig, PredictConfig
 
 LOGS = "logs"
+BURN_IN = "moving_teacher.burn_in"
 _SPLITS = tuple(
     f"{name}{suffix}"
     for name in ("train", "val", "valid", "validation", "test", "trainval")
@@ -271,6 +272,11 @@ def find_pipeline(text: str) -> Path:
     return Path(own_file(str(shipped[text])))
 
 
+def has_moving_teacher(config: CommandConfig) -> bool:
+    """Return whether a stage trains under a moving teacher: in a few steps its burn-in, `BURN_IN`, has to be one step, else it would not begin."""
+    return isinstance(config, TrainConfig) and config.moving_teacher is not None
+
+
 def flags(values: dict[str, Any]) -> list[str]:
     """Convert nested settings to command-line flags that parse back to the same values."""
     words: list[str] = []
@@ -313,6 +319,9 @@ def _build_stage(
             raise UserError(f"config: {missing_text(file)}")
         arguments = ["--config", str(file), *arguments]
     config = parse_config(kind.config_type, arguments, program=kind.script)
+    if extra and BURN_IN not in dict(flatten(extra)) and has_moving_teacher(config):
+        arguments += flags({BURN_IN: 1})
+        config = parse_config(kind.config_type, arguments, program=kind.script)
     needs = {stage.name for stage in earlier if stage.name in used or "output" in used}
     for path in config.inputs().values():
         needs |= {stage.name for stage in earlier if path.is_relative_to(stage.run)}

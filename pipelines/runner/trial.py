@@ -18,7 +18,7 @@ from ssld.pipelines.runner.cost import evaluation_images, training_images
 from ssld.pipelines.runner.estimate import EVALUATIONS, Rate, evaluation_rate, rate_key
 from ssld.pipelines.runner.launch import Outcome, Signals, run_stage
 from ssld.pipelines.runner.plan import Planned
-from ssld.pipelines.runner.stages import Stage
+from ssld.pipelines.runner.stages import BURN_IN, Stage, has_moving_teacher
 from ssld.pipelines.toy_data import ToyDataConfig
 from ssld.shared.config.settings import parse_config
 from ssld.shared.config.training import TrainingConfig
@@ -146,8 +146,9 @@ def _check(stage: Stage, outcome: Outcome) -> None:
 
 
 def shortened(stage: Stage) -> Stage:
-    """Return a training stage of `STEPS` steps without evaluations."""
-    return with_settings(stage, _LENGTH | without_evaluation(stage))
+    """Return a training stage of `STEPS` steps without evaluations; a moving teacher begins after the first of them."""
+    teacher = {BURN_IN: "1"} if has_moving_teacher(stage.config) else {}
+    return with_settings(stage, _LENGTH | teacher | without_evaluation(stage))
 
 
 def without_evaluation(stage: Stage) -> dict[str, str]:

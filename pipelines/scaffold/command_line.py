@@ -40,13 +40,19 @@ def parser() -> Parser:
         "--unlabeled",
         type=Path,
         metavar="DIR",
-        help="folder of photos without annotations, for stage 1; without --annotations: a backbone alone",
+        help="folder of photos without annotations, for stage 1 and --moving_teacher; without --annotations: a backbone alone",
     )
     parser.add_argument(
         "--distill",
         choices=("auto", "yes", "no"),
         default="auto",
         help="stage 1 on the unlabeled photos; auto: only where it may help (default: auto)",
+    )
+    parser.add_argument(
+        "--moving_teacher",
+        choices=("yes", "no"),
+        default="no",
+        help="yes: one more detector, which also learns from the unlabeled photos under a moving teacher, for comparison (default: no)",
     )
     parser.add_argument(
         "--starts",

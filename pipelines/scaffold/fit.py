@@ -44,6 +44,9 @@ EVALUATING = 0.15
 REPORT_SECONDS = 10.0
 HEADS = 0.8
 """seconds of a detector's step outside the pixels, relative to those of the pixels of a photo with a short side of 224"""
+MOVING = 2.2
+"""seconds of a detector's run under a moving teacher, relative to those of the same run without one: twice the images per step after the burn-in; 389
+against 179 seconds of processor time were measured on 41 labeled photos (docs/benchmarks/few_labels_cpu_2026-12-01.md)"""
 MOST_TRIALS, MORE = 3, 3
 """most trials; factor of time for which the gain is told"""
 _INTERVALS: tuple[tuple[float | None, int], ...] = ((0.2, 5), (0.5, 2), (None, 1))
@@ -229,9 +232,13 @@ def lengths_of(facts: Facts, rates: dict[Trained, Rate], minutes: float) -> Leng
         distill_steps = min(max(LEAST_DISTILL, _fitting(most - around, rate.step)), wanted_distill_steps(facts))
         left -= around + distill_steps * rate.step
     if facts.detectors:
-        kinds = [rates[kind] for kind in facts.detector_kinds]
+        batch = detector_batch(facts)[0]
+        kinds, batches = [rates[kind] for kind in facts.detector_kinds], [batch] * len(facts.detector_kinds)
+        if facts.moving_kind:
+            kinds, batches = [*kinds, under_moving_teacher(rates[facts.moving_kind])], [*batches, 2 * batch]
         step = sum(rate.step for rate in kinds)  # all detectors have the same number of steps
-        evaluation = FORWARD_SHARE * facts.val_count * step / detector_batch(facts)[0]
+        forward = sum(rate.step / images for rate, images in zip(kinds, batches, strict=True))
+        evaluation = FORWARD_SHARE * facts.val_count * forward
         every, evaluations = next(
             (one for one in _INTERVALS if one[1] * evaluation <= EVALUATING * left), _INTERVALS[-1]
         )
@@ -242,6 +249,11 @@ def lengths_of(facts: Facts, rates: dict[Trained, Rate], minutes: float) -> Leng
         steps = steps // 10 * 10  # so that the intervals are whole
         left -= around + steps * step
     return Lengths(steps, distill_steps, every, total - left + REPORT_SECONDS) if left >= 0 else None
+
+
+def under_moving_teacher(rate: Rate) -> Rate:
+    """Return the rate of a detector under a moving teacher from that of the same one without it; its checkpoints have the average too."""
+    return replace(rate, step=rate.step * MOVING, checkpoint=rate.checkpoint + rate.model)
 
 
 def fewest_minutes(facts: Facts, rates: dict[Trained, Rate]) -> int:

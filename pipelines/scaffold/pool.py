@@ -1,16 +1,15 @@
-"""Split of the unlabeled photos of a new pipeline into photos for stage 1 and held-out photos.
+"""Split of the unlabeled photos of a new pipeline into photos to train on and held-out photos.
 
 The folder of unlabeled photos often contains copies of annotated photos, possibly under other names; they are detected by content and left out.
 Copies of evaluation photos would inflate the detector's score. Copies of training photos are listed for stage 1 anyway, and must not be held out.
 """
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssld.shared.files import file_sha256, list_images
+from ssld.shared.files import copies, list_images
 from ssld.shared.tally import Tally
 
 MOST_HELD_OUT, LEAST_HELD_OUT, SHARE = 500, 50, 0.05
@@ -31,11 +30,11 @@ class Pool:
 
 def divide_pool(folder: Path, training: Iterable[Path], evaluation: Iterable[Path], seed: int) -> Pool:
     """Split the photos in a folder, without copies of annotated ones: of 250 or more, a random twentieth (50 to 500 photos) is held out."""
-    tally, names = Tally(), []
-    copies = {"copies of training photos": _copies(folder, training)}
-    copies["copies of evaluation photos"] = _copies(folder, evaluation)
-    for name in list_images(folder):
-        if cause := next((cause for cause, names_of_copies in copies.items() if name in names_of_copies), None):
+    tally, names, listed = Tally(), [], list_images(folder)
+    parts = {"copies of training photos": training, "copies of evaluation photos": evaluation}
+    known = {cause: copies([folder / name for name in listed], photos) for cause, photos in parts.items()}
+    for name in listed:
+        if cause := next((cause for cause, files in known.items() if folder / name in files), None):
             tally.drop("photo", cause, name)
         else:
             names.append(name)
@@ -55,20 +54,3 @@ def some_photos(folder: Path, seed: int) -> list[Path]:
 def _place(name: str, seed: int) -> bytes:
     """Return where a photo stands in a random order that does not depend on the other photos."""
     return hashlib.sha256(f"{seed} {name}".encode(errors="surrogateescape")).digest()
-
-
-def _copies(folder: Path, photos: Iterable[Path]) -> set[str]:
-    """Return the photos in the folder with the same content as one of `photos`; only files of equal size are read."""
-    by_size = defaultdict(list)
-    for file in photos:
-        by_size[file.stat().st_size].append(file)
-    digests: dict[int, set[str]] = {}
-    copies = set()
-    for name in list_images(folder):
-        size = (folder / name).stat().st_size
-        if size in by_size:
-            if size not in digests:
-                digests[size] = {file_sha256(file) for file in by_size[size]}
-            if file_sha256(folder / name) in digests[size]:
-                copies.add(name)
-    return copies

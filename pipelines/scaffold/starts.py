@@ -7,7 +7,7 @@ ssld: the backbone of stage 1, heads at random. coco_ssld: that backbone below t
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -240,6 +240,7 @@ class Row:
         init: the detector it starts from; None: a backbone.
         backbone, arch: values of these settings; None: not written.
         baseline: evaluation that its own is compared with.
+        moving: whether it also learns from unlabeled photos, under a moving teacher; everything else is as in `like`.
     """
 
     start: Start
@@ -252,10 +253,13 @@ class Row:
     backbone: str | None
     arch: str | None
     baseline: str | None
+    moving: bool = False
 
     @property
     def about(self) -> str:
         """Where it starts, for a comment."""
+        if self.moving:
+            return f"as {self.like}; after a burn-in as many unlabeled photos per step, in which a moving average of it finds objects"
         heads = self.init.reference if self.init else ""
         trained = "a detector trained on COCO" if self.init and self.init.is_published else heads
         return {
@@ -267,9 +271,14 @@ class Row:
         }[self.start]
 
 
-def rows_of(starts: Sequence[Start], init: Init | None, backbone: str, arch: str | None) -> list[Row]:
-    """Return the detectors of a pipeline in the order of their stages; the first has all settings, the others are `like` it."""
-    alone = len(starts) == 1
+def rows_of(
+    starts: Sequence[Start], init: Init | None, backbone: str, arch: str | None, *, moving: bool = False
+) -> list[Row]:
+    """Return the detectors of a pipeline in the order of their stages; the first has all settings, the others are `like` it.
+
+    With `moving` the last one is like that of `plain_start`, and learns from unlabeled photos too.
+    """
+    alone = len(starts) == 1 and not moving
     own: Start = "random" if backbone.startswith("random:") else "imagenet"
     main = next(start for start in _MAIN if start in starts)
     base = next((start for start in _BASE if start in starts and start != main), main)
@@ -302,9 +311,21 @@ def rows_of(starts: Sequence[Start], init: Init | None, backbone: str, arch: str
                 baseline=None if start == base else f"ap_{base}",
             )
         )
+    if moving:
+        like = next(row for row in rows if row.start == plain_start(starts))
+        names = {"stage": "detector_moving", "evaluation": "ap_moving", "title": "moving teacher"}
+        own_part: dict[str, Any] = {"leads": False, "backbone": None, "arch": None, "moving": True}
+        rows.append(replace(like, like=like.stage, baseline=like.evaluation, **names, **own_part))
     return rows
+
+
+def plain_start(starts: Sequence[Start]) -> Start:
+    """Return the start of the detector under a moving teacher: that of the usual baseline."""
+    return next(start for start in _BASE if start in starts)
 
 
 def main_row(rows: Sequence[Row]) -> Row:
     """Return the row whose gain over the baseline is reported, and whose detector predicts."""
+    if len(rows) == 2 and rows[1].moving:
+        return rows[1]
     return next(row for start in _MAIN for row in rows if row.start == start)

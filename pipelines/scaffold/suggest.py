@@ -17,7 +17,7 @@ import jinja2
 import yaml
 
 from ssld.pipelines.folder import folder_of, written_in
-from ssld.pipelines.scaffold.starts import Init, Start, arch_of, main_row, rows_of
+from ssld.pipelines.scaffold.starts import Init, Start, arch_of, main_row, plain_start, rows_of
 from ssld.shared.errors import UserError
 from ssld.shared.models.downloads import kind_of
 from ssld.shared.wording import duration, printable
@@ -70,23 +70,35 @@ class Facts:
     augment_reason: str = ""
     trackers: tuple[str, ...] = ()
     """trackers that are installed"""
+    moving: Path | None = None
+    """list file of the unlabeled photos of a detector under a moving teacher; None: no such detector"""
+    moving_images: int = 0
 
     @property
     def detectors(self) -> int:
-        """Number of detectors that the pipeline trains, one per start."""
-        return 0 if self.annotations is None else len(self.starts)
+        """Number of detectors that the pipeline trains: one per start, and one under a moving teacher."""
+        return 0 if self.annotations is None else len(self.starts) + (self.moving is not None)
 
     @property
     def detector_kinds(self) -> tuple[Trained, ...]:
-        """Kind of training of each detector."""
+        """Kind of training of the detector of each start."""
         starts = self.starts if self.annotations is not None else ()
-        return tuple("coco" if start in ("coco", "coco_ssld") else "detector" for start in starts)
+        return tuple(_kind(start) for start in starts)
+
+    @property
+    def moving_kind(self) -> Trained | None:
+        """Kind of training that the detector under a moving teacher is like; None if there is none."""
+        return None if self.moving is None else _kind(plain_start(self.starts))
 
     @property
     def trainings(self) -> tuple[Trained, ...]:
         """Trainings that differ in cost, in the order of their trials: those that may be left out come last."""
         order: tuple[Trained, ...] = ("ssld", "detector", "coco")
         return tuple(kind for kind in order if kind in self.detector_kinds or (kind == "ssld" and self.unlabeled))
+
+
+def _kind(start: Start) -> Trained:
+    return "coco" if start in ("coco", "coco_ssld") else "detector"
 
 
 @dataclass(frozen=True)
@@ -144,7 +156,7 @@ _SMALL = Networks("timm:resnet18d.ra2_in1k", None, "timm:resnet50d.ra2_in1k", No
 _NARROW = Networks("timm:resnet18d.ra2_in1k", None, "timm:resnet50d.ra2_in1k", None, 64, 256, 0.8)
 FEW = 2
 """images per process up to which BatchNorm is frozen"""
-LEAST_PIXELS, LEAST_SIDE = 12, 128
+LEAST_PIXELS, LEAST_SIDE = 12, 160
 
 
 def networks_of(
@@ -333,7 +345,8 @@ def pipeline_text(
     environment.filters["comment"] = lambda value: _Comment(printable(str(value)))
     template = environment.from_string(Path(__file__).with_name("init.yaml.jinja").read_text(encoding="utf-8"))
     networks = chosen.networks
-    rows = rows_of(facts.starts, facts.init, networks.backbone, networks.arch) if facts.detectors else []
+    moving = facts.moving is not None
+    rows = rows_of(facts.starts, facts.init, networks.backbone, networks.arch, moving=moving) if facts.detectors else []
     smaller = sorted((side for side in chosen.short_sides if side < chosen.short_side), reverse=True)
     sides = dict(zip(("medium_size", "small_size"), smaller, strict=False))
     return template.render(
@@ -341,6 +354,7 @@ def pipeline_text(
         main=main_row(rows) if rows else None,
         base=next((row for row in rows if row.baseline is None), None),
         evaluated=sorted(rows, key=lambda row: row.baseline is not None),
+        titles={row.evaluation: row.title for row in rows},
         sides=sides,
         train_sides=[f"${{{name}}}" for name in (*reversed(sides), "size")],
         uses_backbone=bool(facts.unlabeled) or any(row.backbone == "${backbone}" for row in rows),

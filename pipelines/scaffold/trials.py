@@ -22,7 +22,7 @@ from ssld.pipelines.runner.launch import stoppable
 from ssld.pipelines.runner.plan import Planned
 from ssld.pipelines.runner.stages import Stage, build_stages, flags, read_pipeline
 from ssld.pipelines.runner.trial import measure, with_settings
-from ssld.pipelines.scaffold.fit import Trial
+from ssld.pipelines.scaffold.fit import Trial, under_moving_teacher
 from ssld.pipelines.scaffold.starts import in_a_trial, rows_of
 from ssld.pipelines.scaffold.suggest import Facts, Settings, Trained, pipeline_text
 from ssld.shared.config.training import TrainingConfig
@@ -43,7 +43,7 @@ def trials(facts: Facts, files: Mapping[Path, str]) -> Iterator[Trial]:
         moved = {file: folder / file.name for file in files}
         for file, text in files.items():
             write_atomically(moved[file], text)
-        names = ("annotations", "val_annotations", "pool", "held_out", "listing", "shown")
+        names = ("annotations", "val_annotations", "pool", "held_out", "listing", "shown", "moving")
         there = replace(facts, **{key: moved.get(getattr(facts, key), getattr(facts, key)) for key in names})
         paths: dict[str, Any] = {key: path.absolute() for key, path in vars(there).items() if isinstance(path, Path)}
         there = replace(there, **paths)  # as an error of the trial has to name them
@@ -55,7 +55,8 @@ def _rate(folder: Path, facts: Facts, settings: Settings, trained: Trained, limi
     """Measure the rate of one training of the pipeline with these settings, within `limit` seconds."""
     file, output = folder / "trial.yaml", folder / "runs"
     write_atomically(file, pipeline_text(file, facts, settings))
-    rows = rows_of(facts.starts, facts.init, settings.networks.backbone, settings.networks.arch)
+    networks, moving = settings.networks, facts.moving is not None
+    rows = rows_of(facts.starts, facts.init, networks.backbone, networks.arch, moving=moving)
     name = "ssld" if trained == "ssld" else next(r.stage for r in rows if (r.init is not None) == (trained == "coco"))
     absent = facts.init if trained == "coco" and facts.init and not facts.init.here else None
 
@@ -84,7 +85,8 @@ def keep_rates(file: Path, rates: Mapping[Trained, Rate]) -> tuple[list[Stage], 
     known: dict[str, Rate | None] = {}
     for stage in stages:
         if isinstance(stage.config, TrainConfig):
-            known[stage.name] = rates.get("coco" if stage.config.init else "detector")
+            rate = rates.get("coco" if stage.config.init else "detector")
+            known[stage.name] = under_moving_teacher(rate) if rate and stage.config.moving_teacher else rate
         elif isinstance(stage.config, TrainingConfig):
             known[stage.name] = rates.get("ssld")
         elif isinstance(stage.config, EVALUATIONS):

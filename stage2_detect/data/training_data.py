@@ -11,13 +11,14 @@ import numpy as np
 from ssld.shared.config.training import in_steps
 from ssld.shared.errors import UserError
 from ssld.shared.files import require_images
+from ssld.shared.tally import Tally
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.batch_order import labeled_images, repeat_factors
 from ssld.stage2_detect.data.coco import CocoData, CocoImage, read_coco, require_boxes, require_masks
 from ssld.stage2_detect.data.convert.parts import DataSet, find_data
 from ssld.stage2_detect.data.image_files import ImageFiles, records_of
 from ssld.stage2_detect.data.loaders import TrainLoader
-from ssld.stage2_detect.data.unlabeled_images import check_unreadable, unlabeled_images
+from ssld.stage2_detect.data.unlabeled_images import UnlabeledImages, check_unreadable, unlabeled_images
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class TrainingData:
         unlabeled: unlabeled images, with pseudo-labels if given.
         unreadable: names of unreadable unlabeled images.
         pseudo: line for the log on the pseudo-labels; None without.
-        moving: line for the log on the unlabeled images of a moving teacher; None without.
+        moving: the unlabeled images of a moving teacher; None without.
         repeats: repeat factor of each labeled image; None without.
         files: files that the labeled and the evaluation images come from.
     """
@@ -42,7 +43,7 @@ class TrainingData:
     unlabeled: list[CocoImage] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     pseudo: str | None = None
-    moving: str | None = None
+    moving: UnlabeledImages | None = None
     repeats: np.ndarray | None = None
     files: DataSet | None = None
 
@@ -61,11 +62,13 @@ class TrainingData:
         ratio = config.labeled_share if self.unlabeled else 1.0
         return len(self.train.images) // max(1, labeled_images(config.batch_size, ratio))
 
-    def tallies(self) -> Iterator[tuple[str, CocoData]]:
-        """Yield the files with boxes, by the settings that name them."""
-        yield "data.train_annotations", self.train
+    def tallies(self) -> Iterator[tuple[str, str, Tally]]:
+        """Yield (setting, its value, counts) of each source that counts what it leaves out."""
+        yield "data.train_annotations", self.train.file, self.train.tally
         if self.val:
-            yield "data.val_annotations", self.val
+            yield "data.val_annotations", self.val.file, self.val.tally
+        if self.moving:
+            yield "moving_teacher.unlabeled", self.moving.sources, self.moving.tally
 
     def describe(self, config: TrainConfig) -> Iterator[str]:
         """Yield lines for the log."""
@@ -77,7 +80,7 @@ class TrainingData:
             repeated = int((self.repeats > 1).sum())
             yield f"repeat factors: {repeated} images are repeated, up to {self.repeats.max():.2f} times per pass"
         if self.pseudo or self.moving:
-            yield self.pseudo or str(self.moving)
+            yield self.pseudo or (self.moving.line if self.moving else "")
         elif self.unlabeled:
             bad = f"; {len(self.unreadable)} unreadable, first {self.unreadable[0]}" if self.unreadable else ""
             yield f"{len(self.unlabeled)} unlabeled images{bad}"
@@ -126,8 +129,8 @@ def read_training_data(config: TrainConfig) -> TrainingData:
     unlabeled, unreadable, pseudo = _unlabeled(config, train.class_names)
     moving = None
     if config.moving_teacher:
-        listed = unlabeled_images(config.moving_teacher, train.images, val.images if val else [])
-        unlabeled, unreadable, moving = listed.records, listed.unreadable, listed.line
+        moving = unlabeled_images(config.moving_teacher, train.images, val.images if val else [])
+        unlabeled, unreadable = moving.records, moving.unreadable
     threshold = settings.repeat_threshold
     repeats = repeat_factors(train.images, len(train.class_names), threshold) if threshold is not None else None
     return TrainingData(train, val, val_objects, unlabeled, unreadable, pseudo, moving, repeats, files)

@@ -1,18 +1,19 @@
 """Unlabeled images for a moving teacher, from folders, patterns, lists and COCO JSON files; images that the run has labels of are left out.
 
-Only names and headers are read here; a COCO file's annotations are not.
+Names and headers are read here, and the content of files that are as large as one with labels: copies under other names are left out too. A COCO
+file's annotations are not read.
 """
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ssld.shared.errors import UserError
-from ssld.shared.files import VIDEO_SUFFIXES, read_text, require_images
+from ssld.shared.files import VIDEO_SUFFIXES, copies, read_text, require_images
+from ssld.shared.tally import Tally
 from ssld.shared.wording import count, printable
 from ssld.stage2_detect.data.coco import CocoImage
 from ssld.stage2_detect.data.image_files import ImageFiles, find_images, records_of
@@ -21,6 +22,7 @@ from ssld.stage2_detect.distill_config import MovingTeacherConfig
 
 _TOO_MANY = 0.01
 _LABELED, _EVALUATED, _TWICE = "labeled", "evaluated on", "given twice"
+_COPIES = {_LABELED: "copies of labeled images", _EVALUATED: "copies of evaluation images"}
 
 
 @dataclass(frozen=True)
@@ -30,30 +32,34 @@ class UnlabeledImages:
     Attributes:
         records: one per image, without objects.
         unreadable: names of images that cannot be read.
+        sources: where they come from.
         line: line for the log.
+        tally: counts of images that are used, left out and unreadable.
     """
 
     records: list[CocoImage]
     unreadable: list[str]
+    sources: str
     line: str
+    tally: Tally
 
 
 def unlabeled_images(
     config: MovingTeacherConfig, labeled: Sequence[CocoImage], evaluated: Sequence[CocoImage]
 ) -> UnlabeledImages:
-    """List the unlabeled images that settings name, by source and sorted path; without those of `labeled` and `evaluated`.
+    """List the unlabeled images that settings name, by source and sorted path; without those of `labeled` and `evaluated` and without copies of these
+    files.
 
     Raises UserError for a source without images, for files that are missing, if more than one image and more than 1 % cannot be read, and if no
     image is left.
     """
     key = "moving_teacher.unlabeled"
-    real = _real_paths()
-    known = {
-        real(record.path): cause
-        for records, cause in ((evaluated, _EVALUATED), (labeled, _LABELED))
-        for record in records
+    real, tally = _real_paths(), Tally()
+    parts = {
+        _EVALUATED: [Path(record.path) for record in evaluated],
+        _LABELED: [Path(record.path) for record in labeled],
     }
-    left_out: Counter[str] = Counter()
+    known = {real(str(path)): cause for cause, paths in parts.items() for path in paths}
     found: list[tuple[ImageFiles, list[str]]] = []
     notes: list[str] = []
     for number, source in enumerate(config.sources):
@@ -63,10 +69,13 @@ def unlabeled_images(
             raise UserError(f"{key}: {error}") from None
         notes += [note] if note else []
         names = []
+        new = {name: path for name in files.names if (path := real(os.path.join(files.folder, name))) not in known}
+        same = {cause: copies(map(Path, new.values()), paths) for cause, paths in parts.items()}
         for name in files.names:
             path = real(os.path.join(files.folder, name))
-            if path in known:
-                left_out[known[path]] += 1
+            copied = (_COPIES[cause] for cause, paths in same.items() if Path(path) in paths)
+            if cause := known.get(path) or next(copied, None):
+                tally.skip("image", cause, name)
             else:
                 known[path] = _TWICE
                 names.append(name)
@@ -74,20 +83,20 @@ def unlabeled_images(
         ids = [f"unlabeled/{number}/{name}" for name in names]
         found.append((ImageFiles(files.folder, names), ids))
     sources = ", ".join(map(str, config.sources))
-    causes = ", ".join(f"{number} {cause}" for cause, number in left_out.items())
     total = sum(len(files.names) for files, _ in found)
     if not total:
-        raise UserError(f"{key}: {sources}: no unlabeled image is left: {causes}; give other images")
+        raise UserError(f"{key}: {sources}: no unlabeled image is left: {tally.describe()}; give other images")
     records: list[CocoImage] = []
     unreadable: list[str] = []
     for files, ids in found:
         some, bad = records_of(files, ids)
         records, unreadable = records + some, unreadable + bad
     check_unreadable(key, sources, total, unreadable)
-    bad_text = f"; {len(unreadable)} unreadable, first {unreadable[0]}" if unreadable else ""
-    out = f"; left out: {causes}" if causes else ""
-    line = f"{count(len(records), 'unlabeled image')} of {sources}{out}{bad_text}"
-    return UnlabeledImages(records, unreadable, "\n".join([line, *notes]))
+    tally.keep("image", len(records))
+    for name in unreadable:
+        tally.drop("image", "unreadable", name)
+    line = f"{count(len(records), 'unlabeled image')} of {sources}"
+    return UnlabeledImages(records, unreadable, sources, "\n".join([line, *notes]), tally)
 
 
 def check_unreadable(key: str, sources: str, total: int, unreadable: Sequence[str]) -> None:

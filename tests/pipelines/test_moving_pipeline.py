@@ -48,5 +48,6 @@ def test_every_stage_runs(tmp_path: Path, call: Callable[..., int], monkeypatch:
         assert call(mains[stage.kind], [*stage.arguments, *quick]) == 0, stage.name
         assert read_result(stage.run) is not None
     log = (tmp_path / "moving" / "log.txt").read_text()
-    assert "24 unlabeled images of" in log
+    assert "16 unlabeled images of" in log
+    assert "8 images skipped: 8 copies of labeled images (first: " in log  # the labeled fifth lies in another folder
     assert "loss_unlabeled_cls" in log

@@ -112,6 +112,21 @@ def test_every_start_is_named_and_what_is_shared_is_said_once(tmp_path: Path) ->
     assert compared(backbones, tmp_path) == f"Compared: 1 backbone. SSLD: {stage1}."
 
 
+def test_what_a_moving_teacher_learned_from_is_said(tmp_path: Path) -> None:
+    settings = {"backbone": "timm:resnet18d", "resize": {"short_side": 320}}
+    read = {"data.train_annotations": photos(41), "moving_teacher.unlabeled": photos(205)}
+    for name, record in (("alone", {}), ("moving", {"read": read}), ("old", {"read": {}})):
+        teacher = {"moving_teacher": None if name == "alone" else {"unlabeled": "more"}}
+        write(tmp_path / name, settings | teacher)
+        (tmp_path / name / "result.json").write_text(json.dumps({"metrics": {"images_seen": 800}} | record))
+    table = TableConfig.model_validate({"rows": {name: {"detector": name} for name in ("alone", "moving", "old")}})
+    weights = "timm's pretrained weights of resnet18d"
+    assert compared(table, tmp_path) == (
+        f"Compared: a detector from 1 start, 800 images seen, 320 px. alone: {weights}. "
+        f"moving: {weights}, moving teacher, 205 unlabeled photos. old: {weights}, moving teacher."
+    )
+
+
 @pytest.mark.parametrize("settings", [{}, {"student": 3, "model": []}, {"model": {"model": 1}, "backbone": 4}, [1]])
 def test_runs_without_known_settings_have_no_sentence(settings: Any, tmp_path: Path) -> None:
     write(tmp_path / "a", settings)

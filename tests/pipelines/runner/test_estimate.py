@@ -110,6 +110,16 @@ def test_a_trial_has_three_steps_and_no_evaluation() -> None:
     assert (short.steps, short.data.val_annotations, short.data.val_images, short.val_loss) == (3, None, None, False)
 
 
+@pytest.mark.parametrize("burn_in", ["500", "0.9"])
+def test_the_steps_of_a_trial_include_the_moving_teacher(burn_in: str) -> None:
+    moving = ["--moving_teacher.unlabeled", "more", "--moving_teacher.burn_in", burn_in, "--moving_teacher.weight", "2"]
+    moving += ["--steps", "900"]
+    short = shortened(stage("train", *TRAIN, *moving)).config
+    assert isinstance(short, TrainConfig)
+    assert short.moving_teacher
+    assert (short.steps, short.moving_teacher.burn_in, short.moving_teacher.weight) == (3, 1, 2.0)
+
+
 def test_the_first_step_counts_as_start(tmp_path: Path) -> None:
     lines = [{"step": number, "seconds": value} for number, value in enumerate((9.0, 1.0, 3.0), 1)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -330,6 +330,23 @@ def test_smoke_settings_lie_on_top(fake_kinds: None, write_pipeline: Any) -> Non
     assert build(file)[0].config.steps == 5  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("smoke", "burn_in"),
+    [({"train": {"steps": 2}}, 1), ({"train": {"steps": 4, "moving_teacher.burn_in": 3}}, 3), ({}, 500)],
+)
+def test_a_moving_teacher_begins_in_a_smoke_test(smoke: Any, burn_in: int, write_pipeline: Any) -> None:
+    """After one step, where the smoke settings do not say when."""
+    own: dict[str, Any] = {"backbone": "random:resnet18", "steps": 900, "batch_size": 4}
+    own |= {"data": {"train_annotations": "a.json", "train_images": "a"}, "optim": {"lr": 0.1, "reference_batch": 4}}
+    own |= {"moving_teacher": {"unlabeled": "b", "burn_in": 500}}
+    file = write_pipeline({"moving": {"command": "train", "set": own}}, smoke=smoke)
+    for flag, expected in ((True, burn_in), (False, 500)):
+        (stage,) = build(file, smoke=flag)
+        assert isinstance(stage.config, TrainConfig)
+        assert stage.config.moving_teacher
+        assert stage.config.moving_teacher.burn_in == expected
+
+
 def test_located_falls_back_to_the_project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert located("pipelines/quickstart.yaml") == str(ROOT / "pipelines/quickstart.yaml")

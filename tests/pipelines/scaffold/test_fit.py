@@ -27,6 +27,8 @@ BACKBONE = replace(
 )  # fmt: skip
 COCO = published_init("fasterrcnn_resnet50_fpn_v2", optional=True)
 WITH_COCO = replace(DETECTOR, starts=("coco", "imagenet"), init=COCO)
+MOVING = replace(DETECTOR, moving=PLACE, moving_images=205)
+ALL_MOVING = replace(BOTH, starts=("coco", "imagenet", "ssld"), init=COCO, moving=PLACE, moving_images=205)
 ALL = replace(BOTH, starts=("coco", "coco_ssld", "imagenet", "ssld"), init=COCO)
 NETWORKS = networks_of(gpu=False, backbone="timm:student", arch=None, teacher="timm:teacher", teacher_arch=None)
 
@@ -83,6 +85,8 @@ def counted(facts: Facts, fitting: Fit, minutes: float, folder: Path) -> float:
         else:
             coco = getattr(stage.config, "init", None)
             rate = fitting.rates["ssld" if stage.name == "ssld" else "coco" if coco else "detector"]
+            if stage.name == "detector_moving":
+                rate = replace(rate, step=2.2 * rate.step)
         rates[stage.name] = rate
         time = seconds(stage, rate)
         assert time is not None
@@ -95,7 +99,9 @@ def evaluation(rate: Any, config: Any, facts: Facts) -> float:
 
 
 @pytest.mark.parametrize(
-    "facts", [DETECTOR, BOTH, BACKBONE, WITH_COCO, ALL], ids=["detector", "both", "backbone", "coco", "all"]
+    "facts",
+    [DETECTOR, BOTH, BACKBONE, WITH_COCO, ALL, MOVING, ALL_MOVING],
+    ids=["detector", "both", "backbone", "coco", "all", "moving", "all with moving"],
 )
 @pytest.mark.parametrize("minutes", [8, 20, 60])
 @pytest.mark.parametrize("fixed", [0.0, 1.5])

@@ -182,6 +182,26 @@ def test_settings_are_written_once() -> None:
     assert main_row([own, none]) is own
 
 
+@pytest.mark.parametrize(
+    ("given", "init", "like", "gain"),
+    [
+        (("imagenet",), None, "imagenet", "moving"),
+        (("coco",), COCO, "coco", "moving"),
+        (("imagenet", "ssld"), None, "imagenet", "ssld"),
+        (("coco", "imagenet"), COCO, "imagenet", "coco"),
+        (("imagenet", "random"), None, "imagenet", "imagenet"),
+        (("ssld",), None, "ssld", "moving"),
+    ],
+)
+def test_a_moving_teacher_is_compared_with_the_same_detector(given: Any, init: Any, like: str, gain: str) -> None:
+    rows = rows_of(given, init, "timm:resnet18d", None, moving=True)
+    moving = rows[-1]
+    assert [row.moving for row in rows] == [False] * len(given) + [True]
+    assert (moving.stage, moving.evaluation, moving.like) == ("detector_moving", "ap_moving", f"detector_{like}")
+    assert (moving.baseline, moving.backbone, moving.arch, moving.leads) == (f"ap_{like}", None, None, False)
+    assert main_row(rows).evaluation == f"ap_{gain}"
+
+
 def test_no_detector_of_a_trial_waits_for_stage_1() -> None:
     assert in_a_trial(("coco_ssld", "ssld")) == ("coco", "imagenet")
     assert in_a_trial(STARTS) == ("coco", "imagenet", "random")

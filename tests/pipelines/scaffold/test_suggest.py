@@ -159,8 +159,8 @@ def test_sizes_are_variables_of_all_detectors(size: int, smaller: tuple[int, ...
 
 
 def test_no_image_size_loses_the_small_objects() -> None:
-    """Objects at the lower quartile keep 12 px at the smallest size, and no size is below 128 px."""
-    for quartile, least, most in ((0.04, 288, 608), (0.15, 128, 320), (0.01, 608, 608), (0.9, 128, 320)):
+    """Objects at the lower quartile keep 12 px at the smallest size, and no size is below 160 px."""
+    for quartile, least, most in ((0.04, 288, 608), (0.15, 160, 320), (0.01, 608, 608), (0.9, 160, 320)):
         sides = [one.short_side for one in shapes(facts(205, [quartile / 2, quartile, 0.95, 0.95, 0.95]), NETWORKS[:1])]
         assert (min(sides), max(sides)) == (least, most)
         assert sides == sorted(set(sides), reverse=True)

@@ -84,18 +84,38 @@ def test_labeled_and_evaluated_images_and_repeats_are_left_out(
         evaluated=val.images,
     )
     assert len(found.records) == 3 + 7
-    assert "; left out: 9 labeled, 1 given twice, 5 evaluated on" in found.line
+    assert found.tally.kept("image") == 10
+    causes = ("labeled", "given twice", "evaluated on")
+    assert [found.tally.skipped("image", cause) for cause in causes] == [9, 1, 5]
+    assert found.tally.describe().startswith("15 images skipped: 9 labeled (first: ")
     with pytest.raises(
-        UserError, match=r"moving_teacher.unlabeled: .*: no unlabeled image is left: 12 labeled; give other images"
+        UserError,
+        match=r"moving_teacher.unlabeled: .*: no unlabeled image is left: 12 images skipped: 12 labeled .*; give other images",
     ):
         listed(tiny_coco.train_images, labeled=train.images)
+
+
+def test_copies_in_another_folder_are_left_out_whatever_they_are_called(
+    tiny_coco: Any, train: CocoData, folder: Path
+) -> None:
+    val = read_coco(tiny_coco.val_annotations, tiny_coco.val_images, training=False)
+    shutil.copy(train.images[0].path, folder / "deep" / "7.png")
+    for name, record in (("8.png", val.images[0]), ("9.png", val.images[1])):
+        shutil.copy(record.path, folder / name)
+    content = bytearray(Path(val.images[2].path).read_bytes())
+    content[-1] ^= 1  # another file of equal size
+    (folder / "0.png").write_bytes(content)
+    found = listed(folder, labeled=train.images, evaluated=val.images)
+    assert [Path(one.path).name for one in found.records] == [f"{number}.png" for number in (0, 1, 2, 4, 5, 6, 3)]
+    causes = {"copies of labeled images": 1, "copies of evaluation images": 2}
+    assert {cause: found.tally.skipped("image", cause) for cause in causes} == causes
 
 
 def test_unreadable_images_are_counted_and_too_many_stop_the_run(folder: Path) -> None:
     (folder / "1.png").write_bytes(b"no image")
     found = listed(folder)
     assert len(found.records) == 6
-    assert found.line.endswith("; 1 unreadable, first 1.png")
+    assert (found.unreadable, found.tally.describe()) == (["1.png"], "1 image dropped: 1 unreadable (first: 1.png)")
     (folder / "2.png").write_bytes(b"no image")
     with pytest.raises(
         UserError, match=r"moving_teacher.unlabeled: 2 of the 7 images in .* cannot be read \(first: 1.png\)"
