@@ -78,7 +78,7 @@ def write_settings(folder: Path, images: Path, weights: Path) -> None:
     """Write `init.yaml`, the settings of `ssld init` for `train.json` and `val.json` of a folder."""
     words = ["--images", str(images), "--annotations", str(folder / "train.json")]
     words += ["--val_images", str(images), "--val_annotations", str(folder / "val.json")]
-    words += ["--backbone", str(weights / "efficientnet_lite0.safetensors"), "--arch", ARCH]
+    words += ["--backbone", str(weights / "efficientnet_lite0.safetensors"), "--arch", ARCH, "--starts", "imagenet"]
     if init.main([*words, "--output", str(folder / "init.yaml")]):
         raise SystemExit(f"{folder}: ssld init failed")
 
@@ -206,8 +206,9 @@ def train_ours(folder: Path, images: Path, weights: Path, options: argparse.Name
 
 def our_settings(folder: Path, images: Path, weights: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Settings of `train.py`: those that `ssld init` wrote, with this benchmark's backbone, size and length."""
-    stages = yaml.safe_load((folder / "init.yaml").read_text(encoding="utf-8"))["stages"]
-    settings: dict[str, Any] = stages["detector"]["set"]
+    pipeline = yaml.safe_load((folder / "init.yaml").read_text(encoding="utf-8"))
+    settings: dict[str, Any] = _filled(pipeline["stages"]["detector"]["set"], pipeline["variables"])
+    settings.pop("trackers", None)
     scale = options.side / settings["resize"]["short_side"]
     model = settings["model"]
     model["rpn.anchor_sizes"] = [max(4, round(size * scale)) for size in model["rpn.anchor_sizes"]]
@@ -232,6 +233,15 @@ def our_settings(folder: Path, images: Path, weights: Path, options: argparse.Na
         "workers": 0,
         "seed": options.seed,
     }
+
+
+def _filled(value: Any, variables: dict[str, Any]) -> Any:
+    """Put the variables of a pipeline where its settings name them."""
+    if isinstance(value, dict):
+        return {key: _filled(one, variables) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_filled(one, variables) for one in value]
+    return variables[value[2:-1]] if isinstance(value, str) and value.startswith("${") else value
 
 
 def longest(side: int) -> int:

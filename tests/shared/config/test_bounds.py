@@ -71,9 +71,9 @@ def test_there_are_settings() -> None:
 
 
 def _objections(model: type[BaseModel], field: str, value: float) -> set[str]:
-    """Kinds of mistakes that a field finds in a number, given as it is and in lists of any form that fields have."""
+    """Kinds of mistakes that a field finds in a number, given as it is, in lists of any form that fields have, and by name."""
     keys = set()
-    for given in (value, *([value] * length for length in range(1, 6)), [[value] * 4] * 3):
+    for given in (value, *([value] * length for length in range(1, 6)), [[value] * 4] * 3, {"name": value}):
         try:
             model.model_validate({field: given})
         except ValidationError as error:

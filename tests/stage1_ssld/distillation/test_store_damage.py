@@ -18,7 +18,7 @@ def test_not_a_store(tmp_path: Path) -> None:
 
 def test_an_unfinished_store(store_copy: Path) -> None:
     (store_copy / "store.json").unlink()
-    with pytest.raises(UserError, match=r"/store: is unfinished: run write_soft_labels\.py again$"):
+    with pytest.raises(UserError, match=r"/store: is unfinished: run ssld soft-labels again$"):
         SoftLabelStore(store_copy)
 
 
@@ -65,5 +65,5 @@ def test_ranks_share_the_reading_and_tell_the_same(store_copy: Path, monkeypatch
     monkeypatch.setattr(store_module, "world_size", lambda: 2)
     SoftLabelStore(store_copy)  # rank 0 reads the other two
     monkeypatch.setattr(store_module, "gather_lists", lambda result: [*result, "what rank 1 found"])
-    with pytest.raises(UserError, match=r"/store: what rank 1 found; run write_soft_labels"):
+    with pytest.raises(UserError, match=r"/store: what rank 1 found; run ssld soft-labels again"):
         SoftLabelStore(store_copy)
