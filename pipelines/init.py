@@ -73,7 +73,7 @@ from ssld.shared.wording import count, duration, printable
 MINUTES = 60.0
 """time that a pipeline fits if the user gives none"""
 MOVING_HINT = (
-    "--moving_teacher yes adds a detector that learns from the unlabeled photos too, for comparison; measured on blood cells: it helps with 10 labeled "
+    "--moving_teacher yes adds a detector that learns from the unlabeled photos too, for comparison; on blood cells it helped with 10 labeled "
     "photos, not with 41 (docs/benchmarks/few_labels_cpu_2026-12-01.md)"
 )
 

@@ -313,7 +313,7 @@ def rows_of(
         )
     if moving:
         like = next(row for row in rows if row.start == plain_start(starts))
-        names = {"stage": "detector_moving", "evaluation": "ap_moving", "title": "moving teacher"}
+        names: dict[str, Any] = {"stage": "detector_moving", "evaluation": "ap_moving", "title": "moving teacher"}
         own_part: dict[str, Any] = {"leads": False, "backbone": None, "arch": None, "moving": True}
         rows.append(replace(like, like=like.stage, baseline=like.evaluation, **names, **own_part))
     return rows
