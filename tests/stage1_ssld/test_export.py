@@ -212,7 +212,7 @@ def test_mistakes(user_error: Any, teacher_file: Path, tmp_path: Path, monkeypat
     assert "image_size: test_vit takes 160 pixels only" in line(tmp_path / "vit.safetensors", "--image_size", "32")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert line(teacher_file) == (
-        "export: needs onnx, onnxscript and onnxruntime (onnxruntime is missing); pip install 'ssld[export]'"
+        "export: needs onnx, onnxscript and onnxruntime (onnxruntime is missing); pip install -e '.[export]' in the clone"
     )
 
 

@@ -130,5 +130,5 @@ def test_scikit_learn_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     require_scikit_learn()
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"prototypes need scikit-learn; pip install 'ssld\[prototypes\]'"):
+    with pytest.raises(UserError, match=r"prototypes need scikit-learn; pip install -e '.\[prototypes\]' in the clone"):
         require_scikit_learn()
