@@ -313,8 +313,7 @@ def exported(detector_file: Path, tiny_coco: Any, call: Any, tmp_path_factory: p
 def test_what_an_export_leaves(exported: Path, detector_file: Path, files_below: Any) -> None:
     published = {f"hub/{name}" for name in ("README.md", "config.json", "detector.safetensors", *FILES.values())}
     kept = {".lock", "config.yaml", "environment.json", "log.txt", "result.json"}
-    runtime = {"onnx_detector.py", "hub/onnx_detector.py"}
-    assert files_below(exported) - kept == published | set(FILES.values()) | runtime
+    assert files_below(exported) - kept == published | {*FILES.values(), "onnx_detector.py", "hub/onnx_detector.py"}
     log = (exported / "log.txt").read_text()
     assert (
         "warning: this detector sees photos of 64 px, and the files pad shorter sides to 160 px: their detections differ "
