@@ -183,6 +183,8 @@ class MovingTeacherConfig(Config):
     def _fits_together(self) -> Self:
         if self.box_jitter == 1:
             raise ValueError("box_jitter: one copy has no spread; give 2 or more, or 0")
+        if self.images and not any(source.suffix.lower() == ".json" for source in self.sources):
+            raise ValueError("images: the folder of COCO JSON files, and unlabeled has none; leave images out")
         if self.adl and self.dense_loss != "adaptive":
             raise ValueError("adl: has the settings of dense_loss adaptive; set that too, or leave adl out")
         return self

@@ -128,6 +128,8 @@ def hub_folder() -> Path:
 
 def file_init(file: Path) -> Init:
     """Return the detector in a file of this project. Raises UserError for any other file."""
+    if not file.is_file():
+        raise UserError(f"--init {file}: no such file")
     metadata = _metadata(file)
     if metadata.get("kind") != "detector":
         other = f"ssld convert-detector --weights {file} --output DIR makes one of a detector of torchvision, detectron2 or mmdetection"

@@ -215,6 +215,7 @@ def test_user_errors(
     assert "moving_teacher.burn_in: 6 of 6 steps, so no unlabeled image is used" in message(burn_in=6)
     assert "'round' is no class of the training annotations (wide, tall)" in message(class_thresholds={"round": 0.5})
     assert "moving_teacher: box_jitter: one copy has no spread" in message(box_jitter=1)
+    assert "moving_teacher: images: the folder of COCO JSON files, and unlabeled has none" in message(images="photos")
     assert "moving_teacher: adl: has the settings of dense_loss adaptive" in message(adl={})
     assert "moving_teacher.dense_loss: applies to one-stage detectors" in message(dense_loss="adaptive")
     gfl = {"model": {"kind": "gfl"}}

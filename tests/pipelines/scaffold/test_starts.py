@@ -139,6 +139,8 @@ def test_a_detector_file_brings_its_settings(tmp_path: Path) -> None:
             group = group.setdefault(name, {})
         group[last] = value
     assert DetectorConfig.model_validate(model["model"]) == config
+    with pytest.raises(UserError, match=r"--init .*gone.safetensors: no such file$"):
+        file_init(tmp_path / "gone.safetensors")
     (tmp_path / "weights.pth").write_bytes(b"x")
     with pytest.raises(
         UserError, match=r"weights.pth: not a detector file of this project; ssld convert-detector --weights "
