@@ -1,4 +1,4 @@
-"""List unlabeled photos to annotate next, by the doubts of a detector; with annotations, list labels to look at first.
+"""List unlabeled photos to annotate next, by how uncertain a detector is about them; with annotations, list labels to look at first.
 
     python stage2_detect/audit.py --model runs/det/detector.safetensors --images more_photos --count 50 --output runs/next
     python stage2_detect/audit.py --model runs/det/detector.safetensors --images photos --annotations train.json --output runs/labels

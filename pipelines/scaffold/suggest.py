@@ -172,7 +172,7 @@ def networks_of(
 
 
 def untrained(networks: Sequence[Networks]) -> list[Networks]:
-    """Return networks with random weights in place of theirs, as far as the name of their backbone is known."""
+    """Return the networks with random weights; those whose backbone is a file without a known architecture stay as they are."""
     names = [arch_of(one.backbone, one.arch) for one in networks]
     pairs = zip(networks, names, strict=True)
     return [replace(one, backbone=f"random:{name}", arch=None) if name else one for one, name in pairs]

@@ -5,8 +5,8 @@ dense_heads/{rpn,retina,gfl}_head.py, roi_heads/bbox_heads/convfc_bbox_head.py, 
 _base_/models/*_r50_fpn.py and gfl/gfl_r50_fpn_1x_coco.py. Classes come before the background, as here; RetinaNet's anchors of a cell are ordered
 ratio, scale there, scale, ratio here. A cascade averages logits over its stages, not probabilities.
 
-Published files hold their configuration as text and the names of their classes, which are compared with what is assumed. Where they are missing,
-what the weights do not show (anchors, thresholds, image sizes) is taken from the configurations above.
+Published files hold their configuration as text and the names of their classes. The configuration is compared with the settings that the
+conversion assumes. Where it is missing, what the weights do not show (anchors, thresholds, image sizes) is taken from the configurations above.
 
 In evaluation all is equal, but for sides that shrink to less than 1/62 of their anchor, which stop there in mmdetection. Not in training: RPNs
 need an IoU of 0.3 for the best anchor of an object, anchors in the padding are left out, and a cascade samples anew for each stage.

@@ -1,4 +1,4 @@
-"""Photos to annotate next: unlabeled photos in the order of a detector's doubts, near-duplicates apart, as a list, values and a page of pictures.
+"""Photos to annotate next: unlabeled photos the most uncertain for a detector first, near-duplicates apart, as a list, values and a page of pictures.
 
 Doubts are computed in parts, as in a prediction, so that a killed run continues; the files are written at the end.
 """
