@@ -2,11 +2,16 @@
 
     OMP_NUM_THREADS=1 python benchmarks/few_labels.py DATA --output runs/few --labeled 160 --rows supervised light strong cells --seeds 0 1 2
     OMP_NUM_THREADS=1 python benchmarks/few_labels.py DATA --output runs/few --labeled 41 --rows supervised moving_teacher --seeds 0 1 2
+    OMP_NUM_THREADS=1 python benchmarks/few_labels.py DATA --output runs/few --labeled 41 --rows retinanet retinanet_sad --base retinanet
 
-DATA holds `bccd/`, `coco-mini/` and `weights/efficientnet_lite0.safetensors`. Every row is a Faster R-CNN that starts from this backbone, with the
-settings that `ssld init` writes for the labeled photos on a CPU, at a smaller size (`--side`), and with the same steps. What a row adds is in `ROWS`.
-A seed also chooses which of the training photos are labeled; the others are the unlabeled ones. The objects of coco-mini are those of persons,
-animals and vehicles.
+DATA holds `bccd/`, `coco-mini/` and `weights/efficientnet_lite{0,2}.safetensors`. Every row is a detector that starts from EfficientNet-Lite0,
+with the settings that `ssld init` writes for the labeled photos on a CPU, at a smaller size (`--side`), and with the same steps: a Faster R-CNN, or a
+RetinaNet in the rows `retinanet...`. What a row adds is in `ROWS`. A seed also chooses which of the training photos are labeled; the others are the
+unlabeled ones. The objects of coco-mini are those of persons, animals and vehicles.
+
+`retinanet_sad` has the detector of the row `retinanet` of its seed as its teacher, which also writes the pseudo-labels of the unlabeled photos; run
+that row before. `..._ssld` start from one backbone for all seeds: stage 1 under EfficientNet-Lite2, as `ssld init` sets it for a student with
+weights, on all training photos without their labels.
 
 A run is a process of its own with one thread; its time is processor time of training, without imports. Finished runs are not repeated. Printed: mean
 AP over the seeds and each seed's, the difference to `--base` with a 95 % interval of a paired bootstrap over the evaluation images (seeds averaged,
@@ -29,18 +34,28 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import yaml
 
 from benchmarks.finetune import few_classes, our_settings, write_settings
 from benchmarks.pretrained_student import command
 from ssld.pipelines.runner.stages import flags
 from ssld.shared.config.yaml_files import merge
 from ssld.shared.run_dir import read_result
-from ssld.stage2_detect import evaluate, train
+from ssld.stage1_ssld import distill
+from ssld.stage2_detect import evaluate, predict, train
 from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.evaluation.bootstrap import draw_ap, interval, match_detections, read_detections
 
 # As many labeled photos per step as without a teacher, at the same rate: the reference batch is doubled with the batch.
-_MOVING = {"moving_teacher": {"unlabeled": "{folder}/unlabeled.txt"}, "batch_size": 4, "optim": {"reference_batch": 16}}
+_DOUBLED = {"batch_size": 4, "optim": {"reference_batch": 16}}
+_MOVING = _DOUBLED | {"moving_teacher": {"unlabeled": "{folder}/unlabeled.txt"}}
+_RETINANET = {"model": {"kind": "retinanet"}}
+_SSLD = {"backbone": "{ssld}/student.safetensors", "arch": None}
+_SAD = {
+    "unlabeled": "{images}",
+    "pseudo": "{pseudo}/pseudo_labels.json",
+    "distill": {"teacher": "{teacher}", "check_images": 0},
+}
 ROWS: dict[str, dict[str, Any]] = {
     "supervised": {},
     "light": {"augment": "light"},
@@ -49,7 +64,21 @@ ROWS: dict[str, dict[str, Any]] = {
     "average": {"ema": {"decay": 0.999}},
     "moving_teacher": _MOVING,
     "moving_teacher_cells": _MOVING | {"augment": "cells"},
+    "moving_teacher_strong": _MOVING | {"augment": "strong"},
+    "ssld": _SSLD,
+    "moving_teacher_ssld": _MOVING | _SSLD,
+    "retinanet": _RETINANET,
+    "retinanet_sad": _RETINANET | _DOUBLED | _SAD,
+    "retinanet_moving_teacher": _RETINANET | _MOVING,
 }
+# What `ssld init` writes for a student that has weights, shorter.
+STAGE1 = """
+data: {image_size: 128}
+steps: 120
+batch_size: 32
+optim: {name: adamw, lr: 5.0e-5, reference_batch: 256, weight_decay: 0.05, decay_norm_and_bias: false, warmup_steps: 0.05}
+seed: 0
+"""
 
 
 def prepare(data: Path, output: Path, name: str, labeled: int, seed: int) -> Path:
@@ -86,7 +115,16 @@ def run_one(data: Path, folder: Path, name: str, row: str, options: argparse.Nam
     settings["data"] = {key: value for key, value in settings["data"].items() if key.startswith("train_")}
     run = folder / "runs" / f"{row}-{options.steps}-{options.side}"
     settings |= {"steps": options.steps, "threads": 1, "device": "cpu", "output": str(run)}
-    settings = merge(settings, _filled(ROWS[row], folder))
+    names = {"folder": folder, "images": images, "ssld": folder.parent / f"ssld-{name}"}
+    length = f"{options.steps}-{options.side}"
+    names["teacher"] = folder / "runs" / f"retinanet-{length}" / "detector.safetensors"
+    names["pseudo"] = folder / f"pseudo-{length}"
+    if row.endswith("_ssld") or row == "ssld":
+        stage1(data, name, names["ssld"])
+    if row == "retinanet_sad":
+        wanted = {"model": str(names["teacher"]), "images": str(folder / "unlabeled.txt"), "pseudo_labels": True}
+        command(predict.main, wanted, names["pseudo"])
+    settings = merge(settings, _filled(ROWS[row], names))
     began = time.process_time()
     if train.main(flags(settings)):
         raise SystemExit(f"{run}: the training failed")
@@ -94,17 +132,37 @@ def run_one(data: Path, folder: Path, name: str, row: str, options: argparse.Nam
     model = run / "detector.safetensors"
     scoring = {"model": str(model), "annotations": str(folder / "val.json"), "images": str(images)}
     command(evaluate.main, scoring, scored(folder, row, options))
-    for file in [*run.glob("checkpoints/**/*"), model]:
+    for file in run.glob("checkpoints/**/*"):
         if file.is_file():
             file.unlink()
     (scored(folder, row, options) / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
 
 
-def _filled(value: Any, folder: Path) -> Any:
-    """Put the folder of a seed where a row's settings name it."""
+def _filled(value: Any, names: dict[str, Path]) -> Any:
+    """Put the files of a seed where a row's settings name them."""
     if isinstance(value, dict):
-        return {key: _filled(one, folder) for key, one in value.items()}
-    return value.format(folder=folder) if isinstance(value, str) else value
+        return {key: _filled(one, names) for key, one in value.items()}
+    return value.format(**names) if isinstance(value, str) else value
+
+
+def stage1(data: Path, name: str, output: Path) -> None:
+    """Train the backbone of the rows `..._ssld`, unless it is finished: on all training photos, of which it reads no label."""
+    content = json.loads((data / name / "annotations" / "instances_train.json").read_bytes())
+    files = sorted(str(image["file_name"]) for image in content["images"])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    parts = {"val": files[::10], "train": [file for number, file in enumerate(files) if number % 10]}
+    for part, listed in parts.items():
+        output.with_name(f"{output.name}_{part}.txt").write_text(
+            "".join(f"{file}\n" for file in listed), encoding="utf-8"
+        )
+    settings: dict[str, Any] = yaml.safe_load(STAGE1)
+    for part in parts:
+        listing = str(output.with_name(f"{output.name}_{part}.txt"))
+        source = {"path": listing, "root": str((data / name / "images").resolve())}
+        settings["data"][part] = [source] if part == "train" else source
+    for role, model in (("student", "efficientnet_lite0"), ("teacher", "efficientnet_lite2")):
+        settings[role] = {"model": str(data / "weights" / f"{model}.safetensors"), "arch": f"tf_{model}"}
+    command(distill.main, settings, output)
 
 
 def scored(folder: Path, row: str, options: argparse.Namespace) -> Path:
