@@ -7,7 +7,7 @@
 DATA holds `bccd/`, `coco-mini/` and `weights/efficientnet_lite{0,2}.safetensors`. Every row is a detector that starts from EfficientNet-Lite0,
 with the settings that `ssld init` writes for the labeled photos on a CPU, at a smaller size (`--side`), and with the same steps: a Faster R-CNN, or a
 RetinaNet in the rows `retinanet...`. What a row adds is in `ROWS`. A seed also chooses which of the training photos are labeled; the others are the
-unlabeled ones. The objects of coco-mini are those of persons, animals and vehicles.
+unlabeled ones. `--data-set coco-mini` has persons, animals and vehicles as its classes, `--data-set animals` its animals as one.
 
 `retinanet_sad` has the detector of the row `retinanet` of its seed as its teacher, which also writes the pseudo-labels of the unlabeled photos; run
 that row before. `..._ssld` start from one backbone for all seeds: stage 1 under EfficientNet-Lite2, as `ssld init` sets it for a student with
@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import yaml
 
-from benchmarks.finetune import few_classes, our_settings, write_settings
+from benchmarks.finetune import DATA, FEW, few_classes, our_settings, write_settings
 from benchmarks.pretrained_student import command
 from ssld.pipelines.runner.stages import flags
 from ssld.shared.config.yaml_files import merge
@@ -83,13 +83,13 @@ seed: 0
 
 def prepare(data: Path, output: Path, name: str, labeled: int, seed: int) -> Path:
     """Write `train.json`, `val.json`, `unlabeled.txt` and the settings of `ssld init`; return their folder."""
-    folder, images = output / f"{name}-{labeled}-{seed}", data / name / "images"
+    folder, images = output / f"{name}-{labeled}-{seed}", data / DATA[name] / "images"
     if (folder / "init.yaml").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("train", "val"):
-        content = json.loads((data / name / "annotations" / f"instances_{part}.json").read_bytes())
-        content = few_classes(content) if name == "coco-mini" else content
+        content = json.loads((data / DATA[name] / "annotations" / f"instances_{part}.json").read_bytes())
+        content = few_classes(content, FEW[name]) if name in FEW else content
         if part == "train":
             ordered = sorted(content["images"], key=lambda image: _draw(seed, image["id"]))
             content["images"], rest = ordered[:labeled], ordered[labeled:]
@@ -109,7 +109,7 @@ def _draw(seed: int, image_id: Any) -> bytes:
 def run_one(data: Path, folder: Path, name: str, row: str, options: argparse.Namespace) -> None:
     """Train and evaluate one detector in this process."""
     torch.set_num_threads(1)
-    images, weights = data / name / "images", data / "weights" / "efficientnet_lite0.safetensors"
+    images, weights = data / DATA[name] / "images", data / "weights" / "efficientnet_lite0.safetensors"
     settings = our_settings(folder, images, weights, options)
     del settings["train_epochs"]
     settings["data"] = {key: value for key, value in settings["data"].items() if key.startswith("train_")}
@@ -147,7 +147,7 @@ def _filled(value: Any, names: dict[str, Path]) -> Any:
 
 def stage1(data: Path, name: str, output: Path) -> None:
     """Train the backbone of the rows `..._ssld`, unless it is finished: on all training photos, of which it reads no label."""
-    content = json.loads((data / name / "annotations" / "instances_train.json").read_bytes())
+    content = json.loads((data / DATA[name] / "annotations" / "instances_train.json").read_bytes())
     files = sorted(str(image["file_name"]) for image in content["images"])
     output.parent.mkdir(parents=True, exist_ok=True)
     parts = {"val": files[::10], "train": [file for number, file in enumerate(files) if number % 10]}
@@ -158,7 +158,7 @@ def stage1(data: Path, name: str, output: Path) -> None:
     settings: dict[str, Any] = yaml.safe_load(STAGE1)
     for part in parts:
         listing = str(output.with_name(f"{output.name}_{part}.txt"))
-        source = {"path": listing, "root": str((data / name / "images").resolve())}
+        source = {"path": listing, "root": str((data / DATA[name] / "images").resolve())}
         settings["data"][part] = [source] if part == "train" else source
     for role, model in (("student", "efficientnet_lite0"), ("teacher", "efficientnet_lite2")):
         settings[role] = {"model": str(data / "weights" / f"{model}.safetensors"), "arch": f"tf_{model}"}
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--data-set", choices=["bccd", "coco-mini"], default="bccd")
+    parser.add_argument("--data-set", choices=list(DATA), default="bccd")
     parser.add_argument("--labeled", type=int, default=160, help="number of labeled photos")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--base", default="supervised", help="row that the others are compared with")
