@@ -30,10 +30,20 @@ os.environ.update(QUIET)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests as `process` that use a fixture that starts processes; others are marked by hand."""
+    """Mark tests as `process` that use a fixture that starts processes; others are marked by hand. Long files go first.
+
+    A long file that starts last leaves the other workers without work.
+    """
     for item in items:
         if {"forking_python", "tab"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.process)
+    items.sort(key=lambda item: not _is_long(item))
+
+
+def _is_long(item: pytest.Item) -> bool:
+    """Whether the file of a test is marked `slow` as a whole."""
+    module = item.getparent(pytest.Module)
+    return module is not None and any(mark.name == "slow" for mark in module.own_markers)
 
 
 def draw(kind: str, seed: int, size: tuple[int, int] = (40, 44)) -> Image.Image:
