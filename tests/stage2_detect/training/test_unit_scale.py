@@ -33,7 +33,8 @@ from ssld.stage2_detect.models.build import Detector, build_detector
 from ssld.stage2_detect.training import unit_scale
 
 INPUTS = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
-SCALE = 7.0  # of the maps of EfficientNet-Lite0, trained on ImageNet
+SCALE = 50.0
+"""root mean square of the maps; EfficientNet-Lite0's, trained on ImageNet, are at 7, which most of these small heads still bear"""
 REP_BLOCKS = tuple(ByoBlockCfg(type="rep", d=1, c=width, s=2, gs=0) for width in (16, 32, 48, 64))
 FAMILIES: dict[str, dict[str, Any]] = {
     "test_resnet": {},
@@ -64,7 +65,7 @@ TRAINED = ("repvgg_a0", "hgnetv2_b0")
 
 
 class Loud(nn.Module):
-    """A body whose maps have the scale of EfficientNet-Lite0's, whatever its weights."""
+    """A body whose maps have the scale `SCALE`, whatever its weights."""
 
     def __init__(self, body: nn.Module, pixels_BCHW: Tensor) -> None:
         super().__init__()
@@ -148,9 +149,9 @@ def test_any_body_trains_at_the_usual_rate(arch: str) -> None:
     assert_it_learns(loud_detector(arch), steps=50)
 
 
-@pytest.mark.parametrize("arch", ["test_convnext", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("arch", ["test_convnext", "swin_tiny_patch4_window7_224", "pvt_v2_b0"])
 def test_without_it_such_a_body_diverges(arch: str) -> None:
-    assert not math.isfinite(losses_at_the_usual_rate(loud_detector(arch), 20, {})[-1])
+    assert not math.isfinite(losses_at_the_usual_rate(loud_detector(arch), 15, {})[-1])
 
 
 @pytest.mark.slow
