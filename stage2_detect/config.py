@@ -288,6 +288,12 @@ class TrainConfig(TrainingConfig):
         """Whether the weights of `backbone` are used: not beside a detector file, which has a backbone of its own."""
         return self.init is None or self.init_is_published
 
+    @property
+    def freezes_random_norms(self) -> bool:
+        """Whether the backbone has random weights and its BatchNorm layers, if it has any, are frozen."""
+        random = self.backbone is not None and kind_of(str(self.backbone)) == "random"
+        return random and self.reads_backbone and self.model.freeze_norm
+
 
 def _given(group: Any) -> dict[str, Any]:
     """Return the settings of a group that were given, as a dict."""

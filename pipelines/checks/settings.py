@@ -213,6 +213,13 @@ def _fits(config: CommandConfig, probe: dict[str, Any]) -> Iterator[Line]:
     for tracker in getattr(config, "trackers", []):
         if importlib.util.find_spec(tracker) is None:
             yield Line("fault", "", f"trackers: {tracker} is not installed; pip install {tracker}, or remove it")
+    if isinstance(config, TrainConfig) and config.freezes_random_norms:
+        yield Line(
+            "warning",
+            "",
+            f"backbone: {config.backbone} has random weights; its BatchNorm layers, if it has any, normalize nothing when frozen: "
+            "use --model.freeze_norm false",
+        )
     if isinstance(config, TrainingConfig) and not devices and config.steps is None and config.train_images is None:
         epochs = config.train_epochs or 0
         if isinstance(config, DistillConfig) and epochs > 100:

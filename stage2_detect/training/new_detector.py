@@ -23,6 +23,7 @@ from ssld.stage2_detect.detector_file import save_detector
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models import build
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
+from ssld.stage2_detect.models.freezing import untrained_norms
 from ssld.stage2_detect.training import unit_scale
 
 _RESERVED = {"format", "kind", "arch", "timm_version", "class_names", "category_ids", "mean", "std", "model", "resize"}
@@ -42,7 +43,7 @@ class NewDetector(nn.Module):
         class_names: one name per class.
         config: architecture, as in the recipes' group `model`.
         resize: image sizes, as in the recipes' group `resize`; `load_detector(FILE).predict` resizes to them.
-        loaded: a line on the origin of the backbone's weights.
+        loaded: a line on the origin of the backbone's weights; a second one warns of random weights whose BatchNorm layers are frozen.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class NewDetector(nn.Module):
         self.config, self.resize, self.class_names = config, resize, class_names
         reference = parse_reference(backbone, arch)
         body, self.loaded = create_body(reference)
+        if not reference.pretrained and config.freeze_norm and (warning := untrained_norms(body, backbone)):
+            self.loaded += f"\n{warning}"
         self._arch, self._inputs = reference.arch, input_settings(body, reference.metadata)
         args = body_args(network_args(reference, None))
         self._facts: dict[str, Any] = {

@@ -23,7 +23,7 @@ from ssld.stage2_detect.distillation.moving import SemiSupervised
 from ssld.stage2_detect.distillation.rcnn import DistilledRCNN
 from ssld.stage2_detect.distillation.teacher import FrozenDetector, open_teacher
 from ssld.stage2_detect.models.build import Detector, build_detector
-from ssld.stage2_detect.models.freezing import lr_factor_of_parameter
+from ssld.stage2_detect.models.freezing import lr_factor_of_parameter, untrained_norms
 from ssld.stage2_detect.models.rcnn import RCNN
 from ssld.stage2_detect.training import unit_scale
 from ssld.stage2_detect.training.init_weights import open_init
@@ -208,6 +208,8 @@ class TrainedDetector:
         body = self.detector.pyramid.body
         if config.model.freeze_norm and not any(isinstance(module, _BatchNorm) for module in body.modules()):
             yield f"model.freeze_norm: {self.arch} has no BatchNorm, so there is nothing to freeze"
+        if config.freezes_random_norms and (warning := untrained_norms(body, str(config.backbone))):
+            yield warning
         if unread := config.model.unread:
             yield f"{', '.join(f'model.{name}' for name in unread)}: unused by kind: {config.model.kind}"
         if config.moving_teacher:

@@ -242,6 +242,7 @@ def settings(coco: Path, **changes: Any) -> dict[str, Any]:
         "output": str(coco / "run"),
         "backbone": "random:test_resnet",
         "data": {"train_annotations": str(coco / "train.json"), "train_images": str(coco)},
+        "model": {"freeze_norm": False},
         "steps": 2,
         "batch_size": 2,
         "workers": 1,
@@ -265,6 +266,12 @@ def test_settings_of_a_command(coco: Path, capfd: pytest.CaptureFixture[str]) ->
     assert "precision: bf16 is slow or unsupported without a GPU" in out
     assert "workers: 1000 decoding processes on" in out
     assert "backbone: gone.safetensors: no such file or folder" in out
+    file.write_text(yaml.safe_dump(settings(coco, model={})))
+    assert doctor.main([str(file)]) == 0
+    assert (
+        "backbone: random:test_resnet has random weights; its BatchNorm layers, if it has any,"
+        in capfd.readouterr().out
+    )
     file.write_text(yaml.safe_dump(settings(coco, stepz=3)))
     assert doctor.main([str(file)]) == 1
     assert "stepz: unknown key; did you mean 'steps'?" in capfd.readouterr().out

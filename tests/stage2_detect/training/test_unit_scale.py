@@ -11,6 +11,9 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.models import FeatureListNet
+from timm.models.byobnet import ByoBlockCfg
+from timm.models.hgnet import HighPerfGpuNet
 from torch import Tensor, nn
 
 import ssld
@@ -30,29 +33,39 @@ from ssld.stage2_detect.models.build import Detector, build_detector
 from ssld.stage2_detect.training import unit_scale
 
 INPUTS = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
-SCALE = 7.0  # of the maps of EfficientNet-Lite0, trained on ImageNet
-SMALL_SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 4, "strict_img_size": False}  # fmt: skip
-SMALL_PVT = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 1, 2, 2)}
-LONG = ("test_byobnet", "lcnet_035", "mobilenetv3_small_050", "pvt_v2_b0")
-# Not RepVGG and HGNetV2: with random weights behind frozen norms the body itself diverges.
+SCALE = 50.0
+"""root mean square of the maps; EfficientNet-Lite0's, trained on ImageNet, are at 7, which most of these small heads still bear"""
+REP_BLOCKS = tuple(ByoBlockCfg(type="rep", d=1, c=width, s=2, gs=0) for width in (16, 32, 48, 64))
 FAMILIES: dict[str, dict[str, Any]] = {
     "test_resnet": {},
     "test_convnext": {},
     "test_efficientnet": {},
-    "test_byobnet": {},
-    "test_mambaout": {},
-    "lcnet_035": {},
     "mobilenetv3_small_050": {},
-    "swin_tiny_patch4_window7_224": SMALL_SWIN,
-    "pvt_v2_b0": SMALL_PVT,
-    "regnetx_002": {},
-    "test_efficientnet_evos": {},
-    "edgenext_xx_small": {},
-}
+    "ghostnet_050": {},
+    "dla46_c": {"channels": (8, 8, 16, 32, 48, 64)},
+    "regnetx_002": {"depth": 5, "w0": 16, "wa": 24.0, "wm": 2.0, "group_size": 8},
+    "densenet121": {"growth_rate": 8, "block_config": (2, 2, 2, 2)},
+    "swin_tiny_patch4_window7_224": {
+        "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 4, "strict_img_size": False
+    },
+    "pvt_v2_b0": {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 1, 2, 2)},
+    "repvgg_a0": {"blocks": REP_BLOCKS, "stem_chs": 16},
+    "hgnetv2_b0": {
+        "stem_type": "v2",
+        "stem_chs": [8, 16],
+        "stage1": [16, 8, 32, 1, False, False, 3, 1],
+        "stage2": [32, 16, 48, 1, True, False, 3, 1],
+        "stage3": [48, 16, 64, 1, True, True, 5, 1],
+        "stage4": [64, 32, 96, 1, True, True, 5, 1],
+    },
+}  # fmt: skip
+"""one small network per family, with what makes it small"""
+TRAINED = ("repvgg_a0", "hgnetv2_b0")
+"""networks that train for some steps before their norms are frozen; with random weights behind frozen norms the body itself may diverge"""
 
 
 class Loud(nn.Module):
-    """A body whose maps have the scale of EfficientNet-Lite0's, whatever its weights."""
+    """A body whose maps have the scale `SCALE`, whatever its weights."""
 
     def __init__(self, body: nn.Module, pixels_BCHW: Tensor) -> None:
         super().__init__()
@@ -82,9 +95,9 @@ def scenes(side: int = 64) -> tuple[ImageBatch, Targets]:
 def detector_on(body: nn.Module, arch: str, **settings: Any) -> Detector:
     """A small Faster R-CNN, with the recipes' frozen norms."""
     values: dict[str, Any] = {
-        "fpn_channels": 32,
-        "rpn": {"anchor_sizes": [8, 16, 32, 64, 128], "post_nms_top_n_train": 40, "samples_per_image": 64},
-        "roi": {"hidden": 128, "samples_per_image": 24},
+        "fpn_channels": 16,
+        "rpn": {"anchor_sizes": [8, 16, 32, 64, 128], "post_nms_top_n_train": 20, "samples_per_image": 32},
+        "roi": {"hidden": 128, "samples_per_image": 16},
     }
     config = DetectorConfig.model_validate(values | settings)
     return build_detector(config, classes=2, body=body, arch=arch, inputs=INPUTS).train()
@@ -108,10 +121,18 @@ def losses_at_the_usual_rate(detector: Detector, steps: int, factors: dict[str, 
     return totals
 
 
-def loud_detector(arch: str, options: dict[str, Any]) -> Detector:
+def random_body(arch: str) -> nn.Module:
     torch.manual_seed(0)
-    body = timm.create_model(arch, features_only=True, pretrained=False, **options)
-    pixels = scenes()[0].pixels_BCHW / 127.5 - 1
+    options = FAMILIES[arch]
+    if arch == "hgnetv2_b0":  # timm.create_model does not take its sizes
+        return FeatureListNet(HighPerfGpuNet(options), out_indices=(0, 1, 2, 3), flatten_sequential=True)
+    return timm.create_model(arch, features_only=True, pretrained=False, **options)
+
+
+def loud_detector(arch: str) -> Detector:
+    body, pixels = random_body(arch), scenes()[0].pixels_BCHW / 127.5 - 1
+    if arch in TRAINED:
+        losses_at_the_usual_rate(detector_on(body, arch, freeze_norm=False), 20, {})
     return detector_on(Loud(body, pixels), arch)
 
 
@@ -125,11 +146,12 @@ def assert_it_learns(detector: Detector, steps: int) -> None:
 
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_any_body_trains_at_the_usual_rate(arch: str) -> None:
-    assert_it_learns(loud_detector(arch, FAMILIES[arch]), steps=50 if arch in LONG else 15)
+    assert_it_learns(loud_detector(arch), steps=50)
 
 
-def test_without_it_such_a_body_diverges() -> None:
-    assert not math.isfinite(losses_at_the_usual_rate(loud_detector("test_convnext", {}), 20, {})[-1])
+@pytest.mark.parametrize("arch", ["test_convnext", "swin_tiny_patch4_window7_224", "pvt_v2_b0"])
+def test_without_it_such_a_body_diverges(arch: str) -> None:
+    assert not math.isfinite(losses_at_the_usual_rate(loud_detector(arch), 15, {})[-1])
 
 
 @pytest.mark.slow
