@@ -10,7 +10,6 @@ both detectors equal are part of the file. docs/detectors.md lists what is conve
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,6 +113,8 @@ def convert_detector(config: ConvertForeignConfig) -> None:
 def _check_flags(config: ConvertForeignConfig, project: str) -> None:
     if project == "torchvision" and config.caffe is not None:
         raise UserError("caffe: is for weights of detectron2 and mmdetection; torchvision has no such ResNets")
+    if project != "torchvision" and config.architecture is not None:
+        raise UserError(f"architecture: is for weights of torchvision; the tensors of {project} show theirs")
     if project != "torchvision" and config.norm_eps is not None:
         raise UserError(f"norm_eps: is for weights of torchvision; the norms of {project} have 1e-5")
 
@@ -122,12 +123,15 @@ def _torchvision(
     config: ConvertForeignConfig, given: "dict[str, Tensor]", digest: str, file: Path
 ) -> tuple["ForeignDetector", "CocoData"]:
     """Return torchvision's detector, its rows those of the classes."""
-    from ssld.stage2_detect.foreign.torchvision_weights import recognize, torchvision_detector, with_current_names
+    from ssld.stage2_detect.foreign.torchvision_weights import (
+        choose,
+        recognize,
+        torchvision_detector,
+        with_current_names,
+    )
 
     given = with_current_names(given)
-    recognized = recognize(given, file)
-    known = next((name for name, one in PUBLISHED.items() if digest.startswith(one.sha256)), recognized.name)
-    recognized = replace(recognized, name=known, about=PUBLISHED[known])
+    recognized = choose(recognize(given, file), config.architecture, file=file, digest=digest)
     about = recognized.about
     data, labels = _labels(config, recognized.labels, str(file), retinanet=about.model["kind"] == "retinanet")
     norm_eps = config.norm_eps
