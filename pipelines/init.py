@@ -115,16 +115,10 @@ def _init(arguments: Namespace) -> int:
     photos_read = _read_photos(arguments, names) if arguments.annotations else _Photos()
     moving = arguments.moving_teacher == "yes"
     pool = _divide(arguments, photos_read) if distills or moving else None
-    files = dict(photos_read.files)
     moving_photos = _moving_photos(arguments.unlabeled, pool, distills=distills) if pool and moving else []
-    files |= {names["moving"]: "".join(f"{photo}\n" for photo in moving_photos)} if moving else {}
     pool = pool if distills else None
-    if pool:
-        lists = {"pool": pool.train} | ({"held_out": pool.held_out} if pool.held_out else {})
-        lists |= {"listing": [row["file_name"] for row in photos_read.train["images"]]} if arguments.annotations else {}
-        files |= {names[name]: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
-    if "shown" in names:
-        files[names["shown"]] = "".join(f"{photo}\n" for photo in some_photos(arguments.unlabeled, arguments.seed))
+    lists = _lists(arguments, photos_read, pool, moving_photos)
+    files = photos_read.files | {names[name]: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
     facts = Facts(
         annotations=names.get("train", arguments.annotations),
         images_folder=arguments.images,
@@ -223,6 +217,29 @@ def _moving_photos(folder: Path, pool: Pool, *, distills: bool) -> list[Path]:
     return [folder.absolute() / name for name in sorted([*pool.train, *([] if distills else pool.held_out)])]
 
 
+def _lists(
+    arguments: Namespace, photos: _Photos, pool: Pool | None, moving_photos: Sequence[Path]
+) -> dict[str, Sequence[Path | str]]:
+    """Return the lists of photos to write, one file per line, by their role as in `_names`.
+
+    Args:
+        pool: the photos of stage 1; None without it.
+        moving_photos: those of a moving teacher.
+    """
+    lists: dict[str, Sequence[Path | str]] = {}
+    if arguments.moving_teacher == "yes":
+        lists["moving"] = moving_photos
+    if pool:
+        lists["pool"] = pool.train
+    if pool and pool.held_out:
+        lists["held_out"] = pool.held_out
+    if pool and arguments.annotations:
+        lists["listing"] = [row["file_name"] for row in photos.train["images"]]
+    if arguments.unlabeled and arguments.annotations:
+        lists["shown"] = some_photos(arguments.unlabeled, arguments.seed)
+    return lists
+
+
 def _check_moving(facts: Facts) -> None:
     """Raise UserError if a moving teacher has fewer unlabeled photos than a step uses."""
     batch = detector_batch(facts)[0]
@@ -299,7 +316,7 @@ def _about(seconds: float | None) -> str:
 
 
 def _names(arguments: Namespace) -> dict[str, Path]:
-    """Return every file that may be written, by its role."""
+    """Return every file that may be written, by its role: the pipeline itself, both parts of the annotations, and the lists of `_lists`."""
     output: Path = arguments.output
     names = {"pipeline": output}
     if arguments.annotations and not arguments.val_annotations:

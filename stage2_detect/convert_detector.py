@@ -144,17 +144,13 @@ def _labels(
     config: ConvertForeignConfig, count: int, source: str, *, retinanet: bool
 ) -> tuple["CocoData", tuple[int, ...]]:
     """Return the classes of torchvision's weights, and its label of each."""
-    from ssld.stage2_detect.data.coco import CocoData, read_coco
-    from ssld.stage2_detect.foreign.coco_classes import coco_classes
+    from ssld.stage2_detect.foreign.coco_classes import GIVE_ANNOTATIONS, classes_of, coco_classes
 
+    data = classes_of(config.annotations)
     if config.annotations is None:
         if count != _COCO_LABELS:
-            raise UserError(
-                f"{source}: has {count} labels, COCO has {_COCO_LABELS}; give --annotations with a COCO JSON of the data it was trained on"
-            )
-        coco = coco_classes()
-        return CocoData("COCO 2017", False, tuple(coco.values()), tuple(coco), images=[]), tuple(coco)
-    data = read_coco(config.annotations, None, training=False)
+            raise UserError(f"{source}: has {count} labels, COCO has {_COCO_LABELS}{GIVE_ANNOTATIONS}")
+        return data, tuple(coco_classes())
     classes, ids = len(data.class_names), data.category_ids
     if count == classes + 1:
         return data, tuple(range(1, count))
@@ -170,15 +166,10 @@ def _labels(
 
 def _classes(config: ConvertForeignConfig, detector: "ForeignDetector", source: str) -> "CocoData":
     """Return the classes of weights whose rows are those of the classes, in order."""
-    from ssld.stage2_detect.data.coco import CocoData, read_coco
-    from ssld.stage2_detect.foreign.coco_classes import coco_classes
+    from ssld.stage2_detect.foreign.coco_classes import GIVE_ANNOTATIONS, classes_of
 
-    if config.annotations:
-        data = read_coco(config.annotations, None, training=False)
-    else:
-        coco = coco_classes()
-        data = CocoData("COCO 2017", False, tuple(coco.values()), tuple(coco), images=[])
-    hint = "" if config.annotations else "; give --annotations with a COCO JSON of the data it was trained on"
+    data = classes_of(config.annotations)
+    hint = "" if config.annotations else GIVE_ANNOTATIONS
     if len(data.class_names) != detector.classes:
         raise UserError(f"{source}: has {detector.classes} classes, {data.file} has {len(data.class_names)}{hint}")
     for named, given in zip(detector.class_names, data.class_names, strict=False):

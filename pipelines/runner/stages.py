@@ -23,11 +23,13 @@ from ssld.pipelines.config import (
 )
 from ssld.pipelines.folder import inside_folder_of, left_behind, missing_text, rebased_value, shown
 from ssld.pipelines.toy_data import ToyDataConfig
-from ssld.shared.config.settings import CommandConfig, did_you_mean, parse_config, validate
+from ssld.shared.config.settings import CommandConfig, parse_config
 from ssld.shared.config.training import TrainingConfig
+from ssld.shared.config.validation import validate
 from ssld.shared.config.words import takes_path
 from ssld.shared.config.yaml_files import read_settings
 from ssld.shared.errors import UserError
+from ssld.shared.wording import did_you_mean
 from ssld.stage1_ssld.config import (
     ConvertPaddleConfig,
     CurateConfig,

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from ssld.shared.config.help import models_in
-from ssld.shared.config.plain_values import kinds_in
+from ssld.shared.config.annotations import kinds_in, models_in
 
 
 def underscored(word: str) -> str:

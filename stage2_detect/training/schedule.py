@@ -27,10 +27,22 @@ class Schedule:
 
     def factor(self, step: int) -> float:
         """Return the factor on the learning rate at `step` (0-based)."""
-        warmup = {"warmup_steps": self.warmup_steps, "warmup_start": self.optim.warmup_start}
-        if self.optim.schedule == "milestones":
-            return multistep_factor(step, milestones=self.milestones, gamma=self.optim.gamma, **warmup)  # type: ignore[arg-type]
-        return decay_factor(step, steps=self.steps, decay_steps=self.decay_steps, **warmup)  # type: ignore[arg-type]
+        optim = self.optim
+        if optim.schedule == "milestones":
+            return multistep_factor(
+                step,
+                milestones=self.milestones,
+                gamma=optim.gamma,
+                warmup_steps=self.warmup_steps,
+                warmup_start=optim.warmup_start,
+            )
+        return decay_factor(
+            step,
+            steps=self.steps,
+            decay_steps=self.decay_steps,
+            warmup_steps=self.warmup_steps,
+            warmup_start=optim.warmup_start,
+        )
 
     @property
     def decay_steps(self) -> int | None:

@@ -1,0 +1,23 @@
+"""Annotations of settings: the types and the groups of settings in them."""
+
+import typing
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel
+
+
+def kinds_in(annotation: Any) -> set[Any]:
+    """Return the types in an annotation: those of `int | None` are int and NoneType."""
+    inner = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        return set()
+    if typing.get_origin(annotation) is Annotated:
+        inner = inner[:1]
+    return set[Any]().union(*map(kinds_in, inner)) if inner else {annotation}
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the models in an annotation, through Optional, unions and lists."""
+    if isinstance(annotation, type) and not typing.get_args(annotation) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in typing.get_args(annotation) for model in models_in(inner)]
