@@ -38,7 +38,9 @@ from ssld.pipelines.runner.stages import Stage
 from ssld.pipelines.scaffold.augment import choose_augment
 from ssld.pipelines.scaffold.command_line import parser
 from ssld.pipelines.scaffold.fit import REPORT_SECONDS, Fit, fit
+from ssld.pipelines.scaffold.pipeline_file import pipeline_text
 from ssld.pipelines.scaffold.pool import Pool, divide_pool, some_photos
+from ssld.pipelines.scaffold.split import split_content
 from ssld.pipelines.scaffold.stage1 import proposes_stage_1
 from ssld.pipelines.scaffold.starts import (
     STAGE_1,
@@ -55,9 +57,7 @@ from ssld.pipelines.scaffold.suggest import (
     Networks,
     detector_batch,
     networks_of,
-    pipeline_text,
     shapes,
-    split_content,
     untrained,
 )
 from ssld.pipelines.scaffold.trials import keep_rates, trials
