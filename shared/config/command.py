@@ -14,7 +14,7 @@ from ssld.shared.config.launcher import launched_number, launched_ranks
 from ssld.shared.config.settings import ConfigT, parse_config
 from ssld.shared.config.system_faults import explained, system_fault
 from ssld.shared.config.validation import validate
-from ssld.shared.config.yaml_files import merge, read_recipe, recipe_file, spelled_out, without_others
+from ssld.shared.config.yaml_files import merge, nested, read_recipe, recipe_file, spelled_out, without_others
 from ssld.shared.errors import STOPPED, USER_ERROR, Stopped, UserError
 from ssld.shared.machine import default_threads
 from ssld.shared.noise import libraries_told_apart
@@ -122,10 +122,7 @@ def call_command(
 def _resolved(config_type: type[ConfigT], config: ConfigT | str | Path | None, settings: dict[str, Any]) -> ConfigT:
     over: dict[str, Any] = {}
     for key, value in settings.items():
-        inner = _plain(value)
-        for part in reversed(key.split(".")):
-            inner = {part: inner}
-        over = merge(over, inner)
+        over = merge(over, nested(key.split("."), _plain(value)))
     over = spelled_out(over, config_type.short_forms)
     below: dict[str, Any] = {}
     if isinstance(config, config_type):

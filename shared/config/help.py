@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ssld.shared.config.annotations import models_in
+from ssld.shared.config.annotations import fields_at, models_in
 from ssld.shared.errors import UserError
 
 # fmt: off
@@ -198,11 +198,8 @@ def _short(element: BaseModel) -> str:
 
 def _field(config_type: type[BaseModel] | None, key: str) -> FieldInfo | None:
     """Return the field of a dotted key; None for a flag that is no setting, as --help."""
-    models, field = [config_type] if config_type else [], None
-    for part in key.split("."):
-        field = next((model.model_fields[part] for model in models if part in model.model_fields), None)
-        models = models_in(field.annotation) if field else []
-    return field
+    fields = fields_at(config_type, key.split(".")) if config_type else []
+    return fields[0] if fields else None
 
 
 def _place(key: str) -> int:
@@ -211,13 +208,9 @@ def _place(key: str) -> int:
 
 def _stands_alone(key: str, config_type: type[BaseModel] | None) -> bool:
     """Whether a required key is needed by every run: none of the groups around it can be left out."""
-    models = [config_type] if config_type else []
-    for part in key.split(".")[:-1]:
-        fields = [model.model_fields[part] for model in models if model is not None and part in model.model_fields]
-        if any(not field.is_required() for field in fields):
-            return False
-        models = [inner for field in fields for inner in models_in(field.annotation)]
-    return True
+    groups = [key.split(".")[:depth] for depth in range(1, key.count(".") + 1)]
+    around = [field for group in groups for field in (fields_at(config_type, group) if config_type else [])]
+    return all(field.is_required() for field in around)
 
 
 def _groups(config_type: type[BaseModel] | None, by_key: dict[str, argparse.Action]) -> dict[str, tuple[str, int]]:
@@ -226,14 +219,8 @@ def _groups(config_type: type[BaseModel] | None, by_key: dict[str, argparse.Acti
     found = {}
     for name in dict.fromkeys(names):
         about = ""
-        models = [config_type] if config_type else []
-        for part in name.split("."):
-            models = [
-                inner
-                for model in models
-                if part in model.model_fields
-                for inner in models_in(model.model_fields[part].annotation)
-            ]
+        field = _field(config_type, name)
+        models = models_in(field.annotation) if field else []
         if models:
             about = (models[0].__doc__ or "").strip().splitlines()[0].rstrip(".")
         found[name] = (about, sum(key.startswith(f"{name}.") for key in by_key))

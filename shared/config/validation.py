@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ssld.shared.config.annotations import models_in
-from ssld.shared.config.yaml_files import merge
+from ssld.shared.config.yaml_files import merge, nested
 from ssld.shared.errors import UserError
 from ssld.shared.wording import RENAMED, did_you_mean
 
@@ -83,7 +83,7 @@ def _own_faults(config_type: type[BaseModel], values: dict[str, Any], flags: dic
         for item in items:
             given = _at(flags, item["loc"]) if item["type"] == "missing" else None
             if given is not None:  # an empty group: the next round finds its required keys
-                values = merge(values, _nested(item["loc"], {} if isinstance(given, dict) else given))
+                values = merge(values, nested(item["loc"], {} if isinstance(given, dict) else given))
         if values == whole:
             return {(item["loc"], item["msg"]) for item in items}
 
@@ -99,12 +99,6 @@ def _at(flags: Any, location: tuple[Any, ...]) -> Any:
     return flags
 
 
-def _nested(location: tuple[Any, ...], value: Any) -> dict[str, Any]:
-    for part in reversed(location):
-        value = {part: value}
-    return dict(value)
-
-
 def _explain(config_type: type[BaseModel], item: Any, *, call: bool = False) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
@@ -116,7 +110,7 @@ def _explain(config_type: type[BaseModel], item: Any, *, call: bool = False) -> 
     if item["type"] == "missing":
         needed = needed_keys(config_type, item["loc"])
         if call:
-            arguments = reduce(merge, [_nested(tuple(name.split(".")), ...) for name in needed])
+            arguments = reduce(merge, [nested(tuple(name.split(".")), ...) for name in needed])
             text = ", ".join(f"{name}={value!r}" for name, value in arguments.items()).replace("Ellipsis", "...")
             return f"{key}: missing; give it in the YAML file or pass {text}"
         flags = ", ".join(f"--{name}" for name in needed)

@@ -94,8 +94,8 @@ def test_the_command_writes_these_files(
     settings = distilled_settings | {"ema": {"decay": 0.9}, "precision": "bf16"}
     assert call(train.main, arguments(settings)) == 0
     run = tmp_path / "run"
-    written = {name for name in files_below(run) if not name.startswith("pictures/")}
-    assert written == training_files("model", "ema", "adapters", "optimizer")
+    files = {name for name in files_below(run) if not name.startswith("pictures/")}
+    assert files == training_files("model", "ema", "adapters", "optimizer")
     log = (run / "log.txt").read_text()
     assert f"teacher {teacher_detector}: AP 0.00 on 3 images of {settings['data']['val_annotations']}" in log
     assert f"teacher {teacher_detector} (faster_rcnn on test_resnet): loss_pkd x6, loss_roi_kd x1" in log

@@ -54,8 +54,8 @@ def test_the_command_writes_these_files(
     flags = [word for key, value in given.items() for word in (f"--moving_teacher.{key}", str(value))]
     assert call(train.main, arguments(settings | {"precision": "bf16"}, "run", *flags)) == 0
     run = tmp_path / "run"
-    written = {name for name in files_below(run) if not name.startswith("pictures/")}
-    assert written == training_files("model", "ema", "optimizer")
+    files = {name for name in files_below(run) if not name.startswith("pictures/")}
+    assert files == training_files("model", "ema", "optimizer")
     log = (run / "log.txt").read_text()
     assert f"5 unlabeled images of {tmp_path / 'unlabeled'}" in log
     assert "2 labeled + 2 unlabeled images per batch, 2 labeled ones in the burn-in" in log

@@ -183,8 +183,8 @@ def test_trains_under_a_teacher_on_both(
 ) -> None:
     assert call(train.main, arguments(settings)) == 0
     run = tmp_path / "run"
-    written = {name for name in files_below(run) if not name.startswith("pictures/")}
-    assert written == training_files("model", "optimizer")
+    files = {name for name in files_below(run) if not name.startswith("pictures/")}
+    assert files == training_files("model", "optimizer")
     content = json.loads(pseudo_file.read_text())
     boxes, images = len(content["annotations"]), len(content["images"])
     log = (run / "log.txt").read_text()

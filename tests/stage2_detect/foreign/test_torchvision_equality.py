@@ -285,7 +285,6 @@ def test_the_detector_for_320_pixels_has_its_own_thresholds_and_sizes() -> None:
         # Scores far apart, some on either side of each threshold.
         head = reference.rpn.head.cls_logits
         head.weight.mul_(2 / reference.rpn.head(maps)[0][0].std())
-        head.bias.fill_(-4)
     reference.transform.image_mean, reference.transform.image_std = (
         (255 * torch.tensor(values)).tolist() for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     )
@@ -300,10 +299,10 @@ def test_the_detector_for_320_pixels_has_its_own_thresholds_and_sizes() -> None:
     model.eval()
     assert isinstance(model, RCNN)
     # Scores of many anchors, so that the limits of 150 count, then of few, so that the threshold does.
-    for lower in (0, 8):
+    for bias in (-4.0, -12.0):
+        nn.init.constant_(head.bias, bias)
+        nn.init.constant_(model.rpn.head.objectness.get_parameter("bias"), bias)
         with torch.no_grad():
-            head.bias -= lower
-            model.rpn.head.objectness.bias -= lower
             [expected] = reference([image.float()])
             [actual] = model(ImageBatch(image[None], torch.tensor([[320, 384]]), torch.ones(1)))
         assert len(expected["scores"]) > 5
