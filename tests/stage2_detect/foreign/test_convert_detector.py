@@ -15,7 +15,7 @@ from ssld.shared.errors import UserError
 from ssld.stage2_detect.convert_detector import main
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.foreign.coco_classes import coco_classes
-from ssld.stage2_detect.foreign.torchvision_weights import convert, find_weights, read_weights, recognize
+from ssld.stage2_detect.foreign.torchvision_weights import choose, convert, find_weights, read_weights, recognize
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.published import PUBLISHED
 
@@ -163,6 +163,17 @@ def test_two_detectors_on_mobilenet_differ_in_settings_alone(
     log = (tmp_path / "run" / "log.txt").read_text()
     assert line in log
     assert ("--architecture" in log) == bool(line)
+
+
+def test_a_published_file_is_known_by_its_sha256(mobile_state: State) -> None:
+    published, recognized = f"{MOBILE}_320_fpn", recognize(mobile_state, "s")
+    digest = f"{PUBLISHED[published].sha256}{56 * '0'}"
+    chosen = choose(recognized, None, file=Path("renamed.pth"), digest=digest)
+    assert (chosen.name, chosen.about, chosen.chosen_by) == (published, PUBLISHED[published], "")
+    with pytest.raises(
+        UserError, match=rf"architecture: {MOBILE}_fpn: a\.pth is torchvision's published file of {published}"
+    ):
+        choose(recognized, f"{MOBILE}_fpn", file=Path("a.pth"), digest=digest)
 
 
 def test_user_errors(
