@@ -2,7 +2,7 @@
 a training."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from ssld.shared.config.training import in_steps
 from ssld.shared.training.optim import decay_factor, multistep_factor
@@ -27,22 +27,10 @@ class Schedule:
 
     def factor(self, step: int) -> float:
         """Return the factor on the learning rate at `step` (0-based)."""
-        optim = self.optim
-        if optim.schedule == "milestones":
-            return multistep_factor(
-                step,
-                milestones=self.milestones,
-                gamma=optim.gamma,
-                warmup_steps=self.warmup_steps,
-                warmup_start=optim.warmup_start,
-            )
-        return decay_factor(
-            step,
-            steps=self.steps,
-            decay_steps=self.decay_steps,
-            warmup_steps=self.warmup_steps,
-            warmup_start=optim.warmup_start,
-        )
+        warmup: dict[str, Any] = {"warmup_steps": self.warmup_steps, "warmup_start": self.optim.warmup_start}
+        if self.optim.schedule == "milestones":
+            return multistep_factor(step, milestones=self.milestones, gamma=self.optim.gamma, **warmup)
+        return decay_factor(step, steps=self.steps, decay_steps=self.decay_steps, **warmup)
 
     @property
     def decay_steps(self) -> int | None:
