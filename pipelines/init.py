@@ -91,24 +91,9 @@ def _init(arguments: Namespace) -> int:
     minutes = 60 * arguments.hours if arguments.hours is not None else arguments.minutes or MINUTES
     probe = ask_torch()
     gpus = probe.get("devices") or []
-    networks = networks_of(
-        gpu=bool(gpus),
-        backbone=arguments.backbone,
-        arch=arguments.arch,
-        teacher=arguments.teacher,
-        teacher_arch=arguments.teacher_arch,
-    )
-    detector, given = bool(arguments.annotations or arguments.data), read_starts(arguments.starts)
-    distills, why = bool(STAGE_1 & set(given or ())), ""
-    if arguments.unlabeled and given is None:
-        photos = len(list_images(arguments.unlabeled))
-        distills, why = proposes_stage_1(arguments.distill, networks[0].backbone, photos, detector=detector)
-    init = find_init(arguments.init, given, gpu=bool(gpus)) if detector else None
-    if given and not {"imagenet", *STAGE_1} & set(given):
-        networks = untrained(networks)
-    networks, init, given = _available(networks, init, given, distills=distills, own=bool(arguments.backbone))
-    backbone, arch = networks[0].backbone, networks[0].arch
-    starts = choose_starts(given, init, backbone, arch, distills=distills) if detector else ()
+    detector = bool(arguments.annotations or arguments.data)
+    choice = _choose(arguments, detector=detector, gpu=bool(gpus))
+    networks, starts, init, distills = choice.networks, choice.starts, choice.init, choice.distills
     arguments = _as_files(arguments)
     names = _names(arguments)
     _check_unwritten(names.values())
@@ -138,7 +123,7 @@ def _init(arguments: Namespace) -> int:
         gpus=len(gpus),
         cores=cores(),
         seed=arguments.seed,
-        pretrained="random" not in starts and not backbone.startswith("random:"),
+        pretrained="random" not in starts and not networks[0].backbone.startswith("random:"),
         starts=starts,
         init=init,
         trackers=("tensorboard",) if find_spec("tensorboard") else (),
@@ -148,8 +133,8 @@ def _init(arguments: Namespace) -> int:
     _check_moving(facts)
     augment, augment_reason = choose_augment(arguments.augment)
     facts = replace(facts, augment=augment, augment_reason=augment_reason)
-    if why:
-        say(why)
+    if choice.why:
+        say(choice.why)
     if detector and arguments.unlabeled and not moving:
         say(MOVING_HINT)
     if "detector" not in facts.trainings and facts.detectors:
@@ -170,6 +155,51 @@ def _init(arguments: Namespace) -> int:
         _tell(fitting, *keep_rates(own, fitting.rates), minutes)
     say(f"read {output}, then start it: ssld run {shlex.quote(str(output))}")
     return 0
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Networks and starts of the detectors, before anything is measured.
+
+    Attributes:
+        networks: those to choose from, large ones first.
+        starts: of the detectors; empty without a detector.
+        init: the detector of the start `coco`.
+        distills: whether there is stage 1.
+        why: line on whether stage 1 is proposed; empty where the starts are given.
+    """
+
+    networks: list[Networks]
+    starts: tuple[Start, ...]
+    init: Init | None
+    distills: bool
+    why: str
+
+
+def _choose(arguments: Namespace, *, detector: bool, gpu: bool) -> _Choice:
+    """Choose networks and starts by what the user gives, and what is on this machine or can be downloaded.
+
+    Raises UserError where a start is impossible, or weights are out of reach.
+    """
+    networks = networks_of(
+        gpu=gpu,
+        backbone=arguments.backbone,
+        arch=arguments.arch,
+        teacher=arguments.teacher,
+        teacher_arch=arguments.teacher_arch,
+    )
+    given = read_starts(arguments.starts)
+    distills, why = bool(STAGE_1 & set(given or ())), ""
+    if arguments.unlabeled and given is None:
+        photos = len(list_images(arguments.unlabeled))
+        distills, why = proposes_stage_1(arguments.distill, networks[0].backbone, photos, detector=detector)
+    init = find_init(arguments.init, given, gpu=gpu) if detector else None
+    if given and not {"imagenet", *STAGE_1} & set(given):
+        networks = untrained(networks)
+    networks, init, given = _available(networks, init, given, distills=distills, own=bool(arguments.backbone))
+    backbone, arch = networks[0].backbone, networks[0].arch
+    starts = choose_starts(given, init, backbone, arch, distills=distills) if detector else ()
+    return _Choice(networks, starts, init, distills, why)
 
 
 @dataclass(frozen=True)
