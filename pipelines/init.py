@@ -38,7 +38,9 @@ from ssld.pipelines.runner.stages import Stage
 from ssld.pipelines.scaffold.augment import choose_augment
 from ssld.pipelines.scaffold.command_line import parser
 from ssld.pipelines.scaffold.fit import REPORT_SECONDS, Fit, fit
+from ssld.pipelines.scaffold.pipeline_file import pipeline_text
 from ssld.pipelines.scaffold.pool import Pool, divide_pool, some_photos
+from ssld.pipelines.scaffold.split import split_content
 from ssld.pipelines.scaffold.stage1 import proposes_stage_1
 from ssld.pipelines.scaffold.starts import (
     STAGE_1,
@@ -55,9 +57,7 @@ from ssld.pipelines.scaffold.suggest import (
     Networks,
     detector_batch,
     networks_of,
-    pipeline_text,
     shapes,
-    split_content,
     untrained,
 )
 from ssld.pipelines.scaffold.trials import keep_rates, trials
@@ -91,40 +91,19 @@ def _init(arguments: Namespace) -> int:
     minutes = 60 * arguments.hours if arguments.hours is not None else arguments.minutes or MINUTES
     probe = ask_torch()
     gpus = probe.get("devices") or []
-    networks = networks_of(
-        gpu=bool(gpus),
-        backbone=arguments.backbone,
-        arch=arguments.arch,
-        teacher=arguments.teacher,
-        teacher_arch=arguments.teacher_arch,
-    )
-    detector, given = bool(arguments.annotations or arguments.data), read_starts(arguments.starts)
-    distills, why = bool(STAGE_1 & set(given or ())), ""
-    if arguments.unlabeled and given is None:
-        photos = len(list_images(arguments.unlabeled))
-        distills, why = proposes_stage_1(arguments.distill, networks[0].backbone, photos, detector=detector)
-    init = find_init(arguments.init, given, gpu=bool(gpus)) if detector else None
-    if given and not {"imagenet", *STAGE_1} & set(given):
-        networks = untrained(networks)
-    networks, init, given = _available(networks, init, given, distills=distills, own=bool(arguments.backbone))
-    backbone, arch = networks[0].backbone, networks[0].arch
-    starts = choose_starts(given, init, backbone, arch, distills=distills) if detector else ()
+    detector = bool(arguments.annotations or arguments.data)
+    choice = _choose(arguments, detector=detector, gpu=bool(gpus))
+    networks, starts, init, distills = choice.networks, choice.starts, choice.init, choice.distills
     arguments = _as_files(arguments)
     names = _names(arguments)
     _check_unwritten(names.values())
     photos_read = _read_photos(arguments, names) if arguments.annotations else _Photos()
     moving = arguments.moving_teacher == "yes"
     pool = _divide(arguments, photos_read) if distills or moving else None
-    files = dict(photos_read.files)
     moving_photos = _moving_photos(arguments.unlabeled, pool, distills=distills) if pool and moving else []
-    files |= {names["moving"]: "".join(f"{photo}\n" for photo in moving_photos)} if moving else {}
     pool = pool if distills else None
-    if pool:
-        lists = {"pool": pool.train} | ({"held_out": pool.held_out} if pool.held_out else {})
-        lists |= {"listing": [row["file_name"] for row in photos_read.train["images"]]} if arguments.annotations else {}
-        files |= {names[name]: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
-    if "shown" in names:
-        files[names["shown"]] = "".join(f"{photo}\n" for photo in some_photos(arguments.unlabeled, arguments.seed))
+    lists = _lists(arguments, photos_read, pool, moving_photos)
+    files = photos_read.files | {names[name]: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
     facts = Facts(
         annotations=names.get("train", arguments.annotations),
         images_folder=arguments.images,
@@ -144,7 +123,7 @@ def _init(arguments: Namespace) -> int:
         gpus=len(gpus),
         cores=cores(),
         seed=arguments.seed,
-        pretrained="random" not in starts and not backbone.startswith("random:"),
+        pretrained="random" not in starts and not networks[0].backbone.startswith("random:"),
         starts=starts,
         init=init,
         trackers=("tensorboard",) if find_spec("tensorboard") else (),
@@ -154,8 +133,8 @@ def _init(arguments: Namespace) -> int:
     _check_moving(facts)
     augment, augment_reason = choose_augment(arguments.augment)
     facts = replace(facts, augment=augment, augment_reason=augment_reason)
-    if why:
-        say(why)
+    if choice.why:
+        say(choice.why)
     if detector and arguments.unlabeled and not moving:
         say(MOVING_HINT)
     if "detector" not in facts.trainings and facts.detectors:
@@ -176,6 +155,51 @@ def _init(arguments: Namespace) -> int:
         _tell(fitting, *keep_rates(own, fitting.rates), minutes)
     say(f"read {output}, then start it: ssld run {shlex.quote(str(output))}")
     return 0
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Networks and starts of the detectors, before anything is measured.
+
+    Attributes:
+        networks: those to choose from, large ones first.
+        starts: of the detectors; empty without a detector.
+        init: the detector of the start `coco`.
+        distills: whether there is stage 1.
+        why: line on whether stage 1 is proposed; empty where the starts are given.
+    """
+
+    networks: list[Networks]
+    starts: tuple[Start, ...]
+    init: Init | None
+    distills: bool
+    why: str
+
+
+def _choose(arguments: Namespace, *, detector: bool, gpu: bool) -> _Choice:
+    """Choose networks and starts by what the user gives, and what is on this machine or can be downloaded.
+
+    Raises UserError where a start is impossible, or weights are out of reach.
+    """
+    networks = networks_of(
+        gpu=gpu,
+        backbone=arguments.backbone,
+        arch=arguments.arch,
+        teacher=arguments.teacher,
+        teacher_arch=arguments.teacher_arch,
+    )
+    given = read_starts(arguments.starts)
+    distills, why = bool(STAGE_1 & set(given or ())), ""
+    if arguments.unlabeled and given is None:
+        photos = len(list_images(arguments.unlabeled))
+        distills, why = proposes_stage_1(arguments.distill, networks[0].backbone, photos, detector=detector)
+    init = find_init(arguments.init, given, gpu=gpu) if detector else None
+    if given and not {"imagenet", *STAGE_1} & set(given):
+        networks = untrained(networks)
+    networks, init, given = _available(networks, init, given, distills=distills, own=bool(arguments.backbone))
+    backbone, arch = networks[0].backbone, networks[0].arch
+    starts = choose_starts(given, init, backbone, arch, distills=distills) if detector else ()
+    return _Choice(networks, starts, init, distills, why)
 
 
 @dataclass(frozen=True)
@@ -221,6 +245,29 @@ def _divide(arguments: Namespace, photos: _Photos) -> Pool:
 def _moving_photos(folder: Path, pool: Pool, *, distills: bool) -> list[Path]:
     """Return the absolute paths of the photos for a moving teacher. Only stage 1 is checked on held-out photos: without it they are used too."""
     return [folder.absolute() / name for name in sorted([*pool.train, *([] if distills else pool.held_out)])]
+
+
+def _lists(
+    arguments: Namespace, photos: _Photos, pool: Pool | None, moving_photos: Sequence[Path]
+) -> dict[str, Sequence[Path | str]]:
+    """Return the lists of photos to write, one file per line, by their role as in `_names`.
+
+    Args:
+        pool: the photos of stage 1; None without it.
+        moving_photos: those of a moving teacher.
+    """
+    lists: dict[str, Sequence[Path | str]] = {}
+    if arguments.moving_teacher == "yes":
+        lists["moving"] = moving_photos
+    if pool:
+        lists["pool"] = pool.train
+    if pool and pool.held_out:
+        lists["held_out"] = pool.held_out
+    if pool and arguments.annotations:
+        lists["listing"] = [row["file_name"] for row in photos.train["images"]]
+    if arguments.unlabeled and arguments.annotations:
+        lists["shown"] = some_photos(arguments.unlabeled, arguments.seed)
+    return lists
 
 
 def _check_moving(facts: Facts) -> None:
@@ -299,7 +346,7 @@ def _about(seconds: float | None) -> str:
 
 
 def _names(arguments: Namespace) -> dict[str, Path]:
-    """Return every file that may be written, by its role."""
+    """Return every file that may be written, by its role: the pipeline itself, both parts of the annotations, and the lists of `_lists`."""
     output: Path = arguments.output
     names = {"pipeline": output}
     if arguments.annotations and not arguments.val_annotations:

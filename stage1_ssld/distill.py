@@ -222,11 +222,11 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         student.networks(),
         optimizer,
         quarantine,
-        steps,
-        config.batch_size,
-        config.keep_checkpoints,
-        config.optim.lr,
-        config.precision,
+        steps=steps,
+        batch_size=config.batch_size,
+        keep_checkpoints=config.keep_checkpoints,
+        lr=config.optim.lr,
+        precision=config.precision,
     )
     start, resumed = state.restore(look=config.look)
 

@@ -98,7 +98,7 @@ def line_of(finding: Finding) -> str:
 
 def _data(arguments: Namespace) -> "DataSet":
     """Return the parts that the arguments name, converted or merged where needed."""
-    from ssld.shared.config.settings import validate
+    from ssld.shared.config.validation import validate
     from ssld.stage2_detect.data.convert.parts import find_data
     from ssld.stage2_detect.data_config import DetectionDataConfig
 

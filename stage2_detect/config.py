@@ -435,6 +435,9 @@ class ConvertForeignConfig(CommandConfig):
     annotations: Path | None = None
     """COCO JSON file with the classes of the weights in their order (torchvision: numbered from 1, or labeled by category id); null: the 80
     classes of COCO"""
+    architecture: str | None = None
+    """name of torchvision's detector that a file of weights is of, where two have the same tensors: fasterrcnn_mobilenet_v3_large_fpn, for images of
+    800 to 1333 pixels, or fasterrcnn_mobilenet_v3_large_320_fpn, for 320 to 640; null: the one in the file's name, else the first"""
     norm_eps: Weight | None = None
     """epsilon of the backbone's BatchNorm in torchvision; null: 0 for the published ResNets of v1, else 1e-5; 0 for weights fine-tuned from those"""
     caffe: bool | None = None

@@ -10,7 +10,6 @@ both detectors equal are part of the file. docs/detectors.md lists what is conve
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,6 +113,8 @@ def convert_detector(config: ConvertForeignConfig) -> None:
 def _check_flags(config: ConvertForeignConfig, project: str) -> None:
     if project == "torchvision" and config.caffe is not None:
         raise UserError("caffe: is for weights of detectron2 and mmdetection; torchvision has no such ResNets")
+    if project != "torchvision" and config.architecture is not None:
+        raise UserError(f"architecture: is for weights of torchvision; the tensors of {project} show theirs")
     if project != "torchvision" and config.norm_eps is not None:
         raise UserError(f"norm_eps: is for weights of torchvision; the norms of {project} have 1e-5")
 
@@ -122,12 +123,15 @@ def _torchvision(
     config: ConvertForeignConfig, given: "dict[str, Tensor]", digest: str, file: Path
 ) -> tuple["ForeignDetector", "CocoData"]:
     """Return torchvision's detector, its rows those of the classes."""
-    from ssld.stage2_detect.foreign.torchvision_weights import recognize, torchvision_detector, with_current_names
+    from ssld.stage2_detect.foreign.torchvision_weights import (
+        choose,
+        recognize,
+        torchvision_detector,
+        with_current_names,
+    )
 
     given = with_current_names(given)
-    recognized = recognize(given, file)
-    known = next((name for name, one in PUBLISHED.items() if digest.startswith(one.sha256)), recognized.name)
-    recognized = replace(recognized, name=known, about=PUBLISHED[known])
+    recognized = choose(recognize(given, file), config.architecture, file=file, digest=digest)
     about = recognized.about
     data, labels = _labels(config, recognized.labels, str(file), retinanet=about.model["kind"] == "retinanet")
     norm_eps = config.norm_eps
@@ -140,17 +144,13 @@ def _labels(
     config: ConvertForeignConfig, count: int, source: str, *, retinanet: bool
 ) -> tuple["CocoData", tuple[int, ...]]:
     """Return the classes of torchvision's weights, and its label of each."""
-    from ssld.stage2_detect.data.coco import CocoData, read_coco
-    from ssld.stage2_detect.foreign.coco_classes import coco_classes
+    from ssld.stage2_detect.foreign.coco_classes import GIVE_ANNOTATIONS, classes_of, coco_classes
 
+    data = classes_of(config.annotations)
     if config.annotations is None:
         if count != _COCO_LABELS:
-            raise UserError(
-                f"{source}: has {count} labels, COCO has {_COCO_LABELS}; give --annotations with a COCO JSON of the data it was trained on"
-            )
-        coco = coco_classes()
-        return CocoData("COCO 2017", False, tuple(coco.values()), tuple(coco), images=[]), tuple(coco)
-    data = read_coco(config.annotations, None, training=False)
+            raise UserError(f"{source}: has {count} labels, COCO has {_COCO_LABELS}{GIVE_ANNOTATIONS}")
+        return data, tuple(coco_classes())
     classes, ids = len(data.class_names), data.category_ids
     if count == classes + 1:
         return data, tuple(range(1, count))
@@ -166,15 +166,10 @@ def _labels(
 
 def _classes(config: ConvertForeignConfig, detector: "ForeignDetector", source: str) -> "CocoData":
     """Return the classes of weights whose rows are those of the classes, in order."""
-    from ssld.stage2_detect.data.coco import CocoData, read_coco
-    from ssld.stage2_detect.foreign.coco_classes import coco_classes
+    from ssld.stage2_detect.foreign.coco_classes import GIVE_ANNOTATIONS, classes_of
 
-    if config.annotations:
-        data = read_coco(config.annotations, None, training=False)
-    else:
-        coco = coco_classes()
-        data = CocoData("COCO 2017", False, tuple(coco.values()), tuple(coco), images=[])
-    hint = "" if config.annotations else "; give --annotations with a COCO JSON of the data it was trained on"
+    data = classes_of(config.annotations)
+    hint = "" if config.annotations else GIVE_ANNOTATIONS
     if len(data.class_names) != detector.classes:
         raise UserError(f"{source}: has {detector.classes} classes, {data.file} has {len(data.class_names)}{hint}")
     for named, given in zip(detector.class_names, data.class_names, strict=False):

@@ -113,16 +113,11 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
 
 def _classes(config: ConvertPaddleConfig, count: int) -> "CocoData":
     """Return the names and category ids of the file's classes."""
-    from ssld.stage2_detect.data.coco import CocoData, read_coco
-    from ssld.stage2_detect.foreign.coco_classes import coco_classes
+    from ssld.stage2_detect.foreign.coco_classes import GIVE_ANNOTATIONS, classes_of
 
-    if config.annotations:
-        data = read_coco(config.annotations, None, training=False)
-    else:
-        coco = coco_classes()
-        data = CocoData("COCO 2017", False, tuple(coco.values()), tuple(coco), images=[])
+    data = classes_of(config.annotations)
     if len(data.class_names) != count:
-        hint = "" if config.annotations else "; give --annotations with a COCO JSON of the data it was trained on"
+        hint = "" if config.annotations else GIVE_ANNOTATIONS
         raise UserError(f"{config.weights}: has {count} classes, {data.file} has {len(data.class_names)}{hint}")
     return data
 

@@ -41,17 +41,16 @@ def predict(config: PredictConfig) -> None:
 def _predict(config: PredictConfig) -> None:
     import json
 
-    from ssld.shared.checksums import made_again
     from ssld.shared.distributed.processes import describe_processes, start_processes
     from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
     from ssld.shared.errors import UserError
     from ssld.shared.files import write_atomically
     from ssld.shared.run_dir import RunDir
-    from ssld.shared.training.progress import Bar, Clock
     from ssld.shared.wording import count
     from ssld.stage2_detect.detector_file import load_named
     from ssld.stage2_detect.prediction.files import DrawingsAndCrops, Parts, counts, table_text, write_yolo
-    from ssld.stage2_detect.prediction.label_tools import cvat_xml, label_studio_config, label_studio_tasks
+    from ssld.stage2_detect.prediction.label_tools import write_label_files
+    from ssld.stage2_detect.prediction.part_runs import PartProgress, left_to_do, tell_read
     from ssld.stage2_detect.prediction.steps import (
         Runner,
         assemble,
@@ -78,30 +77,18 @@ def _predict(config: PredictConfig) -> None:
     # ---- detection, part by part; parts of a killed run are kept
     parts = Parts(run.path / "parts", work.records, config.batch_size)
     videos = VideoParts(run.path / "parts", work.folder, work.videos)
-    for line in made_again([*parts.files(), *videos.files()]) if run.main else []:
-        run.log(line)
-    left, videos_left = parts.left(), videos.left()
-    accelerator.wait_for_everyone()  # before a rank writes a part
-    to_do = sum(len(parts.records[number]) for number in left) + len(videos_left)
-    run.log(f"{work.describe()}; {to_do} left to do")
-    mine = left[rank() :: world_size()]
-    images = sum(len(parts.records[number]) for number in mine)  # the number of frames of videos is unknown before
-    clock, bar = Clock(images), Bar(run, images, "image")
-
-    def done_one() -> None:
-        clock.add()
-        bar.add()
-
-    runner = Runner(config, loaded, accelerator.device, done_one)
-    for done, number in enumerate(detect_parts(runner, parts, mine, work), 1):
-        run.log(f"part {number + 1} of {len(parts.records)} done, {len(mine) - done} left: {clock.describe()}")
-    for name in videos_left[rank() :: world_size()]:
+    mine, my_videos = left_to_do(run, work, parts, videos, wait=accelerator.wait_for_everyone)
+    progress = PartProgress(run, parts, mine)
+    clock = progress.clock
+    runner = Runner(config, loaded, accelerator.device, progress.add)
+    progress.follow(detect_parts(runner, parts, mine, work))
+    for name in my_videos:
         frames = 0
         for frames in detect_video(runner, videos, name):
             if clock.due():
                 run.log(f"{name}: {count(frames, 'frame')} done: {clock.describe()}")
         run.log(f"{name}: {count(frames, 'frame')} done: {clock.describe()}")
-    bar.close()
+    progress.close()
     for line in loaded.notes:
         run.log(line)
     accelerator.wait_for_everyone()
@@ -123,26 +110,15 @@ def _predict(config: PredictConfig) -> None:
             problem = str(error)
             parts.delete()  # so that the folder can be used again
         else:
-            tally = work.tally(unreadable)
-            tally.merge(work.listed, kept=False)
-            run.tell("images", config.images, tally)
-            if unreadable:
-                run.quarantine(unreadable)
-                run.log(f"unreadable files are listed in {run.path / 'quarantine.txt'}")
+            tell_read(run, config.images, work, unreadable)
             if config.writes("json") or config.pseudo_labels:
                 files.append(run.path / ("pseudo_labels.json" if config.pseudo_labels else "predictions.json"))
                 write_atomically(files[-1], json.dumps(content, allow_nan=False))
             if config.writes("csv"):
                 files.append(run.path / "predictions.csv")
                 write_atomically(files[-1], table_text(content))
-            if config.writes("label_studio"):
-                tasks = label_studio_tasks(content, config.label_studio_prefix)
-                files += [run.path / "label_studio.json", run.path / "label_studio.xml"]
-                write_atomically(files[-2], json.dumps(tasks, allow_nan=False))
-                write_atomically(files[-1], label_studio_config(content))
-            if config.writes("cvat"):
-                files.append(run.path / "cvat.xml")
-                write_atomically(files[-1], cvat_xml(content))
+            tools = [tool for tool in ("label_studio", "cvat") if config.writes(tool)]
+            files += write_label_files(run.path, content, tools, prefix=config.label_studio_prefix)
             if config.writes("yolo", "yolo_scores"):
                 files += write_yolo(run.path, content, scores=config.writes("yolo_scores"))
             total = len(work.names) + sum(video["frames"] for video in content.get("videos", []))

@@ -149,11 +149,11 @@ def train(config: TrainConfig) -> None:
         trained.networks(),
         optimizer,
         quarantine,
-        steps,
-        config.batch_size,
-        config.keep_checkpoints,
-        config.optim.lr,
-        config.precision,
+        steps=steps,
+        batch_size=config.batch_size,
+        keep_checkpoints=config.keep_checkpoints,
+        lr=config.optim.lr,
+        precision=config.precision,
     )
     start, resumed = state.restore(look=config.look)
     if config.export_check and start == 0:

@@ -17,8 +17,9 @@ from ssld.pipelines.runner.cost import total_text
 from ssld.pipelines.runner.estimate import Costs, expected_costs
 from ssld.pipelines.runner.plan import make_plan, unnamed_networks
 from ssld.pipelines.runner.stages import KINDS, Stage, build_stages, read_pipeline
-from ssld.shared.config.settings import CommandConfig, parse_config, validate
+from ssld.shared.config.settings import CommandConfig, parse_config
 from ssld.shared.config.training import TrainingConfig
+from ssld.shared.config.validation import validate
 from ssld.shared.config.yaml_files import read_recipe
 from ssld.shared.errors import UserError
 from ssld.shared.machine import cores

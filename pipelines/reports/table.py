@@ -21,7 +21,7 @@ from typing import Any
 from ssld.pipelines.config import PipelineConfig, RowConfig, TableConfig
 from ssld.pipelines.reports.audit_view import images_of
 from ssld.pipelines.reports.provenance import alone
-from ssld.shared.config.settings import validate
+from ssld.shared.config.validation import validate
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import write_atomically
 from ssld.shared.run_dir import read_result

@@ -178,10 +178,9 @@ def run_stage(stage: Stage, console: Path, signals: Signals, *, quiet: bool = Fa
         process.stdout.close()
         signals.group = None
     outcome = _outcome(stage, code, list(tail), begun, stopped=signals.received is not None)
-    for text in (
-        errors if outcome.code != USER_ERROR and not quiet else []
-    ):  # the caller prints the lines of a user's mistake
-        say(text, sys.stderr)
+    if outcome.code != USER_ERROR and not quiet:  # the caller prints the lines of a user's mistake
+        for text in errors:
+            say(text, sys.stderr)
     return outcome
 
 

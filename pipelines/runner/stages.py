@@ -9,7 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from ssld.pipelines.config import (
     REFERENCE,
@@ -23,11 +23,13 @@ from ssld.pipelines.config import (
 )
 from ssld.pipelines.folder import inside_folder_of, left_behind, missing_text, rebased_value, shown
 from ssld.pipelines.toy_data import ToyDataConfig
-from ssld.shared.config.settings import CommandConfig, did_you_mean, parse_config, validate
+from ssld.shared.config.settings import CommandConfig, parse_config
 from ssld.shared.config.training import TrainingConfig
+from ssld.shared.config.validation import validate
 from ssld.shared.config.words import takes_path
 from ssld.shared.config.yaml_files import read_settings
 from ssld.shared.errors import UserError
+from ssld.shared.wording import did_you_mean
 from ssld.stage1_ssld.config import (
     ConvertPaddleConfig,
     CurateConfig,
@@ -232,7 +234,7 @@ def build_stages(
         try:
             _check_name(name, names)
             extra = pipeline.smoke.get(settings.command, {}) if smoke else {}
-            stages.append(_build_stage(name, settings, extra, (names, paths), output, stages))
+            stages.append(_build_stage(name, settings, extra, _Names(names, paths), output, stages))
         except UserError as error:
             errors += [f"stage {name}: {line}" for line in str(error).splitlines()]
         names = {**names, name: str(output / name)}
@@ -287,23 +289,35 @@ def flags(values: dict[str, Any]) -> list[str]:
     return words
 
 
+class _Names(NamedTuple):
+    """Values of ${NAME}: variables, earlier stages, `output` and `pipeline`.
+
+    Attributes:
+        texts: all of them.
+        paths: those of the command line once more, for the beginning of a path: relative to the pipeline's folder instead of the current one.
+    """
+
+    texts: dict[str, str]
+    paths: dict[str, str]
+
+
 def _build_stage(
     name: str,
     settings: StageConfig,
     extra: dict[str, Any],
-    names: tuple[dict[str, str], dict[str, str]],
+    names: _Names,
     output: Path,
     earlier: list[Stage],
 ) -> Stage:
-    """Build a stage with its settings and `extra` on top; `names` are the values of ${NAME}, and those of the names that may be paths."""
+    """Build a stage with its settings and `extra` on top."""
     kind = KINDS[settings.command]
     if settings.processes > 1 and kind.one_process:
         raise UserError(f"{settings.command} runs as one process; remove processes: {settings.processes}")
     used: set[str] = set()
     values = {}
     for key, value in (*flatten(settings.set), *flatten(extra)):
-        paths = names[1] if takes_path(kind.config_type, key.split(".")) else {}
-        values[key] = _substitute(value, names[0], used, paths)
+        paths = names.paths if takes_path(kind.config_type, key.split(".")) else {}
+        values[key] = _substitute(value, names.texts, used, paths)
     if settings.command == "convert_detector" and str(values.get("weights")).endswith(".pdparams"):
         raise UserError(
             f"weights: {values['weights']}: PaddlePaddle's detectors are converted by the command convert_paddle_detector, "
@@ -314,7 +328,7 @@ def _build_stage(
             raise UserError(f"set.{key}: not allowed; the runner sets --{key}")
     arguments = [*flags(values), "--output", str(output / name)]
     if settings.config:
-        file = Path(located(_substitute(settings.config, names[0], used, names[1])))
+        file = Path(located(_substitute(settings.config, names.texts, used, names.paths)))
         if file.suffix and left_behind(file):  # without one it may be the name of a recipe
             raise UserError(f"config: {missing_text(file)}")
         arguments = ["--config", str(file), *arguments]

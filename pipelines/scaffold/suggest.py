@@ -1,26 +1,16 @@
-"""Suggestions of `ssld init` for a data set and a machine: the evaluation split, the settings, and the commented pipeline.
+"""Suggestions of `ssld init` for a data set and a machine: networks, image sizes, batches and lengths.
 
 The settings are starting points, not optima: the optimizer is the one measured in docs/benchmarks on 205 photos of blood cells; sizes, anchors and
 length are scaled to the data by the rules in the comments. Does not import torch.
 """
 
-import hashlib
 import math
-import shlex
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
-import yaml
-
-from ssld.pipelines.folder import folder_of, written_in
-from ssld.pipelines.scaffold.starts import Init, Start, arch_of, main_row, plain_start, rows_of
-from ssld.shared.errors import UserError
-from ssld.shared.models.downloads import kind_of
-from ssld.shared.wording import duration, printable
+from ssld.pipelines.scaffold.starts import Init, Start, arch_of, plain_start
 
 Trained = Literal["detector", "coco", "ssld"]
 """trainings that differ in cost: a detector from a backbone, one from a detector trained on COCO, stage 1"""
@@ -257,141 +247,6 @@ def settings_of(
         distill_steps=distill_steps,
         distill_size=224 if facts.gpu else 128,
     )
-
-
-def split_content(
-    content: dict[str, Any], *, share: float, seed: int, together: list[list[Any]] | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a valid COCO file into (training part, evaluation part).
-
-    Classes are assigned one after the other, the rarest first, since an image of a rare class usually shows common ones too (the idea of iterative
-    stratification, Sechidis et al. 2011, in its simplest form). Images are ordered by a hash of the seed and their id, so that the split does not
-    depend on the order of the file.
-
-    Args:
-        share: fraction of the images for evaluation.
-        seed: seed of the split.
-        together: groups of ids of near-duplicate images, which stay on one side; groups that share an image are merged.
-
-    Raises:
-        UserError: fewer than two images with boxes.
-    """
-    rows = {row["id"]: row for row in content["images"]}
-    leader = _leaders(together or [])
-    groups: dict[Any, list[Any]] = defaultdict(list)
-    for image_id in rows:
-        groups[leader.get(image_id, image_id)].append(image_id)
-    order = sorted(groups, key=lambda image_id: hashlib.sha256(f"{seed} {image_id!r}".encode()).digest())
-    containing: dict[Any, set[Any]] = defaultdict(set)
-    for row in content["annotations"]:
-        containing[row["category_id"]].add(leader.get(row["image_id"], row["image_id"]))
-    side: dict[Any, bool] = {}  # True: evaluation
-    for category in sorted(containing, key=lambda category: (len(containing[category]), repr(category))):
-        members = [image_id for image_id in order if image_id in containing[category]]
-        target = max(1, round(share * len(members))) if len(members) > 1 else 0
-        missing = target - sum(side.get(image_id, False) for image_id in members)
-        for image_id in members:
-            if image_id not in side:
-                side[image_id] = missing > 0
-                missing -= side[image_id]
-    rest = [image_id for image_id in order if image_id not in side]
-    side |= {image_id: place < round(share * len(rest)) for place, image_id in enumerate(rest)}
-    chosen = {member for image_id in groups for member in groups[image_id] if side[image_id]}
-    if not chosen or len(chosen) == len(rows):
-        raise UserError(f"{len(rows)} images are too few to split; give --val_annotations")
-    return tuple(  # type: ignore[return-value]
-        {
-            **content,
-            "images": [row for row in content["images"] if (row["id"] in chosen) == val],
-            "annotations": [row for row in content["annotations"] if (row["image_id"] in chosen) == val],
-        }
-        for val in (False, True)
-    )
-
-
-class _Comment(str):
-    """Text of a comment, written without YAML quoting."""
-
-
-def _leaders(together: list[list[Any]]) -> dict[Any, Any]:
-    """Map each image of a group to one representative image."""
-    leader: dict[Any, Any] = {}
-    for group in together:
-        overlapping = {leader[image_id] for image_id in group if image_id in leader}
-        if overlapping:
-            leader |= {image_id: group[0] for image_id, first in leader.items() if first in overlapping}
-        leader |= dict.fromkeys(group, group[0])
-    return leader
-
-
-def pipeline_text(
-    output: Path, facts: Facts, chosen: Settings, minutes: float = 60, seconds: float | None = None
-) -> str:
-    """Render the YAML file, with paths relative to its folder. Every value that the template does not mark as a comment is written by a YAML dumper.
-
-    Args:
-        output: the YAML file.
-        minutes: time that the settings fit.
-        seconds: expected time of the pipeline; None before it is known.
-    """
-    facts, chosen = _as_seen_from(folder_of(output), facts, chosen)
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=lambda value: value if isinstance(value, _Comment) else _dumped(value),
-    )
-    environment.filters["comment"] = lambda value: _Comment(printable(str(value)))
-    template = environment.from_string(Path(__file__).with_name("init.yaml.jinja").read_text(encoding="utf-8"))
-    networks = chosen.networks
-    moving = facts.moving is not None
-    rows = rows_of(facts.starts, facts.init, networks.backbone, networks.arch, moving=moving) if facts.detectors else []
-    smaller = sorted((side for side in chosen.short_sides if side < chosen.short_side), reverse=True)
-    sides = dict(zip(("medium_size", "small_size"), smaller, strict=False))
-    return template.render(
-        rows=rows,
-        main=main_row(rows) if rows else None,
-        base=next((row for row in rows if row.baseline is None), None),
-        evaluated=sorted(rows, key=lambda row: row.baseline is not None),
-        titles={row.evaluation: row.title for row in rows},
-        sides=sides,
-        train_sides=[f"${{{name}}}" for name in (*reversed(sides), "size")],
-        uses_backbone=bool(facts.unlabeled) or any(row.backbone == "${backbone}" for row in rows),
-        output=output,
-        command=shlex.quote(str(output)),
-        facts=facts,
-        chosen=chosen,
-        measured=facts.statistics,
-        classes=list(facts.statistics.get("classes", [])),
-        sizes=[round(100 * value) for value in facts.statistics.get("object_sizes", [])],
-        minutes=minutes,
-        expected="" if seconds is None else f"about {duration(seconds)}",
-        machine=f"{facts.gpu[0]}, {facts.gpu[2] / 2**30:.0f} GB" if facts.gpu else f"no GPU, {facts.cores} CPU cores",
-    )
-
-
-def _as_seen_from(folder: Path, facts: Facts, chosen: Settings) -> tuple[Facts, Settings]:
-    """Return facts and settings with relative paths as they are written in a file in `folder`."""
-    paths: dict[str, Any] = {
-        key: written_in(path, folder) for key, path in vars(facts).items() if isinstance(path, Path)
-    }
-    networks: dict[str, Any] = {
-        role: str(written_in(Path(text), folder))
-        for role in ("backbone", "teacher")
-        if kind_of(text := getattr(chosen.networks, role)) in ("file", "folder", "path")
-    }
-    return replace(facts, **paths), replace(chosen, networks=replace(chosen.networks, **networks))
-
-
-def _dumped(value: Any) -> str:
-    """Format a value as one line of YAML that is also valid between brackets."""
-    value = str(value) if isinstance(value, Path) else value
-    for style in (None, '"'):  # the dumper splits long or unusual text into several lines unless it is double-quoted
-        text = yaml.safe_dump([value], default_flow_style=True, default_style=style, allow_unicode=True, width=math.inf)
-        if text.count("\n") == 1:
-            break
-    return text.strip()[1:-1]
 
 
 def _shared(batch: int, gpus: int) -> tuple[int, int]:

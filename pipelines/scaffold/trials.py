@@ -23,8 +23,9 @@ from ssld.pipelines.runner.plan import Planned
 from ssld.pipelines.runner.stages import Stage, build_stages, flags, read_pipeline
 from ssld.pipelines.runner.trial import measure, with_settings
 from ssld.pipelines.scaffold.fit import Trial, under_moving_teacher
+from ssld.pipelines.scaffold.pipeline_file import pipeline_text
 from ssld.pipelines.scaffold.starts import in_a_trial, rows_of
-from ssld.pipelines.scaffold.suggest import Facts, Settings, Trained, pipeline_text
+from ssld.pipelines.scaffold.suggest import Facts, Settings, Trained
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.files import write_atomically
 from ssld.stage2_detect.config import TrainConfig

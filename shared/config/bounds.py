@@ -44,14 +44,19 @@ Interval = Annotated[Steps | _Fraction, BeforeValidator(_interval)]
 Position = Annotated[Annotated[int, Field(ge=0, le=_MOST_STEPS)] | _Fraction, BeforeValidator(_position)]
 """a step of a run, counted from 0, or a fraction of the run"""
 Images = Annotated[int, Field(ge=1, le=1_000_000_000_000)]
+"""number of images of a run, repeats included"""
 Passes = Annotated[float, Field(gt=0, le=1_000_000)]
+"""passes over the training images"""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # accepted by every library
 Workers = Annotated[int, Field(ge=0, le=1024)]
 Processes = Annotated[int, Field(ge=1, le=1024)]
 BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
+"""images per step, or passes per step"""
 Side = Annotated[int, Field(ge=8, le=16_384)]
 """side of an image, in pixels"""
 Count = Annotated[int, Field(ge=1, le=100_000)]
+"""number of things of a network or a run: channels, layers, proposals, checkpoints"""
 Positive = Annotated[float, Field(gt=0, le=1_000_000)]
+"""number above 0: a temperature, a norm, a share"""
 Weight = Annotated[float, Field(ge=0, le=1_000_000)]
 """weight of a term in a sum"""

@@ -1,10 +1,7 @@
 """Common frame of the entry scripts: parse settings, set threads, and turn a user's mistake into one line and exit code 2."""
 
 import contextlib
-import errno
 import json
-import os
-import re
 import signal
 import sys
 import threading
@@ -13,48 +10,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ssld.shared.config.settings import ConfigT, launched_number, launched_ranks, parse_config, validate
-from ssld.shared.config.training import PASSES_FILE
-from ssld.shared.config.yaml_files import merge, read_recipe, recipe_file, spelled_out, without_others
-from ssld.shared.errors import STOPPED, USER_ERROR, Stopped, UserError, is_out_of_memory
-from ssld.shared.files import write_atomically
+from ssld.shared.config.launcher import launched_number, launched_ranks
+from ssld.shared.config.settings import ConfigT, parse_config
+from ssld.shared.config.system_faults import explained, system_fault
+from ssld.shared.config.validation import validate
+from ssld.shared.config.yaml_files import merge, nested, read_recipe, recipe_file, spelled_out, without_others
+from ssld.shared.errors import STOPPED, USER_ERROR, Stopped, UserError
 from ssld.shared.machine import default_threads
 from ssld.shared.noise import libraries_told_apart
 from ssld.shared.terminal import say, silence
 
 _NOBODY_READS = 128 + signal.SIGPIPE
-_MAKE_ROOM = "nothing is lost: make room and run the same command again"
-_HINTS = {
-    errno.ENOSPC: _MAKE_ROOM,
-    errno.EDQUOT: _MAKE_ROOM,
-    errno.EFBIG: _MAKE_ROOM,
-    errno.EROFS: "give another --output",
-    errno.ENAMETOOLONG: "give a shorter path",
-    errno.EACCES: "check its permissions, or give another --output",
-    errno.EMFILE: "raise the limit of open files (ulimit -n 4096), or use fewer --workers",
-    errno.ENFILE: "the machine has no more; use fewer --workers",
-    errno.EIO: "the disk or network drive failed; check it, and run the same command again",
-}
-_PASSES = (
-    "The run goes on with --auto_batch true, which takes the same batch in as many passes as fit, or with --accumulate 2, 4, ... "
-    "(in evaluation with a smaller --val_batch_size); smaller images or --precision bf16 are another run"
-)
-_MORE_PASSES = "auto_batch found too few passes: the same command tries more of them"
-_SMALLER = "Use a smaller --batch_size"
-_running = (
-    threading.Lock()
-)  # held by `call_command`: threads, loggers and accelerate's state belong to the whole process
-# Message of torch's loader about a dead worker, raised wherever the main process is at that moment.
-_LOADER = re.compile(
-    r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed by signal: (?P<signal>[^.]+)"
-    r"|exited unexpectedly(?: with exit code (?P<code>\d+))?)"
-)
-_TOO_MANY_FILES = re.compile(r"Too many open files|items of ancillary data")  # as multiprocessing words it
-_LOADER_ADVICE = {
-    errno.ENOSPC: "/dev/shm is full, through which batches pass: enlarge it (docker run --shm-size 8g), use fewer --workers, or --workers 0",
-    errno.EMFILE: "it may open no more files: raise the limit (ulimit -n 4096), use fewer --workers, or --workers 0",
-    errno.ENOMEM: "out of memory: use fewer --workers, or --workers 0",
-}
+# Held by `call_command`: threads, loggers and accelerate's state belong to the whole process.
+_running = threading.Lock()
 
 
 def run_command(
@@ -86,7 +54,7 @@ def run_command(
     except UserError as error:
         return _report(str(error), rank, processes, output)
     except (OSError, EOFError, RuntimeError, MemoryError) as error:
-        message = _system_fault(error, output, auto_batch)
+        message = system_fault(error, output, auto_batch)
         if message is None:
             raise
         return _report(message, rank, processes, output)
@@ -138,7 +106,7 @@ def call_command(
             _set_threads(resolved.threads)
             work(resolved)
     except (OSError, EOFError, RuntimeError, MemoryError) as error:
-        message = _system_fault(error, resolved.output, getattr(resolved, "auto_batch", None))
+        message = system_fault(error, resolved.output, getattr(resolved, "auto_batch", None))
         if message is None:
             raise
         raise UserError(message) from error
@@ -154,10 +122,7 @@ def call_command(
 def _resolved(config_type: type[ConfigT], config: ConfigT | str | Path | None, settings: dict[str, Any]) -> ConfigT:
     over: dict[str, Any] = {}
     for key, value in settings.items():
-        inner = _plain(value)
-        for part in reversed(key.split(".")):
-            inner = {part: inner}
-        over = merge(over, inner)
+        over = merge(over, nested(key.split("."), _plain(value)))
     over = spelled_out(over, config_type.short_forms)
     below: dict[str, Any] = {}
     if isinstance(config, config_type):
@@ -201,23 +166,6 @@ def _own_accelerate_state() -> Iterator[None]:
             kind._shared_state.update(state)
 
 
-def _system_fault(error: Exception, output: Path | None, auto_batch: bool | None) -> str | None:
-    """Return the line on memory or a disk that is full, or on a loader process that is gone; None for any other error.
-
-    `auto_batch` is the setting of a training command, None for another command.
-    """
-    _leave_workers_alone()
-    message = explained(error, output)
-    if message or not is_out_of_memory(error):
-        return message
-    advice = _SMALLER if auto_batch is None else _MORE_PASSES if auto_batch else _PASSES
-    # On every rank: the others wait for this one until the launcher ends them, and note nothing.
-    if auto_batch and output:
-        _note_too_few_passes(output)
-    what = (str(error).splitlines() or ["no more to be had"])[0]
-    return f"out of memory: {what} {advice}"
-
-
 def _worded(argv: Sequence[str]) -> list[str]:
     """Give `--verbose` its value, which is usually left out."""
     return [
@@ -244,52 +192,6 @@ def exit_code(work: Callable[[], int]) -> int:
         if message is None:
             raise
         return _report(message, 0, 1, None)
-
-
-def explained(error: Exception, output: Path | None) -> str | None:
-    """Return the line about a full or failing disk, or a dead loader process; None for any other error.
-
-    torch raises the latter from a signal handler, anywhere in the main process.
-    """
-    if isinstance(error, OSError) and error.errno in _HINTS:
-        where = error.filename or output
-        return f"{f'{where}: ' if where else ''}{os.strerror(error.errno)}; {_HINTS[error.errno]}"
-    said = f"{error} {error.__cause__}"
-    found = _LOADER.search(f"{error.__cause__}") or _LOADER.search(str(error))
-    cut_off = isinstance(error, ConnectionError | EOFError) and _came_from_a_loader(error)
-    if found is None and not cut_off:
-        return f"{os.strerror(errno.EMFILE)}; {_HINTS[errno.EMFILE]}" if _TOO_MANY_FILES.search(said) else None
-    name, code = ((found["signal"] or "").strip(), int(found["code"] or 0)) if found else ("", 0)
-    if name == "Bus error":
-        code = errno.ENOSPC
-    how = f" ({name})" if name else ""
-    often = "often because the machine had no memory left, or /dev/shm is full: use fewer --workers, or --workers 0"
-    return f"a process that reads images has died{how}: {_LOADER_ADVICE.get(code, often)}; the same command goes on from what it has written"
-
-
-def _came_from_a_loader(error: BaseException) -> bool:
-    """Whether an error rose while a batch was fetched from a dead worker that torch has not noticed yet."""
-    trace = error.__traceback__
-    while trace and trace.tb_frame.f_code.co_name != "_try_get_data":
-        trace = trace.tb_next
-    return trace is not None
-
-
-def _leave_workers_alone() -> None:
-    """Remove torch's handler for dead loader processes: it would raise again for the next one, in the middle of the report on the first."""
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def _note_too_few_passes(run: Path) -> None:
-    """Write a note that a run with `auto_batch` ran out of memory with its number of passes; the next start tries more."""
-    file = run / PASSES_FILE
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        record = {"too_few": int(found["accumulate"]), "processes": int(found["processes"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    write_atomically(file, json.dumps(record) + "\n")
 
 
 def _report(message: str, rank: int, processes: int, output: Path | None) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from ssld.shared.config.annotations import fields_at, models_in
 from ssld.shared.errors import UserError
 
 # fmt: off
@@ -30,7 +31,9 @@ COMMON = (
 # fmt: on
 """common keys, in the order of the help; a command has some of them"""
 _NUMBER = "int,float"  # the types of a length in steps or as a fraction, no choices
-_NOISE = re.compile(r"\s*\((default: null|required|ifdef: required)\)$")
+_NOISE = re.compile(
+    r"\s*\((default: null|required|ifdef: required)\)$"
+)  # what pydantic-settings appends to a description
 
 
 class HelpAction(argparse.Action):
@@ -52,50 +55,120 @@ def settings_help(
 ) -> str:
     """Format the help of a parser whose flags are the keys of `config_type`; with `needed_alone` only the required settings.
 
+    Args:
+        group: dotted name of a group of settings, `all`, or empty for the required and common ones.
+
     Raises UserError for a group that it does not have.
     """
-    by_key = dict(flags_of(parser))
-    groups = _groups(config_type, by_key)
-    width = max(60, min(120, shutil.get_terminal_size((120, 24)).columns - 2))
-    formatter = argparse.HelpFormatter(parser.prog, max_help_position=36, width=width)
+    page = _Page(parser, config_type)
     if group and group != "all":
-        keys = [key for key in by_key if key == group or key.startswith(f"{group}.")]
-        if not keys:
-            near = [name for name in groups if name.endswith(f".{group}")] or difflib.get_close_matches(
-                group, groups, n=1
-            )
-            hint = f"did you mean {near[0]!r}?" if near else f"groups: {', '.join(groups)}"
-            raise UserError(f"--help {group}: no such group of settings; {hint}")
-        _section(formatter, f"{group}: {groups.get(group, ('', 0))[0]}".rstrip(": "), keys, by_key, config_type)
-        _elements(formatter, keys, config_type)
-        return formatter.format_help()
-    formatter.add_text(f"usage: {parser.prog} [--config FILE] [--KEY VALUE ...]")
-    formatter.add_text(parser.description)
+        return page.of_group(group)
+    page.formatter.add_text(f"usage: {parser.prog} [--config FILE] [--KEY VALUE ...]")
+    page.formatter.add_text(parser.description)
     if group == "all":
-        _section(formatter, "settings", [key for key in by_key if "." not in key], by_key, config_type)
-        for name in groups:
-            own = [key for key in by_key if key.rpartition(".")[0] == name]
-            _section(formatter, f"{name}: {groups[name][0]}".rstrip(": "), own, by_key, config_type)
-        _elements(formatter, list(by_key), config_type)
-        return formatter.format_help()
-    needed = [
-        key for key, action in by_key.items() if "(required)" in (action.help or "") and _stands_alone(key, config_type)
-    ]
-    _section(formatter, "required, in the YAML file or as flags", sorted(needed, key=_place), by_key, config_type)
-    if needed_alone:
-        formatter.add_text(f"{parser.prog} --help lists the other settings")
-        return formatter.format_help()
-    often = [key for key in COMMON if key in by_key and key not in needed]
-    _section(formatter, "set most often", often, by_key, config_type)
-    rest = [key for key in by_key if "." not in key and key not in needed and key not in often and key not in groups]
-    _section(formatter, "more", rest, by_key, config_type)
-    text = formatter.format_help()
-    top = {name: value for name, value in groups.items() if "." not in name}
-    if top:
-        wide = max(map(len, top))
-        lines = [f"  {name:<{wide}}  {number:>3} settings  {about}" for name, (about, number) in top.items()]
-        text += "\n".join(["", "groups, shown by --help GROUP (--help all shows everything):", *lines, ""])
-    return text
+        return page.of_all()
+    return page.of_required() if needed_alone else page.overview()
+
+
+class _Page:
+    """The help of a command, made section by section.
+
+    Attributes:
+        formatter: has the sections so far.
+    """
+
+    def __init__(self, parser: argparse.ArgumentParser, config_type: type[BaseModel] | None) -> None:
+        width = max(60, min(120, shutil.get_terminal_size((120, 24)).columns - 2))
+        self.formatter = argparse.HelpFormatter(parser.prog, max_help_position=36, width=width)
+        self._program, self._config_type = parser.prog, config_type
+        self._by_key = dict(flags_of(parser))
+        self._groups = _groups(config_type, self._by_key)
+
+    def of_group(self, group: str) -> str:
+        """Format one group with the groups inside it. Raises UserError for an unknown one."""
+        keys = [key for key in self._by_key if key == group or key.startswith(f"{group}.")]
+        if not keys:
+            ends = [name for name in self._groups if name.endswith(f".{group}")]
+            near = ends or difflib.get_close_matches(group, self._groups, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"groups: {', '.join(self._groups)}"
+            raise UserError(f"--help {group}: no such group of settings; {hint}")
+        self._section(self._title(group), keys)
+        self._elements(keys)
+        return self.formatter.format_help()
+
+    def of_all(self) -> str:
+        """Format all settings, group by group."""
+        self._section("settings", [key for key in self._by_key if "." not in key])
+        for name in self._groups:
+            self._section(self._title(name), [key for key in self._by_key if key.rpartition(".")[0] == name])
+        self._elements(list(self._by_key))
+        return self.formatter.format_help()
+
+    def of_required(self) -> str:
+        """Format the required settings alone."""
+        self._required()
+        self.formatter.add_text(f"{self._program} --help lists the other settings")
+        return self.formatter.format_help()
+
+    def overview(self) -> str:
+        """Format the required and the common settings, the others that are in no group, and a line on each group."""
+        needed = self._required()
+        often = [key for key in COMMON if key in self._by_key and key not in needed]
+        self._section("set most often", often)
+        apart = {*needed, *often, *self._groups}
+        self._section("more", [key for key in self._by_key if "." not in key and key not in apart])
+        text = self.formatter.format_help()
+        top = {name: value for name, value in self._groups.items() if "." not in name}
+        if top:
+            wide = max(map(len, top))
+            lines = [f"  {name:<{wide}}  {number:>3} settings  {about}" for name, (about, number) in top.items()]
+            text += "\n".join(["", "groups, shown by --help GROUP (--help all shows everything):", *lines, ""])
+        return text
+
+    def _required(self) -> list[str]:
+        """Add the section of the settings that every run needs; returns their keys."""
+        needed = [
+            key
+            for key, action in self._by_key.items()
+            if "(required)" in (action.help or "") and _stands_alone(key, self._config_type)
+        ]
+        self._section("required, in the YAML file or as flags", sorted(needed, key=_place))
+        return needed
+
+    def _title(self, group: str) -> str:
+        return f"{group}: {self._groups.get(group, ('', 0))[0]}".rstrip(": ")
+
+    def _section(self, title: str, keys: Sequence[str]) -> None:
+        """Add a section of settings, unless there are none."""
+        if not keys:
+            return
+        self.formatter.start_section(title)
+        for key in keys:
+            action = copy.copy(self._by_key[key])
+            action.help = _NOISE.sub("", action.help or "")
+            field = _field(self._config_type, key)
+            default = field.default if field else None
+            if field and isinstance(default, list) and any(isinstance(element, BaseModel) for element in default):
+                names = ", ".join(_short(element) for element in default)  # in place of the elements' repr
+                action.help = f"{field.description} (default: [{names}])"
+            self.formatter.add_argument(action)
+        self.formatter.end_section()
+
+    def _elements(self, keys: Sequence[str]) -> None:
+        """Add a section for each setting among `keys` that is a list of groups: the keys of one element."""
+        for key in keys:
+            field = _field(self._config_type, key)
+            if field is None or typing.get_origin(field.annotation) is not list:
+                continue
+            for model in models_in(field.annotation):
+                self.formatter.start_section(f"keys of one element of {key}")
+                for name, inner in model.model_fields.items():
+                    about = inner.description or ""
+                    if not inner.is_required() and inner.default is not None:
+                        default = str(inner.default).lower() if isinstance(inner.default, bool) else inner.default
+                        about += f" (default: {default})"
+                    self.formatter.add_argument(argparse.Action([name], name, nargs=0, help=about.replace("%", "%%")))
+                self.formatter.end_section()
 
 
 def flags_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
@@ -117,48 +190,6 @@ def choices_of(action: argparse.Action) -> list[str]:
     return listed[1].split(",") if listed and listed[1] != _NUMBER else []
 
 
-def _section(
-    formatter: argparse.HelpFormatter,
-    title: str,
-    keys: Sequence[str],
-    by_key: dict[str, argparse.Action],
-    config_type: type[BaseModel] | None,
-) -> None:
-    if not keys:
-        return
-    formatter.start_section(title)
-    for key in keys:
-        action = copy.copy(by_key[key])
-        action.help = _NOISE.sub("", action.help or "")
-        field = _field(config_type, key)
-        if (
-            field is not None
-            and isinstance(field.default, list)
-            and any(isinstance(e, BaseModel) for e in field.default)
-        ):
-            # in place of the elements' repr
-            names = ", ".join(_short(element) for element in field.default)
-            action.help = f"{field.description} (default: [{names}])"
-        formatter.add_argument(action)
-    formatter.end_section()
-
-
-def _elements(formatter: argparse.HelpFormatter, keys: Sequence[str], config_type: type[BaseModel] | None) -> None:
-    """Add a section for each setting among `keys` that is a list of groups: the keys of one element."""
-    for key in keys:
-        field = _field(config_type, key)
-        if field is None or typing.get_origin(field.annotation) is not list:
-            continue
-        for model in models_in(field.annotation):
-            formatter.start_section(f"keys of one element of {key}")
-            for name, inner in model.model_fields.items():
-                about = inner.description or ""
-                if not inner.is_required() and inner.default is not None:
-                    about += f" (default: {str(inner.default).lower() if isinstance(inner.default, bool) else inner.default})"
-                formatter.add_argument(argparse.Action([name], name, nargs=0, help=about.replace("%", "%%")))
-            formatter.end_section()
-
-
 def _short(element: BaseModel) -> str:
     """Write an element of a list in as few words as YAML takes: the value of its first key where the others have their defaults."""
     values = element.model_dump(mode="json", exclude_defaults=True)
@@ -167,11 +198,8 @@ def _short(element: BaseModel) -> str:
 
 def _field(config_type: type[BaseModel] | None, key: str) -> FieldInfo | None:
     """Return the field of a dotted key; None for a flag that is no setting, as --help."""
-    models, field = [config_type] if config_type else [], None
-    for part in key.split("."):
-        field = next((model.model_fields[part] for model in models if part in model.model_fields), None)
-        models = models_in(field.annotation) if field else []
-    return field
+    fields = fields_at(config_type, key.split(".")) if config_type else []
+    return fields[0] if fields else None
 
 
 def _place(key: str) -> int:
@@ -180,13 +208,9 @@ def _place(key: str) -> int:
 
 def _stands_alone(key: str, config_type: type[BaseModel] | None) -> bool:
     """Whether a required key is needed by every run: none of the groups around it can be left out."""
-    models = [config_type] if config_type else []
-    for part in key.split(".")[:-1]:
-        fields = [model.model_fields[part] for model in models if model is not None and part in model.model_fields]
-        if any(not field.is_required() for field in fields):
-            return False
-        models = [inner for field in fields for inner in models_in(field.annotation)]
-    return True
+    groups = [key.split(".")[:depth] for depth in range(1, key.count(".") + 1)]
+    around = [field for group in groups for field in (fields_at(config_type, group) if config_type else [])]
+    return all(field.is_required() for field in around)
 
 
 def _groups(config_type: type[BaseModel] | None, by_key: dict[str, argparse.Action]) -> dict[str, tuple[str, int]]:
@@ -195,22 +219,9 @@ def _groups(config_type: type[BaseModel] | None, by_key: dict[str, argparse.Acti
     found = {}
     for name in dict.fromkeys(names):
         about = ""
-        models = [config_type] if config_type else []
-        for part in name.split("."):
-            models = [
-                inner
-                for model in models
-                if part in model.model_fields
-                for inner in models_in(model.model_fields[part].annotation)
-            ]
+        field = _field(config_type, name)
+        models = models_in(field.annotation) if field else []
         if models:
             about = (models[0].__doc__ or "").strip().splitlines()[0].rstrip(".")
         found[name] = (about, sum(key.startswith(f"{name}.") for key in by_key))
     return found
-
-
-def models_in(annotation: typing.Any) -> list[type[BaseModel]]:
-    """Return the models in an annotation, through Optional, unions and lists."""
-    if isinstance(annotation, type) and not typing.get_args(annotation) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for inner in typing.get_args(annotation) for model in models_in(inner)]

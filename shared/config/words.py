@@ -9,8 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from ssld.shared.config.help import models_in
-from ssld.shared.config.plain_values import kinds_in
+from ssld.shared.config.annotations import fields_at, kinds_in, models_in
 
 
 def underscored(word: str) -> str:
@@ -62,12 +61,7 @@ def without_repeats(config_type: type[BaseModel], argv: Sequence[str]) -> list[s
 
 def _takes_path_or_list(model: type[BaseModel], path: Sequence[str]) -> bool:
     """Whether a key takes a path or a list of paths."""
-    field = model.model_fields.get(path[0])
-    if field is None:
-        return False
-    if len(path) == 1:
-        return {Path, list[Path]} <= set(typing.get_args(field.annotation))
-    return any(_takes_path_or_list(inner, path[1:]) for inner in models_in(field.annotation))
+    return any({Path, list[Path]} <= set(typing.get_args(field.annotation)) for field in fields_at(model, path))
 
 
 def with_paths(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
@@ -85,32 +79,21 @@ def with_paths(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
 
 def _lists_sources(model: type[BaseModel], path: Sequence[str]) -> bool:
     """Whether a key is that of a list of paths, or of groups of settings that each may be given as a path."""
-    field = model.model_fields.get(path[0])
-    if field is None:
-        return False
-    inner = models_in(field.annotation)
-    if len(path) == 1:
-        kinds = (field.annotation, *typing.get_args(field.annotation))
-        groups = typing.get_origin(field.annotation) is list and any("path" in one.model_fields for one in inner)
-        return groups or list[Path] in kinds
-    return any(_lists_sources(one, path[1:]) for one in inner)
+    for field in fields_at(model, path):
+        has_path = any("path" in one.model_fields for one in models_in(field.annotation))
+        is_list = typing.get_origin(field.annotation) is list
+        if (is_list and has_path) or list[Path] in (field.annotation, *typing.get_args(field.annotation)):
+            return True
+    return False
 
 
 def takes_path(model: type[BaseModel], path: Sequence[str]) -> bool:
     """Return whether a value of the key, in its parts, may be a path: a path, text but for names of classes, a group, or a list of these."""
-    field = model.model_fields.get(path[0])
-    if field is None or path[0] == "classes":
-        return False
-    inner = models_in(field.annotation)
-    if len(path) == 1:
-        return bool(inner) or not kinds_in(field.annotation).isdisjoint({Path, str})
-    return any(takes_path(one, path[1:]) for one in inner)
+    return "classes" not in path and any(
+        models_in(field.annotation) or not kinds_in(field.annotation).isdisjoint({Path, str})
+        for field in fields_at(model, path)
+    )
 
 
 def _is_switch(model: type[BaseModel], path: Sequence[str]) -> bool:
-    field = model.model_fields.get(path[0])
-    if field is None:
-        return False
-    if len(path) == 1:
-        return field.annotation in (bool, bool | None)
-    return any(_is_switch(inner, path[1:]) for inner in models_in(field.annotation))
+    return any(field.annotation in (bool, bool | None) for field in fields_at(model, path))

@@ -216,3 +216,12 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         below = merged.get(key)
         merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
+
+
+def nested(path: Sequence[Any], value: Any) -> dict[Any, Any]:
+    """Return a value inside groups: {"optim": {"lr": 0.1}} for the path ("optim", "lr"), which has one part at least."""
+    *groups, key = path
+    values = {key: value}
+    for group in reversed(groups):
+        values = {group: values}
+    return values

@@ -4,13 +4,11 @@ Both are traced from a module with tensors in and tensors out, and have metadata
 not name files or folders of the machine that wrote them. Quantization and half precision are in `stage2_detect/deploy/precision.py`.
 """
 
-import gc
 import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from ssld.shared.errors import UserError
+from ssld.shared.machine import without_collector
 
 Dynamic = tuple[dict[int, Any], ...]
 """`torch.export.Dim` by axis, for each input."""
@@ -68,7 +67,7 @@ def write_onnx(
             f"export: {weights / 1e9:.1f} GB of weights; ONNX files are limited to 2 GB; use --formats torch"
         )
     try:
-        with torch.no_grad(), _uncollected(), warnings.catch_warnings():
+        with torch.no_grad(), without_collector(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter warns of its own open points
             program = torch.onnx.export(
                 net,
@@ -102,7 +101,7 @@ def write_program(
     Raises UserError for a network that cannot be traced.
     """
     try:
-        with torch.no_grad(), _uncollected(), warnings.catch_warnings():
+        with torch.no_grad(), without_collector(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(net, example, dynamic_shapes=dynamic, strict=False)
             for module in program.graph_module.modules():
@@ -169,20 +168,6 @@ def speed_lines(latency: Mapping[str, float], throughput: Mapping[str, float], b
         f"{latency[name] / latency['torch']:>17.2f}"
         for name in latency
     ]
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Turn Python's garbage collection off inside the block. Tracing makes millions of objects, nearly all of which live on; searching them again and
-    again takes a fifth of the time.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _why(error: Exception) -> str:

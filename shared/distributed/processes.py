@@ -16,7 +16,7 @@ from accelerate.state import PartialState
 from torch import Tensor, nn
 
 from ssld.shared.config.compute import ComputeConfig
-from ssld.shared.config.settings import launched_ranks
+from ssld.shared.config.launcher import launched_ranks
 from ssld.shared.distributed.ranks import from_main_rank, set_timeout, world_size
 from ssld.shared.errors import UserError
 from ssld.shared.machine import default_threads, ignored_threads

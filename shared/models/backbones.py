@@ -17,7 +17,8 @@ from timm.data import resolve_model_data_config
 from timm.models import get_model_input_config, get_pretrained_cfg
 from torch import Tensor, nn
 
-from ssld.shared.config.settings import Network, launched_ranks
+from ssld.shared.config.launcher import launched_ranks
+from ssld.shared.config.settings import Network
 from ssld.shared.errors import UserError
 from ssld.shared.models.downloads import require_downloads
 from ssld.shared.models.model_file import content_hash, save_model_file

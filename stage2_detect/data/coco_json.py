@@ -6,10 +6,8 @@ rules are in `coco_rows.py`.
 Legend: I images, N annotations of the file, or detections of an image.
 """
 
-import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -18,6 +16,7 @@ import numpy as np
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import atomically
+from ssld.shared.machine import without_collector
 from ssld.stage2_detect.data.coco_rows import Id as Id
 from ssld.stage2_detect.data.coco_rows import changes_of, validate_rows
 
@@ -59,18 +58,6 @@ class CocoTable:
     """raw polygons or RLE, None for an annotation without; None if they were not requested"""
     orientation: Convention | None = None
     """convention that the file states (`stated_orientation`)"""
-
-
-@contextmanager
-def without_collector() -> Iterator[None]:
-    """Disable Python's garbage collector inside: it would scan millions of new objects, which form no cycles, again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @without_collector()

@@ -1,1 +1,1 @@
-"""A teacher detector and its losses on a student."""
+"""Losses between a student detector and its teacher: a frozen, better detector, or the moving average of the student."""

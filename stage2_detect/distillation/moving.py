@@ -84,12 +84,12 @@ class SemiSupervised(nn.Module):
         losses, _ = self.student.losses(
             [maps[:labeled] for maps in features], sizes_B2[:labeled], targets.first(labeled), self.student.ranks
         )
-        others, seeds_B = [maps[labeled:] for maps in features], targets.seeds_B[labeled:]
-        guides = self.teacher.features(weak)
+        unlabeled, seeds_B = [maps[labeled:] for maps in features], targets.seeds_B[labeled:]
+        teacher_features = self.teacher.features(weak)
         if isinstance(self.student, RCNN):
-            terms = self._rcnn(self.student, others, guides, weak, seeds_B)
+            terms = self._rcnn(self.student, unlabeled, teacher_features, weak, seeds_B)
         else:
-            terms = self._dense(self.student, others, guides, weak)
+            terms = self._dense(self.student, unlabeled, teacher_features, weak)
         return losses | {
             f"loss_unlabeled_{name.removeprefix('loss_')}": self.config.weight * term for name, term in terms.items()
         }
@@ -98,17 +98,17 @@ class SemiSupervised(nn.Module):
         self,
         student: RCNN,
         features: Sequence[Tensor],
-        guides: Sequence[Tensor],
+        teacher_features: Sequence[Tensor],
         weak: ImageBatch,
         seeds_B: Tensor,
     ) -> dict[str, Tensor]:
         """Compute the losses of an R-CNN on unlabeled images from its maps of the strong views and the teacher's of the weak ones."""
         ranks, heads, sizes_B2 = student.ranks, student.roi_heads, weak.sizes_B2
-        pseudo = pseudo_boxes.pseudo_targets(self.teacher.detect(guides, weak), self._thresholds_K, seeds_B)
-        pseudo = replace(pseudo, regressed_BG=self._certain(guides, pseudo, sizes_B2))
+        pseudo = pseudo_boxes.pseudo_targets(self.teacher.detect(teacher_features, weak), self._thresholds_K, seeds_B)
+        pseudo = replace(pseudo, regressed_BG=self._certain(teacher_features, pseudo, sizes_B2))
         losses, (sampled, logits_NK) = student.losses(features, sizes_B2, pseudo, ranks, masks=False)
         valid_N = sampled.valid_BR.flatten()
-        teacher_NK = self.teacher.classify(guides, sampled.rois_BR4, sampled.valid_BR)
+        teacher_NK = self.teacher.classify(teacher_features, sampled.rois_BR4, sampled.valid_BR)
         if self.config.soft:
             factor = heads.stages[0].loss_weight * ranks.world_size / ranks.total(valid_N.sum()).clamp(min=1)
             name = "loss_cls_0" if len(heads.stages) > 1 else "loss_cls"
@@ -121,7 +121,7 @@ class SemiSupervised(nn.Module):
         self._measure(len(sizes_B2), either_N, either_N & (class_N == teacher_class_N), counts)
         return losses
 
-    def _certain(self, guides: Sequence[Tensor], pseudo: Targets, sizes_B2: Tensor) -> Tensor | None:
+    def _certain(self, teacher_features: Sequence[Tensor], pseudo: Targets, sizes_B2: Tensor) -> Tensor | None:
         """Mark the pseudo-boxes whose sides are certain: bool [B, G]; None: all."""
         copies, (B, G) = self.config.box_jitter, pseudo.labels_BG.shape
         if not copies or not G:
@@ -129,16 +129,16 @@ class SemiSupervised(nn.Module):
         rois_BGJ4 = pseudo_boxes.shifted(pseudo.boxes_BG4, pseudo.seeds_B, copies)
         rois_BR4 = boxes.clip(rois_BGJ4.flatten(1, 2), sizes_B2)
         labels_BR = pseudo.labels_BG[..., None].expand(-1, -1, copies).flatten(1)
-        refined_BRD4 = self.teacher.refine(guides, rois_BR4, labels_BR >= 0, sizes_B2)
+        refined_BRD4 = self.teacher.refine(teacher_features, rois_BR4, labels_BR >= 0, sizes_B2)
         refined_BR4 = pseudo_boxes.of_class(refined_BRD4, labels_BR)
         return pseudo_boxes.spread(refined_BR4.view(B, G, copies, 4), pseudo.boxes_BG4) < self.config.box_spread
 
     def _dense(
-        self, student: DenseDetector, features: Sequence[Tensor], guides: Sequence[Tensor], weak: ImageBatch
+        self, student: DenseDetector, features: Sequence[Tensor], teacher_features: Sequence[Tensor], weak: ImageBatch
     ) -> dict[str, Tensor]:
         """Compute the losses of a one-stage detector on unlabeled images from its maps of the strong views and the teacher's of the weak ones."""
         head, ranks, grids = student.dense, student.ranks, grids_of(features)
-        (logits_BAK, values), (teacher_BAK, teacher_values) = head(features), self.teacher.outputs(guides)
+        (logits_BAK, values), (teacher_BAK, teacher_values) = head(features), self.teacher.outputs(teacher_features)
         counted_BA = torch.ones_like(logits_BAK[..., 0], dtype=torch.bool)
         if isinstance(head, GFL) and (valid_BA := head.valid(grids, weak.sizes_B2)) is not None:
             counted_BA = valid_BA
@@ -156,24 +156,33 @@ class SemiSupervised(nn.Module):
         boxes_BM4 = head.decode(values[row_B1, index_BM], index_BM, grids)
         teacher_BM4 = head.decode(teacher_values[row_B1, index_BM], index_BM, grids)
         giou_BM = box_losses.generalized_iou(boxes_BM4, teacher_BM4, _GIOU_EPSILON)
+        scores_BMK, teacher_scores_BMK = logits_BAK.detach().sigmoid()[row_B1, index_BM], scores_BAK[row_B1, index_BM]
+        self._measure_dense(student, scores_BMK, teacher_scores_BMK, boxes.clip(teacher_BM4, weak.sizes_B2))
+        return {"loss_cls": loss_cls, "loss_box": factor * (weight_BM * giou_BM).sum()}
 
+    def _measure_dense(
+        self, student: DenseDetector, scores_BMK: Tensor, teacher_BMK: Tensor, teacher_boxes_BM4: Tensor
+    ) -> None:
+        """Set `measured` from the scores of both at the anchors of the learning region, and the teacher's boxes there."""
         found = postprocess.select(
-            boxes.clip(teacher_BM4, weak.sizes_B2)[:, :, None],
-            scores_BAK[row_B1, index_BM],
+            teacher_boxes_BM4[:, :, None],
+            teacher_BMK,
             threshold=float(self._thresholds_K.min()) / 2,  # `select` takes the scores above it
             nms=postprocess.NMS(iou=student.nms_iou),
             most=student.detections_per_image,
         )
-        pseudo = pseudo_boxes.pseudo_targets(found, self._thresholds_K, torch.zeros_like(index_BM[:, 0]))
-        thresholds_K = self._thresholds_K.to(logits_BAK.device)
-        (own_BM, class_BM), (theirs_BM, teacher_class_BM) = (
-            maps_BAK[row_B1, index_BM].max(dim=-1) for maps_BAK in (logits_BAK.detach().sigmoid(), scores_BAK)
+        # The boxes are counted, not sampled: any seeds will do.
+        seeds_B = torch.zeros(len(teacher_BMK), dtype=torch.int64, device=teacher_BMK.device)
+        pseudo = pseudo_boxes.pseudo_targets(found, self._thresholds_K, seeds_B)
+        thresholds_K = self._thresholds_K.to(teacher_BMK.device)
+        (best_BM, class_BM), (teacher_best_BM, teacher_class_BM) = (
+            one.max(dim=-1) for one in (scores_BMK, teacher_BMK)
         )
-        is_own_BM, is_theirs_BM = own_BM >= thresholds_K[class_BM], theirs_BM >= thresholds_K[teacher_class_BM]
-        same_BM = is_own_BM & is_theirs_BM & (class_BM == teacher_class_BM)
+        is_object_BM = best_BM >= thresholds_K[class_BM]
+        is_teachers_BM = teacher_best_BM >= thresholds_K[teacher_class_BM]
+        same_BM = is_object_BM & is_teachers_BM & (class_BM == teacher_class_BM)
         counts = {"pseudo_boxes": (pseudo.labels_BG >= 0).sum()}
-        self._measure(len(index_BM), is_own_BM | is_theirs_BM, same_BM, counts)
-        return {"loss_cls": loss_cls, "loss_box": factor * (weight_BM * giou_BM).sum()}
+        self._measure(len(teacher_BMK), is_object_BM | is_teachers_BM, same_BM, counts)
 
     def _measure(self, images: int, either: Tensor, same: Tensor, counts: Mapping[str, Tensor]) -> None:
         """Set `measured` from this rank's regions that either takes for an object, those that both give the same class, and numbers of boxes."""

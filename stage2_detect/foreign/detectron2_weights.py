@@ -24,18 +24,20 @@ from ssld.stage2_detect.foreign.fitting import (
     SIDE_ABOVE_ZERO,
     ForeignDetector,
     Tensors,
-    completed,
     count_of,
+    is_cascade,
+    listed,
+    nearly_equal,
     norm_behind,
+    rcnn_kind,
+    refuse,
     rows_of,
 )
 from ssld.stage2_detect.models.anchors import grid_anchors
 
-_BLUE_FIRST_MEAN, _RED_FIRST_MEAN = (103.53, 116.28, 123.675), (123.675, 116.28, 103.53)
-_STD = (58.395, 57.12, 57.375)
 _ANCHOR_SIDES = (32.0, 64.0, 128.0, 256.0, 512.0)
 _THIRDS = tuple(2 ** (third / 3) for third in range(SCALES))
-_CASCADE_STAGES = 3
+_LOGITS = r"roi_heads\.box_predictor(?:\.(\d))?\.cls_score\.weight"
 _DENSE: dict[str, Any] = {
     "p6_from": "c5",
     "relu_before_p7": True,
@@ -115,9 +117,7 @@ def detectron2_detector(tensors: Mapping[str, Tensor], *, caffe: bool | None, so
     Raises:
         UserError: a detector that this project does not have, with the reason.
     """
-    for pattern, reason in _REFUSED:
-        if found := next((name for name in tensors if re.match(pattern, name)), None):
-            raise UserError(f"{source}: a detector of detectron2 that cannot be converted: {reason} (tensor {found})")
+    refuse(tensors, _REFUSED, "detectron2", source)
     if "backbone.fpn_output5.weight" not in tensors:
         raise UserError(
             f"{source}: a detector of detectron2 without a feature pyramid (C4 or DC5), which cannot be converted"
@@ -125,25 +125,20 @@ def detectron2_detector(tensors: Mapping[str, Tensor], *, caffe: bool | None, so
     ours = _renamed(tensors, source)
     arch = resnets.check_resnet(ours, source)
     caffe = _is_caffe(tensors, ours, caffe, source)
-    mean, std = resnets.input_of(ours, caffe=caffe)
     if "head.cls_score.weight" in tensors:
         model, classes = _retinanet(tensors, source)
     else:
         model, classes = _rcnn(tensors, source)
-    batch_norm = norm_behind("pyramid.fpn.layer_blocks.0.1", ours, source) == "batch"
-    model |= {"freeze_stages": 2, "freeze_norm": not batch_norm, "stride_in_1x1": caffe}
     _check_anchors(tensors, model["kind"], source)
-    return ForeignDetector(
+    return resnets.detector_on_resnet(
+        ours,
+        model,
         project="detectron2",
-        name=f"{model['kind']} on {arch} with FPN",
         arch=arch,
-        model=model,
-        resize={"interpolation": "bilinear"},
-        mean=mean,
-        std=std,
         classes=classes,
-        tensors=completed(ours, source),
-        note="a Caffe ResNet, strides in the 1x1 convolutions and blue, green, red" if caffe else "",
+        caffe=caffe,
+        resize={"interpolation": "bilinear"},
+        source=source,
     )
 
 
@@ -170,34 +165,17 @@ def _is_caffe(tensors: Mapping[str, Tensor], ours: Tensors, given: bool | None, 
             "PIXEL_STD 1), or --caffe false for torchvision's ResNet (STRIDE_IN_1X1 false, red first, PIXEL_STD 58.395 57.12 57.375)"
         )
     caffe = True if given is None else given
-    mean, std = (_BLUE_FIRST_MEAN, (1.0,) * 3) if caffe else (_RED_FIRST_MEAN, _STD)
+    mean, std = resnets.pixel_statistics(caffe=caffe)
     for name, expected in (("pixel_mean", mean), ("pixel_std", std)):
         found = tuple(tensors[name].flatten().tolist()) if name in tensors else expected
-        if len(found) != len(expected) or any(
-            abs(one - other) > 0.01 for one, other in zip(found, expected, strict=True)
-        ):
+        if not nearly_equal(found, expected):
             kind = "Caffe's ResNet" if caffe else "torchvision's ResNet"
-            raise UserError(
-                f"{source}: {name} is {_listed(found)}, that of {kind} is {_listed(expected)}; check --caffe"
-            )
+            raise UserError(f"{source}: {name} is {listed(found)}, that of {kind} is {listed(expected)}; check --caffe")
     return caffe
 
 
-def _listed(values: tuple[float, ...]) -> str:
-    return " ".join(f"{value:g}" for value in values)
-
-
 def _rcnn(tensors: Mapping[str, Tensor], source: object) -> tuple[dict[str, Any], int]:
-    predictors = [
-        name for name in tensors if re.fullmatch(r"roi_heads\.box_predictor(?:\.\d)?\.cls_score\.weight", name)
-    ]
-    if not predictors:
-        raise UserError(
-            f"{source}: a detector of detectron2 without box heads (roi_heads.box_predictor), which cannot be converted"
-        )
-    cascade = "roi_heads.box_predictor.0.cls_score.weight" in tensors
-    if cascade and len(predictors) != _CASCADE_STAGES:
-        raise UserError(f"{source}: a cascade of {len(predictors)} stages; cascades of {_CASCADE_STAGES} are converted")
+    cascade = is_cascade(tensors, _LOGITS, "detectron2", source)
     head, predictor = (
         f"roi_heads.{name}.0" if cascade else f"roi_heads.{name}" for name in ("box_head", "box_predictor")
     )
@@ -220,7 +198,7 @@ def _rcnn(tensors: Mapping[str, Tensor], source: object) -> tuple[dict[str, Any]
         "convolutions": 1 + count_of(r"proposal_generator\.rpn_head\.conv\.conv[1-9]\.weight", tensors),
     }
     model: dict[str, Any] = {
-        "kind": ("cascade_" if cascade else "" if masks else "faster_") + ("mask_" if masks else "") + "rcnn",
+        "kind": rcnn_kind(cascade=cascade, masks=masks),
         "fpn_norm": norm_behind("backbone.fpn_output5.norm", tensors, source),
         "fpn_channels": rows_of(tensors, "backbone.fpn_output5.weight", source),
         "rpn": rpn | ({"post_nms_top_n_train": 2000} if cascade else {}),

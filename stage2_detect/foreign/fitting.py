@@ -1,7 +1,7 @@
 """Weights of other projects on their way to this project's detectors: row orders, completion and comparison."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ RATIOS, SCALES = 3, 3
 """of the anchors in a cell; scales of RetinaNet's"""
 GROUPS = 32
 """of a GroupNorm"""
+_CASCADE_STAGES = 3
 SIDE_ABOVE_ZERO = 1e-6
 """rpn.min_size, in pixels, of projects that drop proposals without area: smaller sides are rounding"""
 
@@ -45,6 +46,48 @@ class ForeignDetector:
     tensors: Tensors
     class_names: tuple[str, ...] = ()
     note: str = ""
+
+
+def refuse(tensors: Iterable[str], reasons: Iterable[tuple[str, str]], project: str, source: object) -> None:
+    """Raise UserError if a name begins with a pattern of `reasons`: pairs of a pattern and why a detector with such a name cannot be converted."""
+    for pattern, reason in reasons:
+        if name := next((one for one in tensors if re.match(pattern, one)), None):
+            raise UserError(f"{source}: a detector of {project} that cannot be converted: {reason} (tensor {name})")
+
+
+def is_cascade(tensors: Iterable[str], logits: str, project: str, source: object) -> bool:
+    """Return whether the box heads of a two-stage detector are a cascade.
+
+    Args:
+        logits: pattern of the weights of their last layer for classes, whose first group is the stage of a cascade.
+
+    Raises:
+        UserError: there are no box heads, or a cascade has another number of stages than three.
+    """
+    stages = [match[1] for name in tensors if (match := re.fullmatch(logits, name))]
+    if not stages:
+        raise UserError(f"{source}: a detector of {project} without box heads, which cannot be converted")
+    cascade = "0" in stages
+    if cascade and len(stages) != _CASCADE_STAGES:
+        raise UserError(f"{source}: a cascade of {len(stages)} stages; cascades of {_CASCADE_STAGES} are converted")
+    return cascade
+
+
+def rcnn_kind(*, cascade: bool, masks: bool) -> str:
+    """Return the setting `model.kind` of a two-stage detector."""
+    return ("cascade_" if cascade else "" if masks else "faster_") + ("mask_" if masks else "") + "rcnn"
+
+
+def nearly_equal(values: Sequence[float], expected: Sequence[float]) -> bool:
+    """Whether numbers of a file are those of a configuration, to 0.01: files round them."""
+    return len(values) == len(expected) and all(
+        abs(one - other) <= 0.01 for one, other in zip(values, expected, strict=True)
+    )
+
+
+def listed(values: Sequence[float]) -> str:
+    """Format numbers for a message."""
+    return " ".join(f"{value:g}" for value in values)
 
 
 def check_fits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:

@@ -27,9 +27,13 @@ from ssld.stage2_detect.foreign.fitting import (
     SIDE_ABOVE_ZERO,
     ForeignDetector,
     Tensors,
-    completed,
     count_of,
+    is_cascade,
+    listed,
+    nearly_equal,
     norm_behind,
+    rcnn_kind,
+    refuse,
     rows_of,
     scales_first,
 )
@@ -47,7 +51,7 @@ _CASCADE: dict[str, Any] = {
     "add_gt_each_stage": True,
     "average_of": "logits",
 }
-_CASCADE_STAGES = 3
+_LOGITS = r"roi_head\.bbox_head(?:\.(\d))?\.fc_cls\.weight"
 _REFUSED = (
     (
         r"roi_head\.mask_head\.\d\.",
@@ -126,9 +130,7 @@ def mmdetection_detector(
     Raises:
         UserError: a detector that this project does not have, or a configuration that differs from the base one, with the reason.
     """
-    for pattern, reason in _REFUSED:
-        if found := next((name for name in tensors if re.match(pattern, name)), None):
-            raise UserError(f"{source}: a detector of mmdetection that cannot be converted: {reason} (tensor {found})")
+    refuse(tensors, _REFUSED, "mmdetection", source)
     version = str(meta.get("mmdet_version", ""))
     if version.startswith(("0.", "1.")):
         raise UserError(
@@ -155,21 +157,16 @@ def mmdetection_detector(
     if caffe is None:
         caffe = bool(re.search(r"style='caffe'|to_rgb=False", text)) or (not text and resnets.has_merged_norms(ours))
     _check_config(text, model["kind"], caffe, source)
-    mean, std = resnets.input_of(ours, caffe=caffe)
-    batch_norm = norm_behind("pyramid.fpn.layer_blocks.0.1", ours, source) == "batch"
-    model |= {"freeze_stages": 2, "freeze_norm": not batch_norm, "stride_in_1x1": caffe}
-    return ForeignDetector(
+    return resnets.detector_on_resnet(
+        ours,
+        model,
         project="mmdetection",
-        name=f"{model['kind']} on {arch} with FPN",
         arch=arch,
-        model=model,
-        resize={"interpolation": "bilinear", "train_short_sides": [800]},
-        mean=mean,
-        std=std,
         classes=classes,
+        caffe=caffe,
+        resize={"interpolation": "bilinear", "train_short_sides": [800]},
         class_names=_class_names(meta),
-        tensors=completed(ours, source),
-        note="a Caffe ResNet, strides in the 1x1 convolutions and blue, green, red" if caffe else "",
+        source=source,
     )
 
 
@@ -206,14 +203,7 @@ def _by_ratio(name: str, tensor: Tensor) -> bool:
 
 
 def _rcnn(tensors: Mapping[str, Tensor], source: object) -> tuple[dict[str, Any], int]:
-    predictors = [name for name in tensors if re.fullmatch(r"roi_head\.bbox_head(?:\.\d)?\.fc_cls\.weight", name)]
-    if not predictors:
-        raise UserError(
-            f"{source}: a detector of mmdetection without box heads (roi_head.bbox_head.fc_cls), which cannot be converted"
-        )
-    cascade = "roi_head.bbox_head.0.fc_cls.weight" in tensors
-    if cascade and len(predictors) != _CASCADE_STAGES:
-        raise UserError(f"{source}: a cascade of {len(predictors)} stages; cascades of {_CASCADE_STAGES} are converted")
+    cascade = is_cascade(tensors, _LOGITS, "mmdetection", source)
     head = "roi_head.bbox_head.0" if cascade else "roi_head.bbox_head"
     if f"{head}.shared_fcs.0.weight" not in tensors:
         raise UserError(f"{source}: its box head ({head}) has no fully connected layer, which this project's need")
@@ -233,7 +223,7 @@ def _rcnn(tensors: Mapping[str, Tensor], source: object) -> tuple[dict[str, Any]
         "convolutions": 1 + count_of(r"rpn_head\.rpn_conv\.[1-9]\.conv\.weight", tensors),
     }
     model: dict[str, Any] = {
-        "kind": ("cascade_" if cascade else "" if masks else "faster_") + ("mask_" if masks else "") + "rcnn",
+        "kind": rcnn_kind(cascade=cascade, masks=masks),
         "fpn_channels": rows_of(tensors, "neck.fpn_convs.0.conv.weight", source),
         "fpn_norm": _norm("neck.fpn_convs.0", tensors, source),
         "rpn": rpn,
@@ -287,11 +277,7 @@ def _norm(layer: str, tensors: Mapping[str, Tensor], source: object) -> str:
 
 def _check_config(text: str, kind: str, caffe: bool, source: object) -> None:
     """Compare the numbers of the configuration in a file with those of the base configurations."""
-    pixels = (
-        {"mean": (103.53, 116.28, 123.675), "std": (1.0,) * 3}
-        if caffe
-        else {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
-    )
+    pixels = dict(zip(("mean", "std"), resnets.pixel_statistics(caffe=caffe), strict=True))
     anchors: dict[str, tuple[float, ...]] = {"scales": (8.0,), "ratios": (0.5, 1.0, 2.0)}
     if kind == "retinanet":
         anchors = {"octave_base_scale": (4.0,), "ratios": (0.5, 1.0, 2.0)}
@@ -301,17 +287,11 @@ def _check_config(text: str, kind: str, caffe: bool, source: object) -> None:
         pattern = rf"\b{key}=(\d+)" if key == "octave_base_scale" else rf"\b{key}=\[([\d.,\s]+)\]"
         for found in re.findall(pattern, text):
             values = tuple(float(number) for number in re.findall(r"\d*\.?\d+", found))
-            if len(values) != len(expected) or any(
-                abs(one - other) > 0.01 for one, other in zip(values, expected, strict=True)
-            ):
+            if not nearly_equal(values, expected):
                 raise UserError(
-                    f"{source}: its configuration has {key} {_listed(values)}, the base configuration {_listed(expected)}; "
+                    f"{source}: its configuration has {key} {listed(values)}, the base configuration {listed(expected)}; "
                     "detectors with the numbers of the base configuration are converted"
                 )
-
-
-def _listed(values: tuple[float, ...]) -> str:
-    return " ".join(f"{value:g}" for value in values)
 
 
 def _class_names(meta: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,12 +8,13 @@ mmdet/models/backbones/resnet.py, `style`.
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from ssld.shared.errors import UserError
-from ssld.stage2_detect.foreign.fitting import Tensors
+from ssld.stage2_detect.foreign.fitting import ForeignDetector, Tensors, completed, norm_behind
 
 BODY = "pyramid.body."
 _DEPTHS = {
@@ -62,10 +63,54 @@ def check_resnet(tensors: Mapping[str, Tensor], source: object) -> str:
     return arch
 
 
+def pixel_statistics(*, caffe: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return (mean, std) of the input in units of 0..255, as configurations state them: Caffe's for blue, green, red, else for red, green, blue."""
+    if caffe:
+        return (103.53, 116.28, 123.675), (1.0,) * 3
+    return (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
 def has_merged_norms(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the statistics of the stem's norm are 0 and 1, which those of trained weights are only if they were merged."""
     mean, variance = (tensors[f"{BODY}bn1.{name}"].float() for name in ("running_mean", "running_var"))
     return not bool(mean.any()) and bool(((variance - 1).abs() < 1e-3).all())
+
+
+def detector_on_resnet(
+    ours: Tensors,
+    model: dict[str, Any],
+    *,
+    project: str,
+    arch: str,
+    classes: int,
+    caffe: bool,
+    resize: dict[str, Any],
+    class_names: tuple[str, ...] = (),
+    source: object,
+) -> ForeignDetector:
+    """Return a detector on a ResNet with FPN.
+
+    Args:
+        ours: its weights under the names of this project; the first convolution of a Caffe ResNet is turned, in place.
+        model: settings of its pyramid and heads; those of the backbone are added.
+
+    Other arguments as of `ForeignDetector`. Raises UserError like `completed` and `norm_behind`.
+    """
+    mean, std = input_of(ours, caffe=caffe)
+    batch_norm = norm_behind("pyramid.fpn.layer_blocks.0.1", ours, source) == "batch"
+    return ForeignDetector(
+        project=project,
+        name=f"{model['kind']} on {arch} with FPN",
+        arch=arch,
+        model=model | {"freeze_stages": 2, "freeze_norm": not batch_norm, "stride_in_1x1": caffe},
+        resize=resize,
+        mean=mean,
+        std=std,
+        classes=classes,
+        class_names=class_names,
+        tensors=completed(ours, source),
+        note="a Caffe ResNet, strides in the 1x1 convolutions and blue, green, red" if caffe else "",
+    )
 
 
 def input_of(tensors: Tensors, *, caffe: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -11,7 +11,7 @@ Shapes: K classes, L labels of torchvision (background or an unused one first, C
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -26,6 +26,8 @@ from ssld.stage2_detect.foreign.resnets import arch_of
 from ssld.stage2_detect.published import PUBLISHED, Published, published
 
 _OUR_EPS = 1e-5
+# Detectors with the same tensors, of other settings, by the one that is assumed.
+_SAME_TENSORS = {"fasterrcnn_mobilenet_v3_large_fpn": ("fasterrcnn_mobilenet_v3_large_320_fpn",)}
 # Names of older files -> names of torchvision 0.29.1.
 _OLDER = (
     (r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)", r"\1.0.\2"),
@@ -67,11 +69,13 @@ class Recognized:
         name: the published detector of this architecture.
         about: its settings.
         labels: L, the number of labels.
+        chosen_by: why this one, where several have the same tensors; for the log.
     """
 
     name: str
     about: Published
     labels: int
+    chosen_by: str = ""
 
 
 def find_weights(reference: str, key: str) -> Path:
@@ -114,7 +118,10 @@ def _current(name: str) -> str:
 
 
 def recognize(tensors: Mapping[str, Tensor], source: object) -> Recognized:
-    """Return which of torchvision's detectors these weights belong to. Raises UserError for anything else, with the reason."""
+    """Return which of torchvision's detectors these weights belong to; of several with the same tensors the one for larger images, see `choose`.
+
+    Raises UserError for anything else, with the reason.
+    """
     if "roi_heads.keypoint_predictor.kps_score_lowres.weight" in tensors:
         raise UserError(f"{source}: a Keypoint R-CNN; this project has no keypoint heads")
     body = arch_of(tensors, "backbone.body.")
@@ -142,12 +149,41 @@ def recognize(tensors: Mapping[str, Tensor], source: object) -> Recognized:
     return Recognized(name, PUBLISHED[name], labels)
 
 
+def choose(recognized: Recognized, architecture: str | None, *, file: Path, digest: str) -> Recognized:
+    """Return which of the detectors with these tensors a file is of.
+
+    The first of these that tells: `architecture`, the sha256 of a published file, the name of a detector in the file's name. Else `recognized`.
+
+    Args:
+        architecture: name of the detector, given by the user.
+        digest: sha256 of `file`, in hexadecimal digits.
+
+    Raises:
+        UserError: `architecture` has other tensors, or the file is the published one of another detector.
+    """
+    candidates = (recognized.name, *_SAME_TENSORS.get(recognized.name, ()))
+    listed = " or ".join(candidates)
+    if architecture is not None and architecture not in candidates:
+        raise UserError(f"architecture: {architecture}: {file} has the tensors of {listed}")
+    known = next((name for name in candidates if digest.startswith(PUBLISHED[name].sha256)), None)
+    if architecture and known and architecture != known:
+        raise UserError(f"architecture: {architecture}: {file} is torchvision's published file of {known}")
+    in_name = next((name for name in candidates if name in file.name), None)
+    name = architecture or known or in_name or recognized.name
+    reason = ""
+    if len(candidates) > 1 and not architecture and not known:
+        told = "as in the file's name" if in_name else "assumed"
+        reason = f"settings of {name}, {told} (--architecture {listed}: the tensors fit both)"
+    return replace(recognized, name=name, about=PUBLISHED[name], chosen_by=reason)
+
+
 def torchvision_detector(
     tensors: Mapping[str, Tensor], recognized: Recognized, labels: Sequence[int], *, norm_eps: float, source: object
 ) -> ForeignDetector:
     """Return the detector that these weights are of; arguments as of `convert`."""
     about = recognized.about
     dropped = [str(label) for label in range(recognized.labels) if label not in labels]
+    chosen_by = f"{recognized.chosen_by}; " if recognized.chosen_by else ""
     return ForeignDetector(
         project="torchvision",
         name=recognized.name,
@@ -158,7 +194,7 @@ def torchvision_detector(
         std=IMAGENET_DEFAULT_STD,
         classes=len(labels),
         tensors=convert(tensors, labels, norm_eps=norm_eps, source=source),
-        note=f"epsilon of the backbone's BatchNorm {norm_eps:g}; rows of {len(dropped)} labels without a class dropped "
+        note=f"{chosen_by}epsilon of the backbone's BatchNorm {norm_eps:g}; rows of {len(dropped)} labels without a class dropped "
         f"({', '.join(dropped)}; the background of a two-stage detector is kept apart)",
     )
 

@@ -6,7 +6,6 @@ Doubts are computed in parts, as in a prediction, so that a killed run continues
 import base64
 import html
 import io
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from ssld.shared.tally import Tally
 from ssld.shared.wording import count
 from ssld.stage2_detect.data.check.images import difference_hash, near_duplicates
 from ssld.stage2_detect.data.coco import CocoImage, Id
-from ssld.stage2_detect.data.coco_json import ORIENTATION_KEY, result_rows
+from ssld.stage2_detect.data.coco_json import result_rows
 from ssld.stage2_detect.data.image_files import ImageFiles, records_of
 from ssld.stage2_detect.data.loaders import ImageLoader, load_record
 from ssld.stage2_detect.data.sizing import Sizing
@@ -33,9 +32,9 @@ from ssld.stage2_detect.evaluation.drawing import draw_objects
 from ssld.stage2_detect.models.batch import Detections
 from ssld.stage2_detect.predict_config import AuditConfig
 from ssld.stage2_detect.prediction.doubt import Doubt, doubt_of, two_views
-from ssld.stage2_detect.prediction.files import Parts, coco_json, image_entry
-from ssld.stage2_detect.prediction.label_tools import cvat_xml, label_studio_config, label_studio_tasks
-from ssld.stage2_detect.prediction.steps import Work, list_names
+from ssld.stage2_detect.prediction.files import Parts, data_set, image_entry
+from ssld.stage2_detect.prediction.label_tools import write_label_files
+from ssld.stage2_detect.prediction.steps import Work, by_part, list_names
 from ssld.stage2_detect.prediction.tiles import FileWindows, window_batches
 from ssld.stage2_detect.prediction.video_file import is_video
 
@@ -103,26 +102,14 @@ def doubt_parts(
     """
     part_of = {record.image_id: number for number in numbers for record in parts.records[number]}
     batches = [
-        batch
-        for number in numbers  # no batch spans two parts: batches do not depend on the parts that are left to do
-        for batch in window_batches(parts.records[number], config.batch_size, None, 0.0)
+        batch for number in numbers for batch in window_batches(parts.records[number], config.batch_size, None, 0.0)
     ]
     sizing = Sizing.of(loaded.resize, short_side=config.short_side, long_side=config.long_side)
     loader = ImageLoader(batches, FileWindows(), sizing, workers=config.workers, skip_unreadable=True)
-    id_of = {record.path: record.image_id for record in work.records}
 
-    def write(number: int, rows: dict[Id, list[dict[str, Any]]], doubts: dict[Id, Doubt]) -> int:
-        unreadable = {id_of[one.name]: one.reason for one in loader.unreadable}
-        of_part = [record.image_id for record in parts.records[number] if record.image_id in unreadable]
-        best = max((row["score"] for of_image in rows.values() for row in of_image), default=0.0)
-        bad = [[work.names[image_id], unreadable[image_id]] for image_id in of_part]
-        parts.write(number, rows, bad, best, doubts=list(doubts.items()))
-        return number
-
-    written = set()
     loaded.model.to(device)
     views = two_views(loaded.fast, loader, device=device, dtype=DTYPES[config.precision]) if batches else iter(())
-    for number, part in itertools.groupby(views, key=lambda one: part_of[one[0].record.image_id]):
+    for number, part in by_part(views, lambda one: part_of[one[0].record.image_id], numbers):
         rows: dict[Id, list[dict[str, Any]]] = {}
         doubts: dict[Id, Doubt] = {}
         for window, first, second in part:
@@ -132,11 +119,10 @@ def doubt_parts(
             if len(counted.scores_N):
                 rows[image_id] = list(result_rows(image_id, counted, loaded.category_ids))
             each()
-        written.add(number)
-        yield write(number, rows, doubts)
-    for number in numbers:
-        if number not in written:  # none of its images can be read
-            yield write(number, {}, {})
+        best = max((row["score"] for of_image in rows.values() for row in of_image), default=0.0)
+        bad = work.unreadable_of(parts.records[number], loader.unreadable)
+        parts.write(number, rows, bad, best, doubts=list(doubts.items()))
+        yield number
 
 
 def assemble(config: AuditConfig, parts: Parts, work: Work) -> tuple[list[Doubted], list[str]]:
@@ -203,17 +189,16 @@ def write_files(
     write_atomically(files[0], "".join(f"{path}\n" for path in paths))
     write_atomically(files[1], json.dumps(values_of(config, loaded, photos, chosen), allow_nan=False, indent=1) + "\n")
     write_atomically(files[2], page_of(listed, loaded, len(photos)))
-    if config.write:
-        content = _boxes(config, loaded, listed)
-        if "label_studio" in config.write:
-            files += [folder / "label_studio.json", folder / "label_studio.xml"]
-            tasks = label_studio_tasks(content, config.label_studio_prefix)
-            write_atomically(files[-2], json.dumps(tasks, allow_nan=False))
-            write_atomically(files[-1], label_studio_config(content))
-        if "cvat" in config.write:
-            files.append(folder / "cvat.xml")
-            write_atomically(files[-1], cvat_xml(content))
-    return files
+    if not config.write:
+        return files
+    boxes = data_set(
+        loaded,
+        [image_entry(one.record, one.name) for one in listed],
+        {one.record.image_id: one.rows for one in listed},
+        description="boxes of photos to annotate next",
+        threshold=config.least,
+    )
+    return files + write_label_files(folder, boxes, config.write, prefix=config.label_studio_prefix)
 
 
 def values_of(
@@ -302,16 +287,3 @@ def _jpeg(image: Image.Image) -> bytes:
     content = io.BytesIO()
     image.save(content, "JPEG", quality=80, optimize=True)
     return content.getvalue()
-
-
-def _boxes(config: AuditConfig, loaded: "LoadedDetector", listed: Sequence[Doubted]) -> dict[str, Any]:
-    """Return the listed photos, in their order, and their boxes as a data set of `coco_json`."""
-    info = {
-        "description": "boxes of photos to annotate next",
-        "detector": loaded.metadata.get("content_sha256"),
-        "threshold": config.least,
-        ORIENTATION_KEY: "upright",
-    }
-    categories = dict(zip(loaded.category_ids, loaded.class_names, strict=True))
-    rows = {one.record.image_id: one.rows for one in listed}
-    return coco_json([image_entry(one.record, one.name) for one in listed], rows, categories, info)

@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssld.shared.checksums import made_again
 from ssld.shared.distributed.processes import DTYPES, describe_processes, start_processes
 from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import RunDir
-from ssld.shared.training.progress import Bar, Clock
 from ssld.shared.wording import count
 from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.data.loaders import eval_loader
@@ -28,6 +26,7 @@ from ssld.stage2_detect.prediction.annotate_next import (
     write_files,
 )
 from ssld.stage2_detect.prediction.files import Parts
+from ssld.stage2_detect.prediction.part_runs import PartProgress, left_to_do, tell_read
 
 if TYPE_CHECKING:
     from ssld.stage2_detect.detector_file import LoadedDetector
@@ -54,22 +53,10 @@ def list_next(config: AuditConfig, loaded: "LoadedDetector") -> None:
 
     # ---- doubts, part by part; parts of a killed run are kept
     parts = Parts(run.path / "parts", work.records, config.batch_size)
-    for line in made_again(parts.files()) if run.main else []:
-        run.log(line)
-    left = parts.left()
-    accelerator.wait_for_everyone()  # before a rank writes a part
-    run.log(f"{work.describe()}; {sum(len(parts.records[number]) for number in left)} left to do")
-    mine = left[rank() :: world_size()]
-    images = sum(len(parts.records[number]) for number in mine)
-    clock, bar = Clock(images), Bar(run, images, "image")
-
-    def done_one() -> None:
-        clock.add()
-        bar.add()
-
-    for done, number in enumerate(doubt_parts(config, loaded, accelerator.device, parts, mine, work, done_one), 1):
-        run.log(f"part {number + 1} of {len(parts.records)} done, {len(mine) - done} left: {clock.describe()}")
-    bar.close()
+    mine, _ = left_to_do(run, work, parts, wait=accelerator.wait_for_everyone)
+    progress = PartProgress(run, parts, mine)
+    progress.follow(doubt_parts(config, loaded, accelerator.device, parts, mine, work, progress.add))
+    progress.close()
     for line in loaded.notes:
         run.log(line)
     accelerator.wait_for_everyone()
@@ -85,12 +72,7 @@ def list_next(config: AuditConfig, loaded: "LoadedDetector") -> None:
             problem = str(error)
             parts.delete()  # so that the folder can be used again
         else:
-            tally = work.tally(unreadable)
-            tally.merge(work.listed, kept=False)
-            run.tell("images", config.images, tally)
-            if unreadable:
-                run.quarantine(unreadable)
-                run.log(f"unreadable files are listed in {run.path / 'quarantine.txt'}")
+            tell_read(run, config.images, work, unreadable)
             run.log(describe(photos, chosen, files[0]))
             metrics = {
                 "photos": len(photos),

@@ -13,7 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -25,10 +25,14 @@ from ssld.shared.errors import UserError
 from ssld.shared.files import write_atomically
 from ssld.stage2_detect.data.batch_order import eval_batches
 from ssld.stage2_detect.data.coco import CocoImage, Id
+from ssld.stage2_detect.data.coco_json import ORIENTATION_KEY
 from ssld.stage2_detect.data.loaders import load_record
 from ssld.stage2_detect.evaluation.drawing import draw_objects
 from ssld.stage2_detect.models.batch import Detections
 from ssld.stage2_detect.predict_config import PredictConfig
+
+if TYPE_CHECKING:
+    from ssld.stage2_detect.detector_file import LoadedDetector
 
 _PART = 128  # images per part, about
 _QUALITY = 92  # of JPEGs, in 1..100
@@ -114,6 +118,31 @@ def coco_json(
     listed = [{"id": category_id, "name": name} for category_id, name in categories.items()]
     content = {"info": info, "images": list(images), "annotations": annotations, "categories": listed}
     return content | ({"videos": list(videos)} if videos else {})
+
+
+def data_set(
+    loaded: "LoadedDetector",
+    images: Sequence[dict[str, Any]],
+    rows: dict[Id, list[dict[str, Any]]],
+    *,
+    description: str,
+    threshold: float,
+    videos: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Build the COCO data set of a detector's boxes in upright images.
+
+    Args:
+        images, rows, videos: as of `coco_json`.
+        threshold: lowest score of the boxes.
+    """
+    info = {
+        "description": description,
+        "detector": loaded.metadata.get("content_sha256"),
+        "threshold": threshold,
+        ORIENTATION_KEY: "upright",
+    }
+    categories = dict(zip(loaded.category_ids, loaded.class_names, strict=True))
+    return coco_json(images, rows, categories, info, videos)
 
 
 def table_text(content: dict[str, Any]) -> str:

@@ -4,11 +4,33 @@ Label Studio: https://labelstud.io/guide/predictions, coordinates in percent of 
 corners in pixels. Both have boxes of images; masks and frames of videos are left out.
 """
 
+import json
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 from xml.etree import ElementTree
 
+from ssld.shared.files import write_atomically
+
 _TAGS = ("label", "image")  # names of the controls in Label Studio's labeling configuration
+
+
+def write_label_files(folder: Path, content: dict[str, Any], tools: Collection[str], *, prefix: str) -> list[Path]:
+    """Write a data set of `coco_json` into `folder` for `label_studio` and `cvat`, those of them that `tools` holds; returns the files.
+
+    Args:
+        prefix: as of `label_studio_tasks`.
+    """
+    texts = {}
+    if "label_studio" in tools:
+        texts["label_studio.json"] = json.dumps(label_studio_tasks(content, prefix), allow_nan=False)
+        texts["label_studio.xml"] = label_studio_config(content)
+    if "cvat" in tools:
+        texts["cvat.xml"] = cvat_xml(content)
+    for name, text in texts.items():
+        write_atomically(folder / name, text)
+    return [folder / name for name in texts]
 
 
 def label_studio_tasks(content: dict[str, Any], prefix: str) -> list[dict[str, Any]]:

@@ -1,26 +1,27 @@
 """Steps of a prediction over many images and videos: list them, detect in each part, assemble the results."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ssld.shared.distributed.processes import DTYPES
 from ssld.shared.errors import UserError
+from ssld.shared.images import UnreadableImage
 from ssld.shared.tally import Tally
 from ssld.shared.wording import count, did_you_mean
 from ssld.stage2_detect.data.coco import CocoImage, Id
-from ssld.stage2_detect.data.coco_json import ORIENTATION_KEY, read_table, result_rows
+from ssld.stage2_detect.data.coco_json import read_table, result_rows
 from ssld.stage2_detect.data.image_files import ImageFiles, find_images, records_of
 from ssld.stage2_detect.data.loaders import ImageLoader
 from ssld.stage2_detect.data.sizing import Sizing
 from ssld.stage2_detect.models.batch import Detections
 from ssld.stage2_detect.predict_config import PredictConfig
-from ssld.stage2_detect.prediction.files import DrawingsAndCrops, Parts, coco_json, image_entry, stem
+from ssld.stage2_detect.prediction.files import DrawingsAndCrops, Parts, data_set, image_entry, stem
 from ssld.stage2_detect.prediction.predictor import detect_images
 from ssld.stage2_detect.prediction.tiles import FileWindows, ImageWindow, pixels_of_window, window_batches
 from ssld.stage2_detect.prediction.video import FrameReader, VideoDetections, VideoParts
@@ -28,6 +29,8 @@ from ssld.stage2_detect.prediction.video_file import is_video, require_av
 
 if TYPE_CHECKING:
     from ssld.stage2_detect.detector_file import LoadedDetector
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,11 @@ class Work:
             if names:
                 tally.keep(what, len(names.difference(unreadable)))
         return tally
+
+    def unreadable_of(self, records: Sequence[CocoImage], failed: Iterable[UnreadableImage]) -> list[list[str]]:
+        """Return [name, reason] of each of these images whose file could not be decoded."""
+        reason_of = {one.name: one.reason for one in failed}
+        return [[self.names[one.image_id], reason_of[one.path]] for one in records if one.path in reason_of]
 
     def _amount(self) -> str:
         images, videos = count(len(self.names), "image"), count(len(self.videos), "video")
@@ -155,29 +163,36 @@ class Runner:
             self._each()
 
 
+def by_part(
+    results: Iterable[Item], part_of: Callable[[Item], int], numbers: Sequence[int]
+) -> Iterator[tuple[int, Iterable[Item]]]:
+    """Group the results of images by their part: yields (number of the part, its results), at last the parts of `numbers` without any result, none of
+    whose images can be read.
+
+    No batch may span two parts, so that a part is complete when its last result comes, and batches do not depend on which parts are left to do.
+    """
+    seen = set()
+    for number, part in itertools.groupby(results, key=part_of):
+        seen.add(number)
+        yield number, part
+    yield from ((number, ()) for number in numbers if number not in seen)
+
+
 def detect_parts(runner: Runner, parts: Parts, numbers: Sequence[int], work: Work) -> Iterator[int]:
     """Detect in the parts with these numbers, in order; write each part when it is complete, then yield its number."""
     config, loaded = runner.config, runner.loaded
     part_of = {record.image_id: number for number in numbers for record in parts.records[number]}
     batches = [
         batch
-        for number in numbers  # no batch spans two parts: batches do not depend on the parts that are left to do
+        for number in numbers
         for batch in window_batches(parts.records[number], config.batch_size, config.tile, config.overlap)
     ]
     loader = ImageLoader(batches, FileWindows(), runner.sizing, workers=config.workers, skip_unreadable=True)
-    id_of = {record.path: record.image_id for record in work.records}
     files = DrawingsAndCrops(config, loaded.class_names, work.names.values())
 
-    def write(number: int, rows: dict[Id, list[dict[str, Any]]], best: float) -> int:
-        unreadable = {id_of[one.name]: one.reason for one in loader.unreadable}
-        of_part = [record.image_id for record in parts.records[number] if record.image_id in unreadable]
-        parts.write(number, rows, [[work.names[image_id], unreadable[image_id]] for image_id in of_part], best)
-        return number
-
-    written = set()
     with ThreadPoolExecutor(max(1, config.workers)) as pool:  # drawing and JPEG while the detector works
         results = runner.detect(loader) if batches else iter(())  # preparing the detector takes a second
-        for number, part in itertools.groupby(results, key=lambda one: part_of[one[0].image_id]):
+        for number, part in by_part(results, lambda one: part_of[one[0].image_id], numbers):
             rows: dict[Id, list[dict[str, Any]]] = {}
             drawings = []
             best = 0.0
@@ -189,11 +204,8 @@ def detect_parts(runner: Runner, parts: Parts, numbers: Sequence[int], work: Wor
                     drawings.append(pool.submit(files.write, work.names[record.image_id], record, detections))
             for drawing in drawings:
                 drawing.result()
-            written.add(number)
-            yield write(number, rows, best)
-    for number in numbers:
-        if number not in written:  # none of its images can be read
-            yield write(number, {}, 0.0)
+            parts.write(number, rows, work.unreadable_of(parts.records[number], loader.unreadable), best)
+            yield number
 
 
 def detect_video(runner: Runner, videos: VideoParts, name: str) -> Iterator[int]:
@@ -250,14 +262,8 @@ def assemble(
                 f"{config.images}: no box{of} with a score of {config.least:g} or more in {count(len(work.names), 'image')}; "
                 f"the best has {best:.2f}: give a lower --threshold, or a detector that fits these images"
             )
-    info = {
-        "description": "detections",
-        "detector": loaded.metadata.get("content_sha256"),
-        "threshold": config.least,
-        ORIENTATION_KEY: "upright",
-    }
-    categories = dict(zip(loaded.category_ids, loaded.class_names, strict=True))
-    return coco_json(images, rows, categories, info, entries), sorted(bad), best
+    content = data_set(loaded, images, rows, description="detections", threshold=config.least, videos=entries)
+    return content, sorted(bad), best
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,36 @@ from ssld.stage2_detect.foreign.torchvision_weights import convert, find_weights
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.class_rows import carry_rows, rows_per_class
 from ssld.stage2_detect.published import PREFIX, published
+from ssld.stage2_detect.training.body import Body
 
 _BODY = "pyramid.body."
+_SHAPING = (
+    "kind",
+    "fpn_channels",
+    "dcn_strides",
+    "fpn_maps",
+    "rpn.anchor_ratios",
+    "fpn_norm",
+    "rpn.anchor_scales",
+    "rpn.convolutions",
+    "roi.convolutions",
+    "roi.fully_connected",
+    "roi.norm",
+    "mask.norm",
+    "retinanet.tower_norm",
+    "roi.hidden",
+    "roi.class_agnostic",
+    "cascade.positive_ious",
+    "mask.hidden",
+    "mask.convolutions",
+    "dense.convolutions",
+    "dense.p6_from",
+    "gfl.reg_max",
+    "gfl.tower_bias",
+)
+"""settings of `model` that determine shapes of tensors"""
+_LISTS = {"rpn.anchor_ratios", "rpn.anchor_scales", "cascade.positive_ious"}
+"""those whose length does, not the values"""
 
 
 @dataclass(frozen=True)
@@ -60,11 +89,11 @@ class InitWeights:
         about = published(self.source, "init")
         return convert(read_weights(self.file), tuple(coco_classes()), norm_eps=about.norm_eps, source=self.file)
 
-    def create_body(self, **options: Any) -> nn.Module:
+    def create_body(self, **options: Any) -> Body:
         """Create its features-only backbone with random weights, which `load` replaces. Raises UserError like the shared `create_body`."""
-        return create_body(ModelReference(self.source, self.arch, metadata={"model_args": self.model_args}), **options)[
-            0
-        ]
+        reference = ModelReference(self.source, self.arch, metadata={"model_args": self.model_args})
+        module, _ = create_body(reference, **options)
+        return Body(module, self.arch, self.inputs, self.licence, self.model_args, self.backbone)
 
     def check_body(self, backbone: str, arch: str, model_args: dict[str, Any]) -> None:
         """Raise UserError where another backbone is not of this detector's architecture."""
@@ -88,22 +117,25 @@ class InitWeights:
         initial = detector.state_dict()
         tensors = self.tensors
         self._check_fits(tensors, initial, config, class_names)
-        if keep_body:
-            tensors = tensors | {name: tensor for name, tensor in initial.items() if name.startswith(_BODY)}
+        body = {name: tensor for name, tensor in initial.items() if keep_body and name.startswith(_BODY)}
         agnostic = config.roi.class_agnostic or config.is_cascade
         detector.load_state_dict(
-            carry_rows(tensors, initial, old=self.class_names, new=class_names, class_agnostic=agnostic)
+            carry_rows(tensors | body, initial, old=self.class_names, new=class_names, class_agnostic=agnostic)
         )
+        loaded = f"{self.source}: loaded {len(initial) - len(body)}/{len(initial)} tensors"
+        if body:
+            loaded += f", all but the {len(body)} of the backbone"
+        return f"{loaded}; {self._describe_rows(class_names)}"
+
+    def _describe_rows(self, class_names: tuple[str, ...]) -> str:
+        """Say which classes kept their rows, which are new, and which were dropped, by name."""
         kept = [name for name in class_names if name in self.class_names]
         new = [name for name in class_names if name not in self.class_names]
         dropped = [name for name in self.class_names if name not in class_names]
         parts = [f"rows of {len(kept)} classes kept{_some(kept)}"]
         parts += [f"{len(new)} new, at random{_some(new)}"] if new else []
         parts += [f"{len(dropped)} dropped{_some(dropped)}"] if dropped else []
-        kept_body = sum(name.startswith(_BODY) for name in initial) if keep_body else 0
-        loaded = f"{self.source}: loaded {len(tensors) - kept_body}/{len(initial)} tensors"
-        loaded += f", all but the {kept_body} of the backbone" if keep_body else ""
-        return f"{loaded}; {', '.join(parts)}"
+        return ", ".join(parts)
 
     def _check_fits(
         self,
@@ -171,31 +203,9 @@ def _network(arch: str, model_args: dict[str, Any]) -> str:
 
 
 def _differences(file: DetectorConfig, run: DetectorConfig) -> list[str]:
-    """Return `model.KEY (file: x, run: y)` for settings that determine shapes of tensors."""
-    pairs = {
-        "kind": (file.kind, run.kind),
-        "fpn_channels": (file.fpn_channels, run.fpn_channels),
-        "dcn_strides": (file.dcn_strides, run.dcn_strides),
-        "fpn_maps": (file.fpn_maps, run.fpn_maps),
-        "rpn.anchor_ratios": (len(file.rpn.anchor_ratios), len(run.rpn.anchor_ratios)),
-        "fpn_norm": (file.fpn_norm, run.fpn_norm),
-        "rpn.anchor_scales": (len(file.rpn.anchor_scales), len(run.rpn.anchor_scales)),
-        "rpn.convolutions": (file.rpn.convolutions, run.rpn.convolutions),
-        "roi.convolutions": (file.roi.convolutions, run.roi.convolutions),
-        "roi.fully_connected": (file.roi.fully_connected, run.roi.fully_connected),
-        "roi.norm": (file.roi.norm, run.roi.norm),
-        "mask.norm": (file.mask.norm, run.mask.norm),
-        "retinanet.tower_norm": (file.retinanet.tower_norm, run.retinanet.tower_norm),
-        "roi.hidden": (file.roi.hidden, run.roi.hidden),
-        "roi.class_agnostic": (file.roi.class_agnostic, run.roi.class_agnostic),
-        "cascade.positive_ious": (len(file.cascade.positive_ious), len(run.cascade.positive_ious)),
-        "mask.hidden": (file.mask.hidden, run.mask.hidden),
-        "mask.convolutions": (file.mask.convolutions, run.mask.convolutions),
-        "dense.convolutions": (file.dense.convolutions, run.dense.convolutions),
-        "dense.p6_from": (file.dense.p6_from, run.dense.p6_from),
-        "gfl.reg_max": (file.gfl.reg_max, run.gfl.reg_max),
-        "gfl.tower_bias": (file.gfl.tower_bias, run.gfl.tower_bias),
-    }
+    """Return `model.KEY (file: x, run: y)` for settings that determine shapes of tensors; of lists, x and y are lengths."""
+    pairs = {key: [attrgetter(key)(one) for one in (file, run)] for key in _SHAPING}
+    pairs |= {key: [len(value) for value in pairs[key]] for key in _LISTS}
     return [f"model.{key} (file: {a}, run: {b})" for key, (a, b) in pairs.items() if a != b]
 
 

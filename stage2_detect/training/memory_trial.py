@@ -1,7 +1,5 @@
-"""Training step of the largest memory use, which `auto_batch` tries.
-
-Its images have the largest size and the objects of the image with the most. A separate module, as in stage 1, to keep the training loop free of it.
-"""
+"""Training step of the largest memory use, which `auto_batch` tries: images of the largest size of a batch, with the objects of the image that has
+the most of them; then an evaluation batch of the largest size. With random pixels, since memory does not depend on them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,15 +27,18 @@ def whole_step(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Callable[[int], None]:
-    """Return a function of a number of images: forward (with the teacher, if any), backward, optimizer step and a batch of evaluation."""
+    """Return a function of a number of images: forward (with the teacher, if any), backward, optimizer step and a batch of evaluation.
+
+    The optimizer's step changes the weights: the caller restores them.
+    """
     resize = config.resize
     largest = Sizing(max(resize.train_short_sides), resize.train_long_side)
-    high, wide = largest_canvas([*data.train.images, *data.unlabeled], largest)
+    height, width = largest_canvas([*data.train.images, *data.unlabeled], largest)
     if config.augment.large_scale_jitter:
-        high = wide = resize.train_long_side
+        height = width = resize.train_long_side
     fullest = max(data.train.images, key=lambda record: len(record.labels_N))
     view = largest.view(fullest.height, fullest.width)
-    val_high, val_wide = largest_canvas(data.val.images if data.val else [], Sizing.of(resize))
+    val_height, val_width = largest_canvas(data.val.images if data.val else [], Sizing.of(resize))
 
     def attempt(images: int) -> None:
         targets = Targets(
@@ -47,11 +48,11 @@ def whole_step(
             masks=(masks_of(fullest, view),) * images if config.model.has_masks else None,
         ).to(device)
         trained.model.train()
-        batch, weak = _noise(images, high, wide, device), None
+        batch, weak = _noise(images, height, width, device), None
         if config.moving_teacher and images > 1:
             unlabeled = min(max(1, round(images * config.moving_teacher.ratio)), images - 1)
             targets = replace(targets, labeled_B=torch.arange(images) < images - unlabeled)
-            weak = _noise(unlabeled, high, wide, device)
+            weak = _noise(unlabeled, height, width, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             losses = trained.model(batch, targets, *([] if weak is None else [weak]))
         torch.stack(list(losses.values())).sum().backward()
@@ -60,7 +61,7 @@ def whole_step(
         if data.val:
             trained.evaluated.eval()
             with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                for_inference(trained.evaluated)(_noise(config.val_batch_size, val_high, val_wide, device))
+                for_inference(trained.evaluated)(_noise(config.val_batch_size, val_height, val_width, device))
 
     return attempt
 
@@ -72,9 +73,9 @@ def largest_canvas(records: Sequence[CocoImage], sizing: Sizing) -> tuple[int, i
     return max((view.height for view in views), default=0), max((view.width for view in views), default=0)
 
 
-def _noise(images: int, high: int, wide: int, device: torch.device) -> ImageBatch:
+def _noise(images: int, height: int, width: int, device: torch.device) -> ImageBatch:
     return ImageBatch(
-        torch.randint(0, 256, (images, 3, padded_side(high), padded_side(wide)), dtype=torch.uint8),
-        torch.tensor([[high, wide]] * images),
+        torch.randint(0, 256, (images, 3, padded_side(height), padded_side(width)), dtype=torch.uint8),
+        torch.tensor([[height, width]] * images),
         torch.ones(images),
     ).to(device)

@@ -12,11 +12,9 @@ from typing import Any, cast, get_args
 
 from torch import Tensor, nn
 
-from ssld.shared.config.settings import validate
+from ssld.shared.config.validation import validate
 from ssld.shared.config.yaml_files import merge, read_recipe, recipe_file
 from ssld.shared.errors import UserError
-from ssld.shared.models.backbones import body_args, create_body, input_settings, licence, network_args
-from ssld.shared.models.references import parse_reference
 from ssld.stage2_detect.config import RECIPES, ResizeConfig
 from ssld.stage2_detect.data.coco import CocoData
 from ssld.stage2_detect.detector_file import save_detector
@@ -25,9 +23,12 @@ from ssld.stage2_detect.models import build
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
 from ssld.stage2_detect.models.freezing import untrained_norms
 from ssld.stage2_detect.training import unit_scale
+from ssld.stage2_detect.training.body import open_body
 
-_RESERVED = {"format", "kind", "arch", "timm_version", "class_names", "category_ids", "mean", "std", "model", "resize"}
-_RESERVED |= {"backbone", "model_args", "content_sha256", "metadata_sha256", "config", "inputs", "data", "unit_scale"}
+_RESERVED = {
+    *("format", "kind", "arch", "timm_version", "class_names", "category_ids", "mean", "std", "model", "resize"),
+    *("backbone", "model_args", "content_sha256", "metadata_sha256", "config", "inputs", "data", "unit_scale"),
+}
 """metadata keys of a detector file, and arguments of `save_detector`, that are no facts of one's own"""
 KINDS: tuple[str, ...] = get_args(DetectorConfig.model_fields["kind"].annotation)
 
@@ -57,19 +58,17 @@ class NewDetector(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.resize, self.class_names = config, resize, class_names
-        reference = parse_reference(backbone, arch)
-        body, self.loaded = create_body(reference)
-        if not reference.pretrained and config.freeze_norm and (warning := untrained_norms(body, backbone)):
+        body = open_body(backbone, arch)
+        self._arch, self._inputs, self.loaded = body.arch, body.inputs, body.loaded
+        if backbone.startswith("random:") and config.freeze_norm and (warning := untrained_norms(body.module, backbone)):
             self.loaded += f"\n{warning}"
-        self._arch, self._inputs = reference.arch, input_settings(body, reference.metadata)
-        args = body_args(network_args(reference, None))
         self._facts: dict[str, Any] = {
-            "backbone": {"reference": backbone, "content_sha256": reference.metadata.get("content_sha256")},
-            "licence": licence(reference) or "none: random weights",
-            **({"model_args": args} if args else {}),
+            "backbone": body.origin,
+            "licence": body.licence or "none: random weights",
+            **({"model_args": body.model_args} if body.model_args else {}),
         }
         self.model = build.build_detector(
-            config, classes=len(class_names), body=body, arch=self._arch, inputs=self._inputs
+            config, classes=len(class_names), body=body.module, arch=self._arch, inputs=self._inputs
         )
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | list[Detections]:

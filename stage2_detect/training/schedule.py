@@ -2,7 +2,7 @@
 a training."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from ssld.shared.config.training import in_steps
 from ssld.shared.training.optim import decay_factor, multistep_factor
@@ -27,10 +27,10 @@ class Schedule:
 
     def factor(self, step: int) -> float:
         """Return the factor on the learning rate at `step` (0-based)."""
-        warmup = {"warmup_steps": self.warmup_steps, "warmup_start": self.optim.warmup_start}
+        warmup: dict[str, Any] = {"warmup_steps": self.warmup_steps, "warmup_start": self.optim.warmup_start}
         if self.optim.schedule == "milestones":
-            return multistep_factor(step, milestones=self.milestones, gamma=self.optim.gamma, **warmup)  # type: ignore[arg-type]
-        return decay_factor(step, steps=self.steps, decay_steps=self.decay_steps, **warmup)  # type: ignore[arg-type]
+            return multistep_factor(step, milestones=self.milestones, gamma=self.optim.gamma, **warmup)
+        return decay_factor(step, steps=self.steps, decay_steps=self.decay_steps, **warmup)
 
     @property
     def decay_steps(self) -> int | None:

@@ -11,8 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssld.shared.distributed.ranks import all_ranks, from_main_rank, rank
 from ssld.shared.errors import UserError
-from ssld.shared.models.backbones import body_args, create_body, input_settings, licence, network_args, place
-from ssld.shared.models.references import parse_reference
+from ssld.shared.models.backbones import place
 from ssld.shared.training.optim import parameter_groups
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.coco import CocoData
@@ -26,7 +25,8 @@ from ssld.stage2_detect.models.build import Detector, build_detector
 from ssld.stage2_detect.models.freezing import lr_factor_of_parameter, untrained_norms
 from ssld.stage2_detect.models.rcnn import RCNN
 from ssld.stage2_detect.training import unit_scale
-from ssld.stage2_detect.training.init_weights import open_init
+from ssld.stage2_detect.training.body import Body, open_body
+from ssld.stage2_detect.training.init_weights import InitWeights, open_init
 
 
 class TrainedDetector:
@@ -45,7 +45,7 @@ class TrainedDetector:
         loaded: line for the log on the loaded weights.
 
     Raises:
-        UserError: see `parse_reference`, `create_body`, `open_init`, `build_detector` and `open_teacher`; thresholds of unknown classes.
+        UserError: see `open_body`, `open_init`, `build_detector` and `open_teacher`; thresholds of unknown classes.
     """
 
     def __init__(self, config: TrainConfig, data: CocoData, *, device: torch.device) -> None:
@@ -56,22 +56,15 @@ class TrainedDetector:
         own_body = config.backbone is not None and config.reads_backbone
         if start and not own_body:
             body = start.create_body(**options)
-            self.arch, self._inputs, weights_licence = start.arch, start.inputs, start.licence
-            model_args = start.model_args
-            origin: dict[str, Any] = start.backbone
         else:
-            reference = parse_reference(str(config.backbone), config.arch)
-            body, self.loaded = create_body(reference, **options)
-            self.arch, self._inputs = reference.arch, input_settings(body, reference.metadata)
-            weights_licence, model_args = licence(reference) or "", body_args(network_args(reference, None))
-            origin = {"reference": config.backbone, "content_sha256": reference.metadata.get("content_sha256")}
+            body = open_body(str(config.backbone), config.arch, **options)
             if start:
-                start.check_body(str(config.backbone), self.arch, model_args)
-                weights_licence = f"{start.licence} AND {weights_licence}" if weights_licence else start.licence
+                start.check_body(str(config.backbone), body.arch, body.model_args)
+        self.arch, self._inputs, self.loaded = body.arch, body.inputs, body.loaded
         self.detector = build_detector(
             config.model,
             classes=len(data.class_names),
-            body=body,
+            body=body.module,
             arch=self.arch,
             inputs=self._inputs,
             ranks=all_ranks(),
@@ -96,16 +89,22 @@ class TrainedDetector:
                 channels_last=config.channels_last,
             )
             self.model = self._with_teacher(self.teacher, config.distill).to(device)
-        licences = [weights_licence, self.teacher.facts["licence"] if self.teacher else ""]
-        self._facts = {
+        self._facts = self._facts_of(body, start)
+
+    def _facts_of(self, body: Body, start: InitWeights | None) -> dict[str, Any]:
+        """Return what the detector file says about the origin of its weights; one licence per source: initial detector, backbone, teacher."""
+        config, facts = self._config, self.teacher.facts if self.teacher else {}
+        licences = [start.licence if start else "", body.licence, facts.get("licence", "")]
+        moving = config.moving_teacher
+        return {
             "weights": "ema" if self.ema else "last",
-            "backbone": origin,
-            **({"model_args": model_args} if model_args else {}),
+            "backbone": body.origin,
+            **({"model_args": body.model_args} if body.model_args else {}),
             "licence": " AND ".join(dict.fromkeys(name for name in licences if name)) or "none: random weights",
             **({"init": str(config.init)} if config.init else {}),
             **({"unit_scale": self.unit_scale} if self.unit_scale else {}),
-            **({"teacher": self.teacher.facts} if self.teacher else {}),
-            **({"moving_teacher": config.moving_teacher.model_dump(mode="json")} if config.moving_teacher else {}),
+            **({"teacher": facts} if facts else {}),
+            **({"moving_teacher": moving.model_dump(mode="json")} if moving else {}),
         }
 
     def _to_unit_scale(self, device: torch.device) -> list[float]:

@@ -15,7 +15,7 @@ import torch
 
 from ssld.pipelines.config import PipelineConfig
 from ssld.pipelines.inspecting import inspect_text
-from ssld.shared.config.settings import validate
+from ssld.shared.config.validation import validate
 from ssld.shared.config.yaml_files import read_recipe, read_settings
 from ssld.shared.images import UnreadableImage
 from ssld.shared.models.model_file import read_metadata, read_shapes, read_tensors, save_model_file

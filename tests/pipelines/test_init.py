@@ -18,10 +18,10 @@ from ssld.pipelines.checks.settings import settings_lines
 from ssld.pipelines.runner.estimate import Rate
 from ssld.pipelines.runner.stages import build_stages, read_pipeline
 from ssld.pipelines.scaffold import pool
+from ssld.pipelines.scaffold.split import split_content
 from ssld.pipelines.scaffold.suggest import (
     Settings,
     Trained,
-    split_content,
 )
 from ssld.shared.models.downloads import Download
 from ssld.stage1_ssld.config import DistillConfig

@@ -20,13 +20,13 @@ from ssld.pipelines.runner.estimate import Rate
 from ssld.pipelines.runner.launch import Outcome, Signals
 from ssld.pipelines.runner.stages import Stage
 from ssld.pipelines.scaffold import augment, starts
+from ssld.pipelines.scaffold.split import split_content
 from ssld.pipelines.scaffold.suggest import (
     Settings,
     Trained,
     networks_of,
     settings_of,
     shapes,
-    split_content,
 )
 from ssld.pipelines.scaffold.trials import trials
 from ssld.shared.errors import UserError

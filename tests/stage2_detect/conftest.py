@@ -91,6 +91,46 @@ def small_settings(tiny_coco: TinyCoco) -> dict[str, Any]:
 
 
 @pytest.fixture
+def training_files() -> Callable[..., set[str]]:
+    """Files that a training of `train_settings` with evaluation images writes, but for drawn images: names of the tensor files in its checkpoints ->
+    paths below its folder."""
+
+    def files(*tensors: str) -> set[str]:
+        checkpoint = (*(f"{name}.safetensors" for name in tensors), "state.json", "SHA256SUMS", "COMPLETE")
+        return {
+            ".lock",
+            "analysis.json",
+            "batches.jpg",
+            "config.yaml",
+            "environment.json",
+            "log.txt",
+            "metrics.jsonl",
+            "result.json",
+            "detector.safetensors",
+            *(f"checkpoints/step_{step:08d}/{name}" for step in (4, 6) for name in checkpoint),
+        }
+
+    return files
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Networks that a training has compiled: they are traced, but run by torch itself, so that no C++ compiler is needed."""
+    import torch
+
+    from ssld.stage2_detect.models.pyramid import TimmPyramid
+
+    networks: list[torch.nn.Module] = []
+
+    def compile_traced(net: torch.nn.Module) -> None:
+        networks.append(net)
+        torch.nn.Module.compile(net, backend="eager")
+
+    monkeypatch.setattr(TimmPyramid, "compile", compile_traced)
+    return networks
+
+
+@pytest.fixture
 def learning_settings(train_settings: dict[str, Any]) -> dict[str, Any]:
     """`train_settings` with which the detector detects most of the drawn objects after 60 steps."""
     optim = {"name": "adamw", "lr": 0.003, "reference_batch": 4, "warmup_steps": 5, "milestones_steps": [50]}

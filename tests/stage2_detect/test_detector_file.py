@@ -54,7 +54,7 @@ def test_arguments_of_the_backbone(tmp_path: Path) -> None:
         assert torch.equal(again.pyramid.body(x)[-1], expected)
         assert not torch.allclose(plain.eval()(x)[-1], expected, rtol=1e-2)
     start = open_init(tmp_path / "d.safetensors").create_body()
-    assert any(isinstance(module, torch.nn.SiLU) for module in start.modules())
+    assert any(isinstance(module, torch.nn.SiLU) for module in start.module.modules())
 
 
 @pytest.mark.parametrize(

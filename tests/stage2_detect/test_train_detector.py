@@ -18,7 +18,6 @@ from ssld.shared.models.references import parse_reference
 from ssld.shared.training.checkpoint import load_checkpoint, newest_checkpoint
 from ssld.stage2_detect import evaluate, train
 from ssld.stage2_detect.detector_file import load_detector
-from ssld.stage2_detect.models.pyramid import TimmPyramid
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]
@@ -65,27 +64,15 @@ def test_writes_exactly_these_files_and_the_detector_evaluates(
     tmp_path: Path,
     backbone_file: Path,
     files_below: Callable[[Path], set[str]],
+    training_files: Callable[..., set[str]],
 ) -> None:
     fractions = {"evaluate_every": 0.5, "save_every": 0.6, "log_every": None}
     optim = train_settings["optim"] | {"milestones_steps": [0.6]}
     settings = train_settings | {"backbone": str(backbone_file), "optim": optim, **fractions}
     assert call(train.main, arguments(settings)) == 0
     run = tmp_path / "run"
-    checkpoint = {"model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS", "COMPLETE"}
-    assert files_below(run) == {
-        ".lock",
-        "batches.jpg",
-        "config.yaml",
-        "environment.json",
-        "log.txt",
-        "metrics.jsonl",
-        "result.json",
-        "detector.safetensors",
-        "detector_best.safetensors",
-        "analysis.json",
-        *drawn_images_of(run),
-        *(f"checkpoints/step_{step:08d}/{name}" for step in (4, 6) for name in checkpoint),
-    }
+    written = training_files("model", "optimizer") | {"detector_best.safetensors", *drawn_images_of(run)}
+    assert files_below(run) == written
     log = (run / "log.txt").read_text()
     tensors = len(load_file(backbone_file))
     assert all(f"step {step}: evaluating 5 images" in log for step in (3, 6))
@@ -253,16 +240,8 @@ def test_bf16_trains_to_about_the_same_loss(
 
 
 def test_compiled_training_is_equal(
-    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, compiled: list[torch.nn.Module]
 ) -> None:
-    """Traced, but run by torch itself, so that no C++ compiler is needed."""
-    compiled: list[torch.nn.Module] = []
-
-    def compile_traced(net: torch.nn.Module) -> None:
-        compiled.append(net)
-        torch.nn.Module.compile(net, backend="eager")
-
-    monkeypatch.setattr(TimmPyramid, "compile", compile_traced)
     for name in ("plain", "compiled"):
         assert call(train.main, arguments(train_settings | {"compile": name == "compiled", "steps": 2}, name)) == 0
     assert len(compiled) == 1

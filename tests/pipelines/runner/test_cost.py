@@ -9,7 +9,8 @@ import pytest
 from ssld.pipelines.config import PipelineConfig
 from ssld.pipelines.runner.cost import disk_bytes, disk_text, steps_text, total_text
 from ssld.pipelines.runner.stages import KINDS, Stage, build_stages
-from ssld.shared.config.settings import parse_config, validate
+from ssld.shared.config.settings import parse_config
+from ssld.shared.config.validation import validate
 from ssld.stage1_ssld.write_soft_labels import main as write_soft_labels
 
 

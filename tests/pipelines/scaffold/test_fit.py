@@ -10,9 +10,10 @@ import pytest
 from ssld.pipelines.runner.estimate import EVALUATIONS, Rate, seconds
 from ssld.pipelines.runner.stages import build_stages, read_pipeline
 from ssld.pipelines.scaffold.fit import ENOUGH, LEAST, MOST_TRIALS, REPORT_SECONDS, Fit, fit, lengths_of
+from ssld.pipelines.scaffold.pipeline_file import pipeline_text
 from ssld.pipelines.scaffold.stage1 import MANY, proposes_stage_1
 from ssld.pipelines.scaffold.starts import published_init
-from ssld.pipelines.scaffold.suggest import Facts, Settings, Trained, networks_of, pipeline_text, shapes, wanted_steps
+from ssld.pipelines.scaffold.suggest import Facts, Settings, Trained, networks_of, shapes, wanted_steps
 from ssld.shared.errors import UserError
 from tests.pipelines.scaffold.test_suggest import facts
 

@@ -9,15 +9,15 @@ import pytest
 import yaml
 
 from ssld.pipelines.runner.stages import build_stages, read_pipeline
+from ssld.pipelines.scaffold.pipeline_file import pipeline_text
+from ssld.pipelines.scaffold.split import split_content
 from ssld.pipelines.scaffold.suggest import (
     Facts,
     Settings,
     Shape,
     networks_of,
-    pipeline_text,
     settings_of,
     shapes,
-    split_content,
     wanted_steps,
 )
 from ssld.shared.errors import UserError

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from ssld.pipelines.config import PipelineConfig
 from ssld.pipelines.runner.stages import KINDS
-from ssld.shared.config.help import models_in
+from ssld.shared.config.annotations import models_in
 
 # dotted name of a class and a field -> why it has no bound
 FREE = {

@@ -10,7 +10,8 @@ from pydantic.fields import FieldInfo
 
 from ssld.pipelines.config import PipelineConfig
 from ssld.pipelines.runner.stages import KINDS
-from ssld.shared.config.help import choices_of, flags_of, models_in, settings_help
+from ssld.shared.config.annotations import models_in
+from ssld.shared.config.help import choices_of, flags_of, settings_help
 from ssld.shared.config.settings import CommandConfig, settings_parser
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld.config import DistillConfig

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from ssld.shared.config.bounds import Steps
-from ssld.shared.config.settings import Config, validate
+from ssld.shared.config.settings import Config
+from ssld.shared.config.validation import validate
 from ssld.shared.errors import UserError
 
 

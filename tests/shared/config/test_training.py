@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from ssld.shared.config.help import choices_of, flags_of
-from ssld.shared.config.settings import dump, parse_config, settings_parser, validate
+from ssld.shared.config.settings import dump, parse_config, settings_parser
+from ssld.shared.config.validation import validate
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.config import TrainConfig
 

@@ -15,11 +15,12 @@ from ssld.shared.errors import UserError
 from ssld.stage2_detect.convert_detector import main
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.foreign.coco_classes import coco_classes
-from ssld.stage2_detect.foreign.torchvision_weights import convert, find_weights, read_weights, recognize
+from ssld.stage2_detect.foreign.torchvision_weights import choose, convert, find_weights, read_weights, recognize
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.published import PUBLISHED
 
 State = dict[str, Tensor]
+MOBILE = "fasterrcnn_mobilenet_v3_large"
 UserErrorOf = Callable[..., str]
 
 
@@ -131,6 +132,50 @@ def test_the_command_writes_a_detector_file(small_file: Path, tmp_path: Path) ->
     assert "epsilon of the backbone's BatchNorm 1e-05" in log
 
 
+@pytest.fixture(scope="module")
+def mobile_state() -> State:
+    """The tensors of both detectors on MobileNetV3, of two labels."""
+    return {
+        key: torch.ones(value.shape, dtype=value.dtype)
+        for key, value in state_of("fasterrcnn_mobilenet_v3_large_fpn", classes=2).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("file_name", "words", "short_side", "line"),
+    [
+        ("own.pth", (), 800, "settings of fasterrcnn_mobilenet_v3_large_fpn, assumed (--architecture "),
+        ("own.pth", ("--architecture", f"{MOBILE}_320_fpn"), 320, ""),
+        (f"{MOBILE}_320_fpn-own.pth", (), 320, f"settings of {MOBILE}_320_fpn, as in the file's name (--architecture "),
+    ],
+)
+def test_two_detectors_on_mobilenet_differ_in_settings_alone(
+    mobile_state: State, file_name: str, words: tuple[str, ...], short_side: int, line: str, tmp_path: Path
+) -> None:
+    torch.save(mobile_state, tmp_path / file_name)
+    classes = ("--annotations", str(annotations(tmp_path, 1)))
+    assert main(["--weights", str(tmp_path / file_name), *classes, *words, "--output", str(tmp_path / "run")]) == 0
+    detector = load_detector(tmp_path / "run" / "detector.safetensors")
+    rpn = detector.metadata["model"]["rpn"]
+    small = short_side == 320
+    assert (detector.resize.short_side, detector.resize.long_side) == ((320, 640) if small else (800, 1333))
+    assert (rpn["score_threshold"], rpn["post_nms_top_n_test"]) == (0.05, 150 if small else 1000)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert line in log
+    assert ("--architecture" in log) == bool(line)
+
+
+def test_a_published_file_is_known_by_its_sha256(mobile_state: State) -> None:
+    published, recognized = f"{MOBILE}_320_fpn", recognize(mobile_state, "s")
+    digest = f"{PUBLISHED[published].sha256}{56 * '0'}"
+    chosen = choose(recognized, None, file=Path("renamed.pth"), digest=digest)
+    assert (chosen.name, chosen.about, chosen.chosen_by) == (published, PUBLISHED[published], "")
+    with pytest.raises(
+        UserError, match=rf"architecture: {MOBILE}_fpn: a\.pth is torchvision's published file of {published}"
+    ):
+        choose(recognized, f"{MOBILE}_fpn", file=Path("a.pth"), digest=digest)
+
+
 def test_user_errors(
     small_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +208,10 @@ def test_user_errors(
     )
 
     assert "caffe: is for weights of detectron2 and mmdetection" in message(small_file, *three, "--caffe", "true")
+
+    assert f"architecture: {MOBILE}_320_fpn: {small_file} has the tensors of retinanet_resnet50_fpn\n" in message(
+        small_file, *three, "--architecture", f"{MOBILE}_320_fpn"
+    )
 
     # A published file that is not the published one.
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

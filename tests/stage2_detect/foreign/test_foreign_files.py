@@ -99,6 +99,9 @@ def test_a_checkpoint_of_mmdetection(classes: Path, tmp_path: Path, capsys: pyte
     caffe = written(meta | {"config": COCO_CONFIG.replace("'pytorch'", "'caffe'")})
     assert "its configuration has mean 123.675 116.28 103.53, the base configuration 103.53 116.28 123.675" in caffe
     assert "norm_eps: is for weights of torchvision" in written(meta, *run, "--norm_eps", "0")
+    assert "architecture: is for weights of torchvision" in written(
+        meta, *run, "--architecture", "retinanet_resnet50_fpn"
+    )
     history = written({"hub": Path("x")})
     assert "cannot be read as a plain state dict of tensors" in history
     assert "keep its weights alone, in an environment that has its project: python -c" in history

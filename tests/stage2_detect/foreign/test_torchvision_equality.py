@@ -5,6 +5,7 @@ and torchvision's mask loss takes this project's targets, which are rasterized p
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from torchvision.models.detection import _utils as reference_utils
 from torchvision.models.detection import roi_heads as reference_roi_heads
 
 from ssld.shared.models.backbones import InputSettings
+from ssld.stage2_detect.config import ResizeConfig
+from ssld.stage2_detect.data.sizing import Sizing
 from ssld.stage2_detect.foreign.coco_classes import coco_classes
 from ssld.stage2_detect.foreign.fitting import check_fits
-from ssld.stage2_detect.foreign.torchvision_weights import convert, recognize
+from ssld.stage2_detect.foreign.torchvision_weights import choose, convert, recognize
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.build import Detector, build_detector
@@ -82,18 +85,23 @@ def torchvisions(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     model.transform.image_mean, model.transform.image_std = (
         (255 * torch.tensor(values)).tolist() for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     )
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
-                module.weight.uniform_(0.5, 1.0)
-                module.bias.uniform_(-0.2, 0.2)
-            if isinstance(module, nn.BatchNorm2d):
-                assert module.running_mean is not None
-                assert module.running_var is not None
-                module.running_mean.uniform_(-0.2, 0.2)
-                module.running_var.uniform_(0.5, 1.5)
-        _enliven(model)
+    randomize(model)
     return model
+
+
+@torch.no_grad()
+def randomize(model: Any) -> None:
+    """Draw the norms' weights and statistics, and the last layers."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+            module.weight.uniform_(0.5, 1.0)
+            module.bias.uniform_(-0.2, 0.2)
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+    _enliven(model)
 
 
 def _enliven(model: Any) -> None:
@@ -258,6 +266,56 @@ def test_detections_losses_and_gradients_are_torchvisions(name: str, monkeypatch
     assert running
     for key, tensor in running.items():
         torch.testing.assert_close(tensor, state[key], rtol=1e-4, atol=1e-5, msg=_naming(key))
+
+
+def test_the_detector_for_320_pixels_has_its_own_thresholds_and_sizes() -> None:
+    """With all settings of both sides as they are: 150 candidates per level and 150 proposals, from a score of 0.05 on, and torchvision's resizing,
+    which leaves an image of 320 x 384 as it is."""
+    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    torch.manual_seed(0)
+    reference = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+    image = torch.randint(0, 256, (3, 320, 384), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    randomize(reference)
+    with torch.no_grad():
+        # Statistics of this image: with random ones the maps would be the same at nearly all places, and rounding would order the scores.
+        for module in reference.backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+        maps = list(reference.train().backbone(image[None] / 64 - 2).values())
+        # Scores far apart, some on either side of each threshold.
+        head = reference.rpn.head.cls_logits
+        head.weight.mul_(2 / reference.rpn.head(maps)[0][0].std())
+    reference.transform.image_mean, reference.transform.image_std = (
+        (255 * torch.tensor(values)).tolist() for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    )
+    state = reference.state_dict()
+    found = choose(recognize(state, "state"), name, file=Path("mine.pth"), digest="")
+    inputs = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
+    body = timm.create_model(found.about.arch, features_only=True, **found.about.model_args)
+    config = DetectorConfig.model_validate(found.about.model)
+    model = build_detector(config, classes=80, body=body, arch=found.about.arch, inputs=inputs)
+    model.load_state_dict(convert(state, LABELS, norm_eps=1e-5, source="state"))
+    reference.eval()
+    model.eval()
+    assert isinstance(model, RCNN)
+    # Scores of many anchors, so that the limits of 150 count, then of few, so that the threshold does.
+    for bias in (-4.0, -12.0):
+        nn.init.constant_(head.bias, bias)
+        nn.init.constant_(model.rpn.head.objectness.get_parameter("bias"), bias)
+        with torch.no_grad():
+            [expected] = reference([image.float()])
+            [actual] = model(ImageBatch(image[None], torch.tensor([[320, 384]]), torch.ones(1)))
+        assert len(expected["scores"]) > 5
+        assert torch.tensor(LABELS)[actual.labels_N].tolist() == expected["labels"].tolist()
+        # Rounding grows through the layers, since each norm divides by the deviation of its own map.
+        torch.testing.assert_close(actual.scores_N, expected["scores"], rtol=3e-4, atol=1e-5)
+        torch.testing.assert_close(actual.boxes_N4, expected["boxes"], rtol=0, atol=0.02)
+
+    sizing = Sizing.of(ResizeConfig.model_validate(found.about.resize))
+    for height, width in ((240, 320), (100, 300), (1000, 700)):
+        resized, _ = reference.transform.resize(torch.zeros(3, height, width))
+        view = sizing.view(height, width)
+        assert max(abs(view.height - resized.shape[1]), abs(view.width - resized.shape[2])) <= 1  # rounded differently
 
 
 def _naming(key: str) -> Callable[[str], str]:

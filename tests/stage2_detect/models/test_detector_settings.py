@@ -2,7 +2,7 @@
 
 import pytest
 
-from ssld.shared.config.settings import validate
+from ssld.shared.config.validation import validate
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.config import Stage2OptimConfig
 from ssld.stage2_detect.model_config import DetectorConfig

@@ -1,0 +1,70 @@
+"""Runs that work through their images in parts, as a prediction and a search for photos to annotate: what a killed run has left to do, the progress
+of this rank, and the account of what was read."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from ssld.shared.checksums import made_again
+from ssld.shared.distributed.ranks import rank, world_size
+from ssld.shared.run_dir import RunDir
+from ssld.shared.training.progress import Bar, Clock
+from ssld.stage2_detect.prediction.files import Parts
+from ssld.stage2_detect.prediction.steps import Work
+from ssld.stage2_detect.prediction.video import VideoParts
+
+
+def left_to_do(
+    run: RunDir, work: Work, parts: Parts, videos: VideoParts | None = None, *, wait: Callable[[], None]
+) -> tuple[list[int], list[str]]:
+    """Return (numbers of the parts, names of the videos) that this rank has to do; logs how many images and videos are left on all ranks.
+
+    Args:
+        wait: returns when all ranks have called it: no rank may write a part before the others have seen which are missing.
+    """
+    files = [*parts.files(), *(videos.files() if videos else [])]
+    for line in made_again(files) if run.main else []:
+        run.log(line)
+    part_numbers, video_names = parts.left(), videos.left() if videos else []
+    wait()
+    left = sum(len(parts.records[number]) for number in part_numbers) + len(video_names)
+    run.log(f"{work.describe()}; {left} left to do")
+    mine = slice(rank(), None, world_size())
+    return part_numbers[mine], video_names[mine]
+
+
+class PartProgress:
+    """Progress of this rank: a bar, and a line of the log after each part. The number of frames of videos is unknown before.
+
+    Attributes:
+        clock: of images and frames.
+    """
+
+    def __init__(self, run: RunDir, parts: Parts, numbers: Sequence[int]) -> None:
+        images = sum(len(parts.records[number]) for number in numbers)
+        self.clock = Clock(images)
+        self._run, self._parts, self._numbers = run, parts, numbers
+        self._bar = Bar(run, images, "image")
+
+    def add(self) -> None:
+        """Count an image or a frame as done."""
+        self.clock.add()
+        self._bar.add()
+
+    def follow(self, done: Iterable[int]) -> None:
+        """Work through an iterator over the numbers of finished parts, and log each of them."""
+        for finished, number in enumerate(done, 1):
+            left = len(self._numbers) - finished
+            self._run.log(f"part {number + 1} of {len(self._parts.records)} done, {left} left: {self.clock.describe()}")
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.close()
+
+
+def tell_read(run: RunDir, images: str, work: Work, unreadable: Sequence[str]) -> None:
+    """Note in the log and the result how many files of the setting `images` were read and dropped; list unreadable ones in quarantine.txt."""
+    tally = work.tally(unreadable)
+    tally.merge(work.listed, kept=False)
+    run.tell("images", images, tally)
+    if unreadable:
+        run.quarantine(unreadable)
+        run.log(f"unreadable files are listed in {run.path / 'quarantine.txt'}")
