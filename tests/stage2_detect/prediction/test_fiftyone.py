@@ -3,9 +3,12 @@
 import json
 import re
 import shutil
+import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,33 +17,38 @@ from ssld.stage2_detect import predict
 PAGE = Path(__file__).parents[3] / "docs/detectors.md"
 
 
+@pytest.fixture(scope="session")  # before the detector, which would be trained in vain
+def fiftyone() -> Iterator[Any]:
+    """FiftyOne with a database."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FIFTYONE_DO_NOT_TRACK", "true")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = pytest.importorskip("fiftyone", reason="FiftyOne is not installed")
+            try:
+                module.list_datasets()
+            except Exception as error:  # its own classes, pymongo's and those of its process
+                pytest.skip(f"FiftyOne has no database: {error}")
+        yield module
+
+
 @pytest.mark.filterwarnings("ignore")  # those of FiftyOne
 def test_the_program_of_the_page(
-    predict_line: Any, call: Any, tiny_coco: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fiftyone: Any, predict_line: Any, call: Any, tiny_coco: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Boxes, scores and names in FiftyOne are those of the two files, and every box is judged."""
-    monkeypatch.setenv("FIFTYONE_DO_NOT_TRACK", "true")
-    fiftyone = pytest.importorskip("fiftyone", reason="FiftyOne is not installed")
-    try:
-        fiftyone.list_datasets()
-    except Exception as error:  # its own classes, pymongo's and those of its process
-        pytest.skip(f"FiftyOne has no database: {error}")
     (tmp_path / "photos").rename(tmp_path / "others")
     shutil.copytree(tiny_coco.val_images, tmp_path / "photos/val")
     shutil.copyfile(tiny_coco.val_annotations, tmp_path / "val.json")
     assert call(predict.main, predict_line(images=tmp_path / "photos/val", output="runs/predictions")) == 0
     monkeypatch.chdir(tmp_path)
-    shown = []
-
-    class App:
-        def wait(self) -> None: ...
-
-    monkeypatch.setattr(fiftyone, "launch_app", lambda dataset: shown.append(dataset) or App())
+    shown = Mock()
+    monkeypatch.setattr(fiftyone, "launch_app", shown)
     (program,) = re.findall(r"```python\n(import fiftyone.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     try:
         exec(program, names)
-        assert shown == [names["dataset"]]
+        shown.assert_called_once_with(names["dataset"])
         samples = {Path(sample.filepath).name: sample for sample in names["dataset"]}
         assert set(samples) == {path.name for path in tiny_coco.val_images.iterdir()}
         for field, file in (("annotations", "val.json"), ("predictions", "runs/predictions/predictions.json")):
