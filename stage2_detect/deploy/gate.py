@@ -170,7 +170,7 @@ class LowerPrecision:
             f"{LOWER['int8']}: measuring ranges on {len(images)} images of {config.images}, none of {self.data.file}"
         )
         if without_vnni():
-            self.log("this CPU has no VNNI: INT8 gains little speed here, and reduce_range may save AP")
+            self.log("this CPU has no VNNI: INT8 gains less speed here, and reduce_range may save AP")
         model = onnx.load(source)
         count = len(set(layers(model).values()))
         observed = observe(source, tensors(model), batches, torch.get_num_threads(), self.log)

@@ -1,6 +1,7 @@
 """Writing a detector as an ONNX file or a `torch.export` program, and running these files.
 
-NMS and the pooling of RoIs are custom operators while tracing, translated to ONNX's NonMaxSuppression (ai.onnx 11) and RoiAlign (ai.onnx 16).
+NMS, the pooling of RoIs and ReLU6 are custom operators while tracing, translated to ONNX's NonMaxSuppression (ai.onnx 11), RoiAlign (ai.onnx 16) and
+Clip.
 
 Shapes: P problems, Q classes, N boxes or RoIs, K of them on one level; see `deploy/graph.py`.
 """
@@ -111,7 +112,7 @@ def _(boxes_PN4: Tensor, scores_PQN: Tensor, iou: float, threshold: float, most:
 
 
 def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Translate `onnx_nms` and `pooling.onnx_pool_rois` to ONNX, for `write_onnx`."""
+    """Translate `onnx_nms`, `pooling.onnx_pool_rois` and `graph.onnx_clip` to ONNX, for `write_onnx`."""
     from onnxscript import opset18
 
     op: Any = opset18  # its annotations do not allow plain numbers
@@ -160,7 +161,14 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         place_N = op.ScatterElements(row_N, row_N, op.Range(op.Constant(value_int=0), count, op.Constant(value_int=1)))
         return op.Gather(pooled_NCSS, place_N)
 
-    return {torch.ops.ssld.nms.default: non_max_suppression, torch.ops.ssld.pool_rois.default: pool_rois}
+    def clip(values: Any, low: float, high: float) -> Any:
+        return op.Clip(values, op.Constant(value_float=low), op.Constant(value_float=high))
+
+    return {
+        torch.ops.ssld.nms.default: non_max_suppression,
+        torch.ops.ssld.pool_rois.default: pool_rois,
+        torch.ops.ssld.clip.default: clip,
+    }
 
 
 def facts_of(loaded: LoadedDetector, canvas: tuple[int, int] | None) -> dict[str, Any]:

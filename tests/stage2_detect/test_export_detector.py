@@ -1,6 +1,5 @@
 """Export of detectors: the graph beside the detector, its operators in ONNX, the files and the folder, and what can go wrong."""
 
-import gc
 import json
 import re
 import sys
@@ -14,10 +13,8 @@ import pytest
 import timm
 import torch
 import yaml
-from timm.layers import Conv2dSame, create_conv2d
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from ssld.shared.deploy.graph_files import read_program, session, write_onnx, write_program
@@ -450,51 +447,3 @@ def test_the_last_layers_are_known_by_name() -> None:
     for kind, names in expected.items():
         weights = [name for name, _ in detector(kind).named_parameters() if precision._LAST.search(name)]
         assert {name.removesuffix(".weight") for name in weights} == names
-
-
-def test_tensorflow_padding_becomes_a_constant() -> None:
-    """For sides that are multiples of the stride, the values are timm's, and the trace has no arithmetic on sides."""
-    torch.manual_seed(0)
-    for kernel, stride, dilation in ((3, 2, 1), (5, 2, 1), (3, 1, 2), (4, 4, 1), (1, 2, 1)):
-        same = create_conv2d(3, 4, kernel, stride=stride, dilation=dilation, padding="same")
-        if not isinstance(same, Conv2dSame):  # timm pads by a constant itself where it can
-            continue
-        net = graph.with_fixed_padding(nn.Sequential(same, nn.ReLU())).eval()
-        assert not any(type(module) is Conv2dSame for module in net.children())
-        maps = torch.randn(2, 3, 24, 40)
-        torch.testing.assert_close(net(maps), same(maps).relu())
-        sides = {2: 8 * torch.export.Dim("rows", min=2), 3: 8 * torch.export.Dim("columns", min=2)}
-        nodes = torch.export.export(net, (maps,), dynamic_shapes=(sides,)).graph.nodes
-        assert {str(node.target) for node in nodes if node.op == "call_function"} == {
-            "aten.pad.default",
-            "aten.conv2d.default",
-            "aten.relu.default",
-        }
-    plain = nn.Sequential(nn.Conv2d(3, 4, 3))
-    assert graph.with_fixed_padding(plain) is plain
-
-
-def test_convolutions_pad_themselves_in_onnx(tmp_path: Path) -> None:
-    """Zeros alone, and only where nothing else reads the padded map."""
-    import onnx
-
-    class Padded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second, self.third = (nn.Conv2d(3, 3, 3, padding=side) for side in (0, 1, 0))
-
-        def forward(self, maps_BCHW: Tensor) -> Tensor:
-            first = self.first(F.pad(maps_BCHW, (0, 1, 1, 2)))
-            second = F.pad(self.second(F.pad(first, (1, 1, 1, 1), value=0.5)), (0, 2, 2, 0))
-            return self.third(second) + second[:, :, 1:-1, 1:-1]
-
-    torch.manual_seed(0)
-    net, maps = Padded().eval(), torch.randn(2, 3, 12, 16)
-    write_onnx(tmp_path / "a.onnx", net, (maps,), BATCH[:1], {}, inputs=["maps"], outputs=["sum"])
-    assert gc.isenabled()
-    nodes = onnx.load(tmp_path / "a.onnx").graph.node
-    assert sum(node.op_type == "Pad" for node in nodes) == 2
-    pads = [list(one.ints) for node in nodes if node.op_type == "Conv" for one in node.attribute if one.name == "pads"]
-    assert pads[:2] == [[1, 0, 2, 1], [1, 1, 1, 1]]
-    (total,) = session(tmp_path / "a.onnx", threads=1).run(None, {"maps": maps.numpy()})
-    np.testing.assert_allclose(total, net(maps).detach(), atol=1e-5)
