@@ -63,6 +63,7 @@ class SemiSupervised(nn.Module):
         super().__init__()
         self.student, self.teacher, self.config = student, teacher, config
         self._thresholds_K = thresholds_K
+        self._weight = config.unlabeled_weight(dense=isinstance(student, DenseDetector))
         self.measured: dict[str, Tensor] = {}
 
     def forward(
@@ -91,7 +92,7 @@ class SemiSupervised(nn.Module):
         else:
             terms = self._dense(self.student, unlabeled, teacher_features, weak)
         return losses | {
-            f"loss_unlabeled_{name.removeprefix('loss_')}": self.config.weight * term for name, term in terms.items()
+            f"loss_unlabeled_{name.removeprefix('loss_')}": self._weight * term for name, term in terms.items()
         }
 
     def _rcnn(

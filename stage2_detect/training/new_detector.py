@@ -60,7 +60,11 @@ class NewDetector(nn.Module):
         self.config, self.resize, self.class_names = config, resize, class_names
         body = open_body(backbone, arch)
         self._arch, self._inputs, self.loaded = body.arch, body.inputs, body.loaded
-        if backbone.startswith("random:") and config.freeze_norm and (warning := untrained_norms(body.module, backbone)):
+        if (
+            backbone.startswith("random:")
+            and config.freeze_norm
+            and (warning := untrained_norms(body.module, backbone))
+        ):
             self.loaded += f"\n{warning}"
         self._facts: dict[str, Any] = {
             "backbone": body.origin,

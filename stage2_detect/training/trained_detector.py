@@ -234,7 +234,7 @@ class TrainedDetector:
             what = f"pseudo-boxes from score {moving.threshold(model):g}, {classes}, {sides}{masks}"
         return (
             f"moving teacher: a copy until step {moving.burn_in}, then an average with decay up to {moving.ema_decay:g}, evaluated and exported; "
-            f"losses on unlabeled images x{moving.weight:g}: {what}"
+            f"losses on unlabeled images x{moving.unlabeled_weight(dense=model.is_dense):g}: {what}"
         )
 
     def save(self, path: Path, **facts: Any) -> None:
