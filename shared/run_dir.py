@@ -95,13 +95,13 @@ class RunDir:
         """Return the folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    def log(self, text: str) -> None:
-        """Print a line and append it to log.txt."""
-        if self.main:
-            text = printable(text, keep="\n\t")
+    def log(self, *lines: str) -> None:
+        """Print lines and append them to log.txt; a line break inside one, as in the name of a file, is shown as `\\n`."""
+        for text in lines if self.main else ():
+            line = printable(text, keep="\t")
             with (self.path / "log.txt").open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
-            self.write(text)
+                file.write(line + "\n")
+            self.write(line)
 
     def tell(self, place: str, source: object, tally: Tally) -> None:
         """Log the losses of reading `source`, the value of the setting `place`, if there are any, and keep the counts for result.json."""

@@ -151,7 +151,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
     start_trackers(accelerator, config, run)
-    run.log_if("\n".join(notes))
+    run.log(*notes)
 
     # ---- targets: a teacher, a store or labels; and the resulting classes
     targets = open_targets(config, sources, val_source, device=device, log=run.log)
@@ -325,7 +325,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         f"{f'recipe {config.recipe}' if config.recipe else 'no recipe file; flags only'}; all settings are in {run.path / 'config.yaml'}"
     )
     run.log(config.describe_keeping(steps, evaluates=val_source is not None))
-    run.log(describe_processes(accelerator, config, config.workers))
+    run.log(*describe_processes(accelerator, config, config.workers))
     run.log_if(resumed)
 
     # ---- the loop

@@ -240,7 +240,7 @@ def train(config: TrainConfig) -> None:
         f"{f'recipe {config.recipe}' if config.recipe else 'no recipe file; flags only'}; all settings are in {run.path / 'config.yaml'}"
     )
     run.log(config.describe_keeping(steps, evaluates=data.val is not None))
-    run.log(describe_processes(accelerator, config, config.workers))
+    run.log(*describe_processes(accelerator, config, config.workers))
     if resumed:
         run.log(resumed)
     if start == 0 and run.main:

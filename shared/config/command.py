@@ -89,7 +89,7 @@ def run_command(
         message = _system_fault(error, output, auto_batch)
         if message is None:
             raise
-        return _report(message, rank, processes, output)
+        return _report(str(UserError(message)), rank, processes, output)
     except KeyboardInterrupt:
         if rank == 0:
             say("stopped; the same command begins again, and goes on from what it has written", sys.stderr)
@@ -243,7 +243,7 @@ def exit_code(work: Callable[[], int]) -> int:
         message = explained(error, None)
         if message is None:
             raise
-        return _report(message, 0, 1, None)
+        return _report(str(UserError(message)), 0, 1, None)
 
 
 def explained(error: Exception, output: Path | None) -> str | None:

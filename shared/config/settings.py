@@ -185,7 +185,7 @@ class Parser(ArgumentParser):
             others = self.config_type.other_names if self.config_type else {}
             keys = {flag: others.get(flag.removeprefix("--")) for flag in unknown}
             lines = (f"{f}: unknown flag{did_you_mean(f'--{key}' if key else f, known)}" for f, key in keys.items())
-            raise UserError("\n".join(lines))
+            raise UserError(*lines)
         if message.startswith("the following arguments are required"):
             self.print_usage(sys.stderr)
         raise UserError(message)
@@ -275,7 +275,7 @@ def validate(
         inside = not isinstance(_at(flags, item["loc"]), dict | None)  # a flag's own value
         own = inside or (item["type"] != "missing" and (item["loc"], item["msg"]) not in below)
         lines.append(f"{'command line' if own else source}: {_explain(config_type, item, call=call)}")
-    raise UserError("\n".join(dict.fromkeys(lines)))
+    raise UserError(*dict.fromkeys(lines))
 
 
 def _faults(config_type: type[ModelT], values: dict[str, Any]) -> ModelT | list[Any]:

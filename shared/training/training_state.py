@@ -22,10 +22,10 @@ from ssld.shared.training.checkpoint import (
     load_checkpoint,
     load_module,
     load_optimizer,
-    newest_checkpoint,
     optimizer_part,
     save_checkpoint,
 )
+from ssld.shared.training.checkpoint_folders import beyond_the_end, newest_checkpoint
 from ssld.shared.training.loss_watch import LossWatch, NotFinite
 from ssld.shared.training.progress import Progress
 from ssld.shared.training.quarantine import Quarantine
@@ -84,9 +84,7 @@ class TrainingState:
             self.best = self.best if state["best"] is None else state["best"]
             self.stale = int(state.get("stale", 0))
         if step > self.steps:
-            raise UserError(
-                f"{self.run.path}: is at step {step} already, beyond the {self.steps} requested; give another --output"
-            )
+            raise UserError(f"{beyond_the_end(self.run.path, step, self.steps)}; give another --output")
         self.run.cut_metrics(step)
         return step, line
 
