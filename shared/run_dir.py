@@ -66,6 +66,7 @@ class RunDir:
 
     Attributes:
         status: "new", "unfinished" (the same run was started in this folder, or files of the finished run are gone or changed) or "finished".
+        changed: lines on the settings that differ from those of the last start, on the main rank.
         write: function that prints a line.
         listeners: trackers, which get the lines of metrics and the result on the main rank.
 
@@ -83,6 +84,7 @@ class RunDir:
         self.listeners: list[RunListener] = []
         self._config, self._command, self._scratch = config, command, scratch
         self._changes: list[str] = []
+        self.changed: list[str] = []
         self._started = time.time()
         self.inputs: dict[str, str] = {}
         self._read: dict[str, Any] = {}
@@ -252,6 +254,7 @@ class RunDir:
         environment["changes"] = self._changes
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
         write_atomically(self.path / "config.yaml", dump_yaml(self._config))
+        self.changed = changes
         for change in changes:
             self.log(f"changed since the last start: {change}")
 

@@ -327,6 +327,8 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     run.log(config.describe_keeping(steps, evaluates=val_source is not None))
     run.log(*describe_processes(accelerator, config, config.workers))
     run.log_if(resumed)
+    next_factor = cosine_factor(start, steps=steps, warmup_steps=warmup_steps)
+    run.log_if(state.describe_new_length(start, base_lr * next_factor, base_lr))
 
     # ---- the loop
     def losses_of(

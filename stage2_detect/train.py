@@ -241,8 +241,8 @@ def train(config: TrainConfig) -> None:
     )
     run.log(config.describe_keeping(steps, evaluates=data.val is not None))
     run.log(*describe_processes(accelerator, config, config.workers))
-    if resumed:
-        run.log(resumed)
+    run.log_if(resumed)
+    run.log_if(state.describe_new_length(start, base_lr * schedule.factor(start), base_lr))
     if start == 0 and run.main:
         sheet = write_sheet(run.path, first_images(config, data, steps=steps, ranks=ranks))
         run.log(f"the first training images, with their boxes after augmentation: {sheet}")

@@ -15,7 +15,7 @@ from ssld.shared.distributed.processes import load_scaler_state, scaler_state
 from ssld.shared.distributed.ranks import from_main_rank, total_over_ranks, world_size
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import read_metadata
-from ssld.shared.run_dir import RunDir
+from ssld.shared.run_dir import RunDir, read_metrics
 from ssld.shared.training.checkpoint import (
     drop_from,
     keep_newest,
@@ -29,6 +29,9 @@ from ssld.shared.training.checkpoint_folders import beyond_the_end, newest_check
 from ssld.shared.training.loss_watch import LossWatch, NotFinite
 from ssld.shared.training.progress import Progress
 from ssld.shared.training.quarantine import Quarantine
+
+LENGTHS = ("steps:", "train_epochs:", "train_images:")
+"""beginnings of the lines on a changed length of a run"""
 
 
 @dataclass
@@ -87,6 +90,26 @@ class TrainingState:
             raise UserError(f"{beyond_the_end(self.run.path, step, self.steps)}; give another --output")
         self.run.cut_metrics(step)
         return step, line
+
+    def describe_new_length(self, step: int, lr: float, full_lr: float) -> str | None:
+        """Return a line on the learning rate where a run of another length than before continues after `step`; None elsewhere.
+
+        The schedule is that of the new length from its beginning, at which this run no longer is: what was trained at a low rate gets a higher one
+        again, or all milestones have passed and the rate stays low.
+
+        Args:
+            lr: learning rate of the next step.
+            full_lr: that between warm-up and decay.
+        """
+        changed = any(line.startswith(LENGTHS) for line in self.run.changed)
+        if not changed or not 0 < step < self.steps:
+            return None
+        logged = [line["lr"] for line in read_metrics(self.run.path) if "lr" in line and line["step"] <= step]
+        before = f", after {logged[-1]:.3g}" if logged else ""
+        return (
+            f"another length than at the last start: continues after step {step} with lr {lr:.3g}{before} ({lr / full_lr:.0%} of the full rate), "
+            f"by the schedule of all {self.steps} steps; to train anew by it, give another --output (in a pipeline: --redo and this stage's name)"
+        )
 
     def improved(self, score: float) -> bool:
         """Record an evaluation's score; return whether it is the best so far."""
