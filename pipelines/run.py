@@ -184,7 +184,7 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path, *, estima
         notes.append(f"{count(len(costs.remembered), 'stage')} by the last known rate of this machine")
     if (None in costs.times.values() or costs.remembered) and not estimated:
         notes.append("--estimate measures it")
-    if any(planned.steps_done for planned in plan):
+    if any(planned.steps_done and costs.times.get(planned.stage.name) is not None for planned in plan):
         notes.append("trainings that resume count what is left")
     needed = "; ".join([costs.time_text(), *notes])
     say(f"{count(len(plan), 'stage')} in {shown(output)}: {needed}; {total_text(costs.disk)}; data sets not counted")
