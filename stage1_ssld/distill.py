@@ -228,7 +228,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         config.optim.lr,
         config.precision,
     )
-    start, resumed = state.restore(look=config.look)
+    start = state.restore(look=config.look)
 
     # ---- evaluation and network files, used in the loop and after it
     sizes: dict[str, Any] = {
@@ -326,9 +326,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     )
     run.log(config.describe_keeping(steps, evaluates=val_source is not None))
     run.log(*describe_processes(accelerator, config, config.workers))
-    run.log_if(resumed)
-    next_factor = cosine_factor(start, steps=steps, warmup_steps=warmup_steps)
-    run.log_if(state.describe_new_length(start, base_lr * next_factor, base_lr))
+    run.log(*state.describe_start(start, base_lr, cosine_factor(start, steps=steps, warmup_steps=warmup_steps)))
 
     # ---- the loop
     def losses_of(

@@ -155,7 +155,7 @@ def train(config: TrainConfig) -> None:
         config.optim.lr,
         config.precision,
     )
-    start, resumed = state.restore(look=config.look)
+    start = state.restore(look=config.look)
     if config.export_check and start == 0:
         problem = ""
         if run.main:
@@ -241,8 +241,7 @@ def train(config: TrainConfig) -> None:
     )
     run.log(config.describe_keeping(steps, evaluates=data.val is not None))
     run.log(*describe_processes(accelerator, config, config.workers))
-    run.log_if(resumed)
-    run.log_if(state.describe_new_length(start, base_lr * schedule.factor(start), base_lr))
+    run.log(*state.describe_start(start, base_lr, schedule.factor(start)))
     if start == 0 and run.main:
         sheet = write_sheet(run.path, first_images(config, data, steps=steps, ranks=ranks))
         run.log(f"the first training images, with their boxes after augmentation: {sheet}")

@@ -15,8 +15,11 @@ def line(folder: Path, step: int, steps: int, changed: list[str], **optim: Any) 
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": at, "lr": 0.001}) + "\n" for at in (50, 100)))
     config = Stage2OptimConfig.model_validate({"lr": 0.1, "reference_batch": 8, "warmup_steps": 0, **optim})
     schedule = Schedule.of(config, 10, steps)
-    state: Any = SimpleNamespace(run=SimpleNamespace(path=folder, changed=changed), steps=steps)
-    return TrainingState.describe_new_length(state, step, 0.1 * schedule.factor(step), 0.1)
+    run = SimpleNamespace(path=folder, changed=changed)
+    state: Any = SimpleNamespace(run=run, steps=steps, resumed=f"step_{step:08d}" if step else "")
+    lines = TrainingState.describe_start(state, step, 0.1, schedule.factor(step))
+    assert lines[:1] == ([f"resumed from step_{step:08d}"] if step else [])
+    return lines[1] if lines[1:] else None
 
 
 def test_what_the_rate_does_is_said(tmp_path: Path) -> None:
