@@ -109,8 +109,8 @@ class TrainingState:
             before = f", after {logged[-1]:.3g}" if logged else ""
             share = f"{factor:.0%} of the full rate"
             lines.append(
-                f"another length than at the last start: continues after step {step} with lr {full_lr * factor:.3g}{before} ({share}), by the schedule "
-                f"of all {self.steps} steps; to train anew by it, give another --output (in a pipeline: --redo and this stage's name)"
+                f"another length than at the last start: continues after step {step} with lr {full_lr * factor:.3g}{before} ({share}), by the "
+                f"schedule of all {self.steps} steps; to train anew by it, give another --output (in a pipeline: --redo and this stage's name)"
             )
         return lines
 
