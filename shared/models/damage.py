@@ -3,6 +3,7 @@
 Such files come from broken downloads and copies. Their content is looked at before they are read, since the readers' own errors tell of formats.
 """
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from ssld.shared.wording import some
 _POINTER = b"version https://git-lfs.github.com/spec/"  # docs/spec.md of git-lfs@v3.5
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")
 _ZIP = b"PK\x03\x04"
-# Words in the errors of torch's readers, of zip files and of files before these.
-_CUT_SHORT = (
-    *("Ran out of input", "unexpected EOF", "PytorchStreamReader failed", "might be corrupted"),  # torch, pickle
-    *("not enough data", "but only", "pickle exhausted", "no newline found"),  # pickletools
+# Words in the errors of torch's readers, of pickle and of pickletools.
+_CUT_SHORT = re.compile(
+    "unexpected EOF|PytorchStreamReader failed|might be corrupted|Ran out of input|"
+    r"not enough data|but only \d+ remain|pickle exhausted|no newline found"
 )
 
 
@@ -23,8 +24,11 @@ def refuse_damaged(path: Path) -> None:
     """Raise UserError for an existing file whose first bytes, or the directory of a zip file, show that it holds no weights, or not all of them."""
     if not path.is_file():
         return  # the reader says what is missing
-    with path.open("rb") as file:
-        start = file.read(512)
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError:
+        return  # likewise
     size = f"{path.stat().st_size:,} bytes"
     if not start:
         raise UserError(incomplete(path))
@@ -53,7 +57,7 @@ def _refuse_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+    except Exception:  # a directory of garbage may fail in any way
         raise UserError(incomplete(path)) from None
     if not any(name.endswith(".pkl") for name in names):
         raise UserError(
@@ -68,4 +72,4 @@ def incomplete(path: Path) -> str:
 
 def is_cut_short(error: Exception) -> bool:
     """Whether an error of torch's or Python's readers of pickles means a file that ends too early."""
-    return isinstance(error, EOFError) or any(words in str(error) for words in _CUT_SHORT)
+    return isinstance(error, EOFError) or _CUT_SHORT.search(str(error)) is not None

@@ -26,7 +26,7 @@ class CollapseWatch:
         lines: lines of metrics.jsonl so far.
 
     Attributes:
-        healthy: whether the last line was no collapse.
+        healthy: whether the last line that can show a collapse was none.
     """
 
     def __init__(
@@ -81,6 +81,6 @@ class CollapseWatch:
         images, self._step = (step - self._step) * self._unlabeled, step
         boxes, agreement = float(line["pseudo_boxes"]), float(line["agreement"])
         least = self._config.collapse
-        judged = images * self._boxes >= _COUNTED
-        self.healthy = not (judged and (boxes < least * self._boxes or agreement < least * self._agreement))
+        if images * self._boxes >= _COUNTED:
+            self.healthy = not (boxes < least * self._boxes or agreement < least * self._agreement)
         self._boxes, self._agreement = max(self._boxes, boxes), max(self._agreement, agreement)

@@ -81,6 +81,8 @@ def test_few_boxes_show_no_collapse() -> None:
     assert watch.see(50, line(0.1, 0.0)) is not None  # 40 images, in which 36 boxes are expected
     resumed = CollapseWatch(config, 2, [{"step": 5 * number, **one} for number, one in enumerate(lines, 1)])
     assert resumed.see(50, line(0.1, 0.0)) is not None
+    assert watch.see(51, line(9.0)) is None
+    assert not watch.healthy  # a line of two images, such as the last one, does not undo a collapse
     early = CollapseWatch(CONFIG, 2, [{"step": 10, "loss": 1.0}, {"step": 11, **line(4.0)}])
     assert early.see(14, line(0.1)) is not None  # lines count from the burn-in on
 
