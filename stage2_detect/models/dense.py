@@ -110,10 +110,14 @@ class DenseDetector(nn.Module):
             return [postprocess.to_original(*one)[0] for one in inputs]
         boxes_BN4 = boxes_BN4 / images.scales_B[:, None, None]
         if self.clip_boxes:
-            boxes_BN4 = boxes.clip(boxes_BN4, images.original_sizes().to(boxes_BN4.device))
+            # To the network's input: the originals' sizes are on the host, from where a copy would wait.
+            boxes_BN4 = boxes.clip(boxes_BN4, images.sizes_B2 / images.scales_B[:, None])
             # Boxes that lay in the padding have no area left.
             scores_BNK = torch.where((boxes.area(boxes_BN4) > 0)[..., None], scores_BNK, -torch.inf)
-        return self._select(boxes_BN4, scores_BNK)
+        selected = self._select(boxes_BN4, scores_BNK)
+        if not self.clip_boxes:
+            return selected
+        return [postprocess.inside(*one)[0] for one in zip(selected, images.original_sizes(), strict=True)]
 
     def _select(self, boxes_BN4: Tensor, scores_BNK: Tensor) -> list[Detections]:
         return postprocess.select(
