@@ -17,7 +17,7 @@ if find_spec("ssld") is None:
 
 from ssld.shared.errors import USER_ERROR, UserError
 from ssld.shared.machine import installed_version
-from ssld.shared.terminal import say
+from ssld.shared.terminal import say_lines
 from ssld.shared.wording import did_you_mean
 
 # name -> (module with main(argv), one line of help)
@@ -202,7 +202,7 @@ def _recipes(argv: list[str]) -> int:
 
     if not {"-h", "--help"} & set(argv) and argv:
         raise UserError("usage: ssld recipes")
-    say(f"usage: ssld recipes\n\n{COMMANDS['recipes'][1]}" if argv else recipe_list())
+    say_lines(f"usage: ssld recipes\n\n{COMMANDS['recipes'][1]}" if argv else recipe_list())
     return 0
 
 
@@ -211,7 +211,7 @@ def _inspect(argv: list[str]) -> int:
 
     if _asks_for_help("inspect", "FILE_OR_FOLDER", argv):
         return 0
-    say(inspect_text(Path(argv[0])))
+    say_lines(inspect_text(Path(argv[0])))
     return 0
 
 

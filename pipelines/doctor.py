@@ -32,7 +32,7 @@ from ssld.pipelines.runner.stages import find_pipeline
 from ssld.shared.config.command import USER_ERROR, exit_code
 from ssld.shared.config.settings import Parser, underscored
 from ssld.shared.errors import UserError
-from ssld.shared.terminal import say
+from ssld.shared.terminal import say, say_lines
 from ssld.shared.wording import printable
 
 
@@ -60,14 +60,15 @@ def _doctor(argv: list[str]) -> int:
     probe = cache(ask_torch)
     report(machine_lines(probe))
     if settings:
-        say(f"\nsettings: {arguments.settings}")
+        say("")
+        say(f"settings: {arguments.settings}")
         with inside_folder_of(settings) if is_pipeline(settings) else nullcontext(settings) as own:
             variables = dict(arguments.variable)
             findings, data_sets = settings_lines(own, probe(), variables, quick=arguments.quick)
             report(iter(findings))
             data = data or data_sets
             if arguments.look:
-                say("\nfirst training images")
+                say_lines("\nfirst training images")
                 report(sheet_lines(own, rebased(arguments.look), variables))
     codes = []
     for data_set, needs in data.items():
@@ -75,7 +76,7 @@ def _doctor(argv: list[str]) -> int:
         code, findings = _check_data(data_set, arguments, needs)
         codes.append(code)
         lines += findings
-    say("\n" + _verdict(lines))
+    say_lines("\n" + _verdict(lines))
     if USER_ERROR in codes:
         return USER_ERROR
     return 1 if any(line.level == "fault" for line in lines) else 0

@@ -72,6 +72,8 @@ from ssld.shared.wording import count, duration, printable
 
 MINUTES = 60.0
 """time that a pipeline fits if the user gives none"""
+LONGEST = 1_000_000
+"""greatest number of minutes, or of hours, that a user may give"""
 MOVING_HINT = (
     "--moving_teacher yes adds a detector that learns from the unlabeled photos too, for comparison; on blood cells it helped with 10 labeled "
     "photos, not with 41 (docs/benchmarks/few_labels_cpu_2026-12-01.md)"
@@ -310,7 +312,7 @@ def _available(
     if not left:
         flags = {"backbone": "--backbone FILE --arch NAME", "teacher": "--teacher FILE --teacher_arch NAME"}
         lines = [f"{missing[text].text.removeprefix(f'{text}: ')}: {flags[texts[text]]}" for text in impossible]
-        raise UserError("\n".join(lines))
+        raise UserError(*lines)
     for text, download in missing.items():
         if download.possible and any(text in (one.backbone, one.teacher) for one in left):
             say(download.text.removeprefix(f"{text}: "))
@@ -419,8 +421,8 @@ def _check_arguments(arguments: Namespace) -> None:
             raise UserError(f"--{name}: give --{needs} too, a weights file")
     for name in ("minutes", "hours"):
         value = getattr(arguments, name)
-        if value is not None and not 0 < value <= 1e6:
-            raise UserError(f"--{name} {value:g}: give a number above 0")
+        if value is not None and not 0 < value <= LONGEST:
+            raise UserError(f"--{name} {value:g}: give a number above 0, {LONGEST:,} at most")
     runs = output.parent / "runs" / output.stem
     if (runs / "pipeline.json").exists():
         raise UserError(f"{runs}: has runs of another pipeline; give another --output, or delete it")

@@ -34,10 +34,11 @@ from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, find_pipelin
 from ssld.pipelines.runner.trial import measure
 from ssld.shared.config.command import STOPPED, USER_ERROR, exit_code
 from ssld.shared.config.settings import Parser, did_you_mean
+from ssld.shared.config.training import TrainingConfig
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.files import clear_leftovers
 from ssld.shared.run_dir import read_result
-from ssld.shared.terminal import say
+from ssld.shared.terminal import say, say_lines
 from ssld.shared.wording import count, duration
 
 
@@ -136,7 +137,7 @@ def _run_stages(plan: list[Planned], record: Record | None, output: Path, file: 
     if record is None:
         return 0
     if record.pipeline.table:
-        say(f"\n{table_text(record.pipeline.table, output, smoke=record.smoke)}\n")
+        say_lines(f"\n{table_text(record.pipeline.table, output, smoke=record.smoke)}\n")
     if shown(output) != output:
         reports = [one.stage.run for one in plan if isinstance(one.stage.config, ReportConfig)]
         say(f"results: {', '.join(str(shown(path)) for path in (output, *(run / 'report.html' for run in reports)))}")
@@ -168,11 +169,9 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path, *, estima
         say(f"would delete {shown(run)}")
     for number, planned in enumerate(plan, 1):
         stage = planned.stage
-        state = {"done": "done, skipped", "begun": "resumes", "damaged": "finished, but files are missing", "new": ""}[
-            planned.state
-        ]
         time_needed = costs.times.get(stage.name)
-        parts = [state, steps_text(stage), "" if time_needed is None else f"about {duration(time_needed)}"]
+        about = "" if time_needed is None else f"about {duration(time_needed)}{_of_what(planned)}"
+        parts = [_state_text(planned), steps_text(stage), about]
         if estimated and stage.name in costs.times and time_needed is None:
             parts.append("time not estimated")
         parts.append(disk_text(costs.disk[stage.name]) if stage.name in costs.disk else "")
@@ -185,8 +184,29 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path, *, estima
         notes.append(f"{count(len(costs.remembered), 'stage')} by the last known rate of this machine")
     if (None in costs.times.values() or costs.remembered) and not estimated:
         notes.append("--estimate measures it")
+    if any(planned.steps_done and costs.times.get(planned.stage.name) is not None for planned in plan):
+        notes.append("trainings that resume count what is left")
     needed = "; ".join([costs.time_text(), *notes])
     say(f"{count(len(plan), 'stage')} in {shown(output)}: {needed}; {total_text(costs.disk)}; data sets not counted")
+
+
+def _state_text(planned: Planned) -> str:
+    if planned.state == "begun" and isinstance(planned.stage.config, TrainingConfig):
+        return f"resumes after step {planned.steps_done}" if planned.steps_done else "begins again: no checkpoint yet"
+    return {"done": "done, skipped", "begun": "resumes", "damaged": "finished, but files are missing", "new": ""}[
+        planned.state
+    ]
+
+
+def _of_what(planned: Planned) -> str:
+    """Return what the time of a stage is for, if it is not for the stage as it stands in the line."""
+    if planned.steps_done:
+        return " for what is left"
+    return (
+        " as a whole, a part of which may be done"
+        if planned.state == "begun" and not isinstance(planned.stage.config, TrainingConfig)
+        else ""
+    )
 
 
 def _own_flags(argv: list[str]) -> tuple[list[str], dict[str, str]]:

@@ -2,6 +2,8 @@
 
 import errno
 
+from ssld.shared.wording import printable
+
 USER_ERROR, STOPPED = 2, 143  # exit codes
 
 
@@ -10,7 +12,17 @@ class UserError(Exception):
 
     The message is one line that names the file, the key or the id, and the remedy. The entry scripts print it without a traceback and
     exit with code 2; every other exception is a bug and keeps its traceback.
+
+    Args:
+        lines: one line for each mistake, mostly one. A line break inside, as in the name of a file, is shown as `\\n`.
     """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(printable(line, keep="\t") for line in lines))
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str, ...]]:
+        """Return what a copy in another process is made of."""
+        return UserError, tuple(str(self).split("\n"))
 
 
 class Stopped(Exception):

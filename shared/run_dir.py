@@ -66,6 +66,7 @@ class RunDir:
 
     Attributes:
         status: "new", "unfinished" (the same run was started in this folder, or files of the finished run are gone or changed) or "finished".
+        changed: lines on the settings that differ from those of the last start, on the main rank.
         write: function that prints a line.
         listeners: trackers, which get the lines of metrics and the result on the main rank.
 
@@ -83,6 +84,7 @@ class RunDir:
         self.listeners: list[RunListener] = []
         self._config, self._command, self._scratch = config, command, scratch
         self._changes: list[str] = []
+        self.changed: list[str] = []
         self._started = time.time()
         self.inputs: dict[str, str] = {}
         self._read: dict[str, Any] = {}
@@ -95,13 +97,13 @@ class RunDir:
         """Return the folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    def log(self, text: str) -> None:
-        """Print a line and append it to log.txt."""
-        if self.main:
-            text = printable(text, keep="\n\t")
+    def log(self, *lines: str) -> None:
+        """Print lines and append them to log.txt; a line break inside one, as in the name of a file, is shown as `\\n`."""
+        for text in lines if self.main else ():
+            line = printable(text, keep="\t")
             with (self.path / "log.txt").open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
-            self.write(text)
+                file.write(line + "\n")
+            self.write(line)
 
     def tell(self, place: str, source: object, tally: Tally) -> None:
         """Log the losses of reading `source`, the value of the setting `place`, if there are any, and keep the counts for result.json."""
@@ -252,6 +254,7 @@ class RunDir:
         environment["changes"] = self._changes
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
         write_atomically(self.path / "config.yaml", dump_yaml(self._config))
+        self.changed = changes
         for change in changes:
             self.log(f"changed since the last start: {change}")
 

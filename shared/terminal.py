@@ -12,11 +12,19 @@ _GONE = (errno.EPIPE, errno.EIO)
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print text, on standard output or `stream`; its own line breaks and tabs stay, other control characters are escaped.
+    """Print a line, on standard output or `stream`; tabs stay, other control characters are escaped, so that a name cannot begin a line of its own.
 
     A stream whose reader is gone is redirected to the null device.
     """
-    stream, text = stream or sys.stdout, printable(text, keep="\n\t")
+    _print(printable(text, keep="\t"), stream or sys.stdout)
+
+
+def say_lines(text: str, stream: TextIO | None = None) -> None:
+    """Print text as `say` does, with its line breaks: the names in it are escaped already."""
+    _print(printable(text, keep="\n\t"), stream or sys.stdout)
+
+
+def _print(text: str, stream: TextIO) -> None:
     try:
         print(text, file=stream, flush=True)
     except UnicodeEncodeError:  # letters that the terminal's encoding does not have

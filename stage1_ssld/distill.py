@@ -151,7 +151,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
     start_trackers(accelerator, config, run)
-    run.log_if("\n".join(notes))
+    run.log(*notes)
 
     # ---- targets: a teacher, a store or labels; and the resulting classes
     targets = open_targets(config, sources, val_source, device=device, log=run.log)
@@ -228,7 +228,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         lr=config.optim.lr,
         precision=config.precision,
     )
-    start, resumed = state.restore(look=config.look)
+    start = state.restore(look=config.look)
 
     # ---- evaluation and network files, used in the loop and after it
     sizes: dict[str, Any] = {
@@ -325,8 +325,8 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         f"{f'recipe {config.recipe}' if config.recipe else 'no recipe file; flags only'}; all settings are in {run.path / 'config.yaml'}"
     )
     run.log(config.describe_keeping(steps, evaluates=val_source is not None))
-    run.log(describe_processes(accelerator, config, config.workers))
-    run.log_if(resumed)
+    run.log(*describe_processes(accelerator, config, config.workers))
+    run.log(*state.describe_start(start, base_lr, cosine_factor(start, steps=steps, warmup_steps=warmup_steps)))
 
     # ---- the loop
     def losses_of(

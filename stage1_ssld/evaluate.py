@@ -70,7 +70,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
         return
     start_trackers(accelerator, config, run)
 
-    run.log(describe_processes(accelerator, config, config.workers))
+    run.log(*describe_processes(accelerator, config, config.workers))
     run.tell("data", source.path, source.tally)
     if bank:
         run.tell("bank", bank.path, bank.tally)

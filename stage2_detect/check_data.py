@@ -360,7 +360,8 @@ def _write_copies(checks: "Sequence[FileCheck]", copies: dict[str, Path], *, all
             lines.append(
                 f"wrote {file}: {count(len(data.images), 'image')}, {count(data.counts['boxes'], 'box')}{note}; the images stay in {check.folder}"
             )
-    say("\n".join(lines))
+    for line in lines:
+        say(line)
 
 
 def _parser() -> Parser:

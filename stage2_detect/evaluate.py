@@ -63,7 +63,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
     start_trackers(accelerator, config, run)
-    run.log(describe_processes(accelerator, config, config.workers))
+    run.log(*describe_processes(accelerator, config, config.workers))
     for note in notes:
         run.log(note)
     run.log(data.describe())

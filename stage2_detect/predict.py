@@ -72,7 +72,7 @@ def _predict(config: PredictConfig) -> None:
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
 
-    run.log(describe_processes(accelerator, config, config.workers))
+    run.log(*describe_processes(accelerator, config, config.workers))
 
     # ---- detection, part by part; parts of a killed run are kept
     parts = Parts(run.path / "parts", work.records, config.batch_size)

@@ -155,7 +155,7 @@ def train(config: TrainConfig) -> None:
         lr=config.optim.lr,
         precision=config.precision,
     )
-    start, resumed = state.restore(look=config.look)
+    start = state.restore(look=config.look)
     if config.export_check and start == 0:
         problem = ""
         if run.main:
@@ -240,9 +240,8 @@ def train(config: TrainConfig) -> None:
         f"{f'recipe {config.recipe}' if config.recipe else 'no recipe file; flags only'}; all settings are in {run.path / 'config.yaml'}"
     )
     run.log(config.describe_keeping(steps, evaluates=data.val is not None))
-    run.log(describe_processes(accelerator, config, config.workers))
-    if resumed:
-        run.log(resumed)
+    run.log(*describe_processes(accelerator, config, config.workers))
+    run.log(*state.describe_start(start, base_lr, schedule.factor(start)))
     if start == 0 and run.main:
         sheet = write_sheet(run.path, first_images(config, data, steps=steps, ranks=ranks))
         run.log(f"the first training images, with their boxes after augmentation: {sheet}")

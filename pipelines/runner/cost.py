@@ -43,13 +43,19 @@ def steps_text(stage: Stage) -> str:
         return ""
     if isinstance(config, DistillConfig) and not config.is_fitted:
         return "a length chosen from the images"
-    if config.train_epochs is None:
-        return f"{config.total_steps(0)} steps of {config.batch_size} images"
-    images = training_images(config)
-    if images is None:
+    images = None if config.train_epochs is None else training_images(config)
+    steps = training_steps(config, images)
+    if steps is None:
         return f"{config.train_epochs:g} epochs, {config.batch_size} images per step"
-    passes = f"{config.train_epochs:g} epochs of {images} images"
-    return f"{config.total_steps(images)} steps of {config.batch_size} images ({passes})"
+    passes = "" if images is None else f" ({config.train_epochs:g} epochs of {images} images)"
+    return f"{steps} steps of {config.batch_size} images{passes}"
+
+
+def training_steps(config: TrainingConfig, images: int | None) -> int | None:
+    """Return the optimizer steps of a training on `images` images; None if they follow from images that are not known, or are chosen later."""
+    if isinstance(config, DistillConfig) and not config.is_fitted:
+        return None  # chosen when its images are read
+    return None if config.train_epochs is not None and images is None else config.total_steps(images)
 
 
 def disk_bytes(stages: list[Stage]) -> dict[str, int | None]:

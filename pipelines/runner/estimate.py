@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ssld.pipelines.config import ReportConfig
-from ssld.pipelines.runner.cost import disk_bytes, evaluation_images, training_images
+from ssld.pipelines.runner.cost import disk_bytes, evaluation_images, training_images, training_steps
 from ssld.pipelines.runner.plan import Planned
 from ssld.pipelines.runner.stages import Stage
 from ssld.shared.config.settings import dump
@@ -24,7 +24,6 @@ from ssld.shared.config.training import TrainingConfig
 from ssld.shared.files import user_cache, write_atomically
 from ssld.shared.machine import cores
 from ssld.shared.wording import duration
-from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage1_ssld.config import EvaluateConfig as EvaluateBackboneConfig
 from ssld.stage2_detect.config import EvaluateConfig as EvaluateDetectorConfig
 from ssld.stage2_detect.predict_config import AuditConfig, PredictConfig
@@ -90,8 +89,8 @@ class Rate:
     """bytes per checkpoint"""
 
 
-def seconds(stage: Stage, rate: Rate) -> float | None:
-    """Return the seconds of a stage: its start, its steps, and its evaluations. None if the number of steps is unknown."""
+def seconds(stage: Stage, rate: Rate, done: int = 0) -> float | None:
+    """Return the seconds of a stage: its start, its steps after the `done` ones, and their evaluations. None if the number of steps is unknown."""
     config = stage.config
     if not isinstance(config, TrainingConfig):
         return rate.start
@@ -99,8 +98,9 @@ def seconds(stage: Stage, rate: Rate) -> float | None:
     if steps is None:
         return None
     every = config.in_steps(steps).evaluate_every
-    evaluations = 1 + ((steps - 1) // int(every) if every else 0)
-    return rate.start + steps * rate.step + evaluations * evaluation_seconds(config, rate, rate.val_images)
+    done = min(done, steps)
+    evaluations = 1 + ((steps - 1) // int(every) - min(done, steps - 1) // int(every) if every else 0)
+    return rate.start + (steps - done) * rate.step + evaluations * evaluation_seconds(config, rate, rate.val_images)
 
 
 def evaluation_seconds(config: TrainingConfig, rate: Rate, images: int) -> float:
@@ -141,7 +141,7 @@ class Costs:
     """Expected cost of a pipeline."""
 
     times: dict[str, float | None]
-    """seconds of each stage that has to run, reports left out; None if unknown"""
+    """seconds of each stage that has to run, reports left out, of a training after its checkpoint; None if unknown"""
     disk: dict[str, int | None]
     """bytes of each stage that writes large files; None if unknown"""
     remembered: frozenset[str]
@@ -173,7 +173,7 @@ def expected_costs(plan: list[Planned], output: Path) -> Costs:
     for planned in plan:
         stage, rate = planned.stage, rates[planned.stage.name]
         if planned.state != "done" and not isinstance(stage.config, ReportConfig):
-            times[stage.name] = seconds(stage, rate) if rate else None
+            times[stage.name] = seconds(stage, rate, planned.steps_done) if rate else None
         if rate and rate.files and disk.get(stage.name) is None:
             disk[stage.name] = disk_of(stage, rate)
     return Costs(times, disk, frozenset(remembered & times.keys()))
@@ -247,9 +247,7 @@ def _write(file: Path, rates: dict[str, Rate]) -> None:
 
 
 def _steps(config: TrainingConfig, rate: Rate) -> int | None:
-    if isinstance(config, DistillConfig) and not config.is_fitted:
-        return None  # chosen when its images are read
-    return None if config.train_epochs is not None and rate.images is None else config.total_steps(rate.images)
+    return training_steps(config, rate.images)
 
 
 def _shortened(value: Any, without: frozenset[str] = _NOT_RATE) -> Any:

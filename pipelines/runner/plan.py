@@ -11,11 +11,14 @@ from typing import Literal
 from safetensors import SafetensorError, safe_open
 
 from ssld.pipelines.folder import missing_text, shown
+from ssld.pipelines.runner.cost import training_steps
 from ssld.pipelines.runner.stages import Stage, followers
 from ssld.shared.config.settings import CommandConfig
+from ssld.shared.config.training import TrainingConfig
 from ssld.shared.errors import UserError
 from ssld.shared.models.downloads import find_downloads_apart
 from ssld.shared.run_dir import changes_since, gone_or_changed, holds_no_run, input_digest, read_result
+from ssld.shared.training.checkpoint_folders import beyond_the_end, newest_checkpoint, step_of
 
 State = Literal["done", "new", "begun", "damaged"]
 _DOOMED = ".deleted_"
@@ -32,6 +35,8 @@ class Planned:
     stage: Stage
     state: State
     notes: tuple[str, ...] = ()
+    steps_done: int = 0
+    """optimizer steps in the newest checkpoint of a training that resumes"""
 
 
 def make_plan(stages: list[Stage], redo: set[str]) -> list[Planned]:
@@ -62,6 +67,8 @@ def make_plan(stages: list[Stage], redo: set[str]) -> list[Planned]:
             )
         elif planned.state != "new" and waits_for and not stage.kind.remake:
             outdated[stage.name] = waits_for
+        if too_far := _beyond_the_end(planned):
+            errors.append(f"stage {stage.name}: {too_far}; give as many at least, or --redo {stage.name}")
         if stage.kind.remake and waits_for:
             planned = Planned(stage, "new")
         if planned.state == "damaged":
@@ -79,7 +86,7 @@ def make_plan(stages: list[Stage], redo: set[str]) -> list[Planned]:
                 f"stage {name}: was made from {source}, which is missing or will change{why}; --redo {name} computes it again{afresh}"
             )
     if errors:
-        raise UserError("\n".join(errors))
+        raise UserError(*errors)
     return plan
 
 
@@ -98,7 +105,7 @@ def downloads(plan: list[Planned]) -> list[str]:
     needed = find_downloads_apart(texts)
     impossible += [download.text for download in needed if not download.possible]
     if impossible:
-        raise UserError("\n".join(impossible))
+        raise UserError(*impossible)
     return [download.text for download in needed]
 
 
@@ -208,6 +215,17 @@ def _compare(stage: Stage, digests: dict[str, str], erased: set[str]) -> tuple[P
         same = result is not None and result.get("inputs") == digests and not changed
         return Planned(stage, "done" if same and not refused else "new"), []
     if result is None or permitted:
-        return Planned(stage, "begun", tuple(f"changed since the last start: {line}" for line in permitted)), refused
+        notes = tuple(f"changed since the last start: {line}" for line in permitted)
+        newest = newest_checkpoint(stage.run / "checkpoints") if isinstance(stage.config, TrainingConfig) else None
+        return Planned(stage, "begun", notes, step_of(newest) if newest else 0), refused
     notes = tuple(f"{shown(stage.run / name)} is missing or has changed; recomputing it" for name in changed)
     return Planned(stage, "damaged" if notes else "done", notes), refused
+
+
+def _beyond_the_end(planned: Planned) -> str | None:
+    """Return the message on a training that has done more steps than it is to do now; None for others, and where its steps follow from the images."""
+    config = planned.stage.config
+    steps = training_steps(config, None) if isinstance(config, TrainingConfig) else None
+    if steps is None or planned.steps_done <= steps:
+        return None
+    return beyond_the_end(shown(planned.stage.run), planned.steps_done, steps)

@@ -239,7 +239,7 @@ def build_stages(
             errors += [f"stage {name}: {line}" for line in str(error).splitlines()]
         names = {**names, name: str(output / name)}
     if errors:
-        raise UserError("\n".join(errors))
+        raise UserError(*errors)
     return stages
 
 

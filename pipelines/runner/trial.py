@@ -142,7 +142,7 @@ def _stopped_after(limit: float | None, signals: Signals) -> Iterator[threading.
 
 def _check(stage: Stage, outcome: Outcome) -> None:
     if outcome.code:
-        raise UserError("\n".join(f"trial of {stage.name}: {line}" for line in outcome.lines))
+        raise UserError(*(f"trial of {stage.name}: {line}" for line in outcome.lines))
 
 
 def shortened(stage: Stage) -> Stage:

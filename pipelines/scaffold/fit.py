@@ -42,6 +42,8 @@ and 47 after 300 (docs/benchmarks/real_small_cpu_2026-11-21.md, detectors_cpu_20
 EVALUATING = 0.15
 """share of a detector's time that its evaluations during training take at most, if they can be made rarer"""
 REPORT_SECONDS = 10.0
+LEAST_START = 1.0
+"""seconds that a training or an evaluation takes to start at least: importing torch takes longer"""
 HEADS = 0.8
 """seconds of a detector's step outside the pixels, relative to those of the pixels of a photo with a short side of 224"""
 MOVING = 2.2
@@ -133,8 +135,9 @@ def fit(
         clock: seconds, from any start.
 
     Raises:
-        UserError: even the cheapest shape does not fit; names the fewest minutes.
+        UserError: even the cheapest shape does not fit; names the fewest minutes. Before any trial where not even the starts of the commands fit.
     """
+    _check_starts(facts, minutes)
     trials = _Trials(facts, trial, minutes, clock)
     ordered = sorted(shapes, key=_cost, reverse=True)
     shape = ordered[-1]
@@ -159,14 +162,8 @@ def fit(
     lengths = lengths_of(facts, rates, minutes)
     if lengths is None:
         fewest = fewest_minutes(facts, _scaled(rates, shape, ordered[-1]))
-        what = " and ".join(
-            [
-                *(["stage 1"] if facts.unlabeled else []),
-                *([count(facts.detectors, "detector")] if facts.detectors else []),
-            ]
-        )
         raise UserError(
-            f"--minutes {minutes:g}: too short for {what} on this machine; by a trial it takes {fewest} minutes at least"
+            f"--minutes {minutes:g}: too short for {_what(facts)} on this machine; by a trial it takes {fewest} minutes at least"
         )
     return Fit(
         facts,
@@ -178,6 +175,25 @@ def fit(
         _more(facts, ordered, shape, rates, minutes, lengths),
         tuple(notes),
     )
+
+
+def _check_starts(facts: Facts, minutes: float) -> None:
+    """Raise UserError if the report and the starts of the commands take longer than the planned time, whatever a step takes."""
+    if facts.init and facts.init.optional:
+        kept = tuple(start for start, kind in zip(facts.starts, facts.detector_kinds, strict=True) if kind != "coco")
+        facts = replace(facts, starts=kept, init=None) if kept else facts
+    rates = {trained: Rate(start=LEAST_START) for trained in facts.trainings}
+    if lengths_of(facts, rates, minutes) is None:
+        raise UserError(
+            f"--minutes {minutes:g}: too short for {_what(facts)}: the starts of the commands and the report leave no time for a step; "
+            f"give {fewest_minutes(facts, rates)} or more"
+        )
+
+
+def _what(facts: Facts) -> str:
+    """Name the trainings."""
+    detectors = [count(facts.detectors, "detector")] if facts.detectors else []
+    return " and ".join([*(["stage 1"] if facts.unlabeled else []), *detectors])
 
 
 def _without_what_does_not_fit(

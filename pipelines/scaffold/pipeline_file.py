@@ -23,14 +23,16 @@ class _Comment(str):
 def pipeline_text(
     output: Path, facts: Facts, chosen: Settings, minutes: float = 60, seconds: float | None = None
 ) -> str:
-    """Render the YAML file, with paths relative to its folder. Every value that the template does not mark as a comment is written by a YAML dumper.
+    """Render the YAML file, with paths relative to its folder, and commands in its first lines for the current one. Every value that the template
+    does not mark as a comment is written by a YAML dumper.
 
     Args:
         output: the YAML file.
         minutes: time that the settings fit.
         seconds: expected time of the pipeline; None before it is known.
     """
-    facts, chosen = _as_seen_from(folder_of(output), facts, chosen)
+    folder = folder_of(output)
+    facts, chosen = _as_seen_from(folder, facts, chosen)
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -56,6 +58,8 @@ def pipeline_text(
         uses_backbone=bool(facts.unlabeled) or any(row.backbone == "${backbone}" for row in rows),
         output=output,
         command=shlex.quote(str(output)),
+        elsewhere=folder != Path.cwd(),
+        runs=shlex.quote(str((output.parent if folder != Path.cwd() else Path()) / "runs" / output.stem)),
         facts=facts,
         chosen=chosen,
         measured=facts.statistics,

@@ -57,7 +57,7 @@ def run_command(
         message = system_fault(error, output, auto_batch)
         if message is None:
             raise
-        return _report(message, rank, processes, output)
+        return _report(str(UserError(message)), rank, processes, output)
     except KeyboardInterrupt:
         if rank == 0:
             say("stopped; the same command begins again, and goes on from what it has written", sys.stderr)
@@ -191,7 +191,7 @@ def exit_code(work: Callable[[], int]) -> int:
         message = explained(error, None)
         if message is None:
             raise
-        return _report(message, 0, 1, None)
+        return _report(str(UserError(message)), 0, 1, None)
 
 
 def _report(message: str, rank: int, processes: int, output: Path | None) -> int:

@@ -199,7 +199,7 @@ class Parser(ArgumentParser):
             others = self.config_type.other_names if self.config_type else {}
             keys = {flag: others.get(flag.removeprefix("--")) for flag in unknown}
             lines = (f"{f}: unknown flag{did_you_mean(f'--{key}' if key else f, known)}" for f, key in keys.items())
-            raise UserError("\n".join(lines))
+            raise UserError(*lines)
         if message.startswith("the following arguments are required"):
             self.print_usage(sys.stderr)
         raise UserError(message)

@@ -59,7 +59,7 @@ def validate(
         inside = not isinstance(_at(flags, item["loc"]), dict | None)  # a flag's own value
         own = inside or (item["type"] != "missing" and (item["loc"], item["msg"]) not in below)
         lines.append(f"{'command line' if own else source}: {_explain(config_type, item, call=call)}")
-    raise UserError("\n".join(dict.fromkeys(lines)))
+    raise UserError(*dict.fromkeys(lines))
 
 
 def _faults(config_type: type[ModelT], values: dict[str, Any]) -> ModelT | list[Any]:

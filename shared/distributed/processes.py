@@ -117,14 +117,14 @@ def best_precision(device: torch.device) -> str:
     return "fp32"
 
 
-def describe_processes(accelerator: Accelerator, config: ComputeConfig, workers: int) -> str:
+def describe_processes(accelerator: Accelerator, config: ComputeConfig, workers: int) -> list[str]:
     """Describe device, precision, threads and workers for the log: `cuda:0, bf16, 8 threads (cores / processes), 4 workers`.
 
     A second line warns of an OMP_NUM_THREADS that cannot be used.
     """
     threads = count(torch.get_num_threads(), "thread")
     line = f"{accelerator.device}, {config.precision}, {threads} ({default_threads(config.threads)[1]}), {count(workers, 'worker')}"
-    return "\n".join([line, *([warning] if (warning := ignored_threads(config.threads)) else [])])
+    return [line, *([warning] if (warning := ignored_threads(config.threads)) else [])]
 
 
 def prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 
 from ssld.shared.errors import UserError
+from ssld.shared.models.damage import incomplete, is_cut_short, refuse_damaged
 
 _NUMBERS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}
 
@@ -26,6 +27,7 @@ def read_pickle(path: Path, kind: str) -> Any:
 
     Raises UserError for a missing file, a pickle that names anything but arrays and plain containers, and for no pickle.
     """
+    refuse_damaged(path)
     try:
         with path.open("rb") as file:
             _check_form(file)
@@ -38,6 +40,8 @@ def read_pickle(path: Path, kind: str) -> Any:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # a pickle of garbage may fail in any way
+        if is_cut_short(error):
+            raise UserError(incomplete(path)) from None
         why = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"{path}: not a {kind} file ({why})") from None
 

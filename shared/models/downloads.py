@@ -282,7 +282,7 @@ def require_downloads(references: Mapping[str, str]) -> list[str]:
     downloads = find_downloads(references)
     impossible = [one.text for one in downloads if not one.possible]
     if impossible:
-        raise UserError("\n".join(impossible))
+        raise UserError(*impossible)
     return [one.text for one in downloads]
 
 

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import atomically
+from ssld.shared.models.damage import incomplete, refuse_damaged
 from ssld.shared.models.downloads import PICKLE_SUFFIXES
 from ssld.shared.models.metadata import NEEDED, parse_metadata
 
 _KEY = "ssld"
 _OWN_HASH = "metadata_sha256"
 FORMAT = 1
+_MOST_HEADER = 100_000_000  # bytes of a header that safetensors reads
 _CHANGED = "its metadata do not match their hash; the file was changed or damaged"
 
 
@@ -125,6 +127,7 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path}: is a folder; give a file{f' in it: {files[0]}' if files else ''}")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    refuse_damaged(path)
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, UnicodeError) as error:
@@ -132,7 +135,16 @@ def _open(path: Path) -> Any:
             raise UserError(
                 f"{path}: is a pickle, which can run code when opened; a .safetensors file is needed"
             ) from None
+        if begins_as_safetensors(path):
+            raise UserError(f"{incomplete(path)} ({error})") from None
         raise UserError(f"{path}: not a safetensors file ({error})") from None
+
+
+def begins_as_safetensors(path: Path) -> bool:
+    """Whether a file has the first bytes of a safetensors file: the length of its header in 8 bytes, and the header, JSON."""
+    with path.open("rb") as file:
+        start = file.read(10)
+    return len(start) < 9 or (start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MOST_HEADER)
 
 
 def is_pickle(path: Path) -> bool:

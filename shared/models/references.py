@@ -16,6 +16,7 @@ from typing import Any
 from timm.models import get_pretrained_cfg
 
 from ssld.shared.errors import UserError
+from ssld.shared.models.damage import refuse_damaged
 from ssld.shared.models.downloads import PICKLE_SUFFIXES, WEIGHT_FILES, Remote, kind_of, timm_weights
 from ssld.shared.models.metadata import folder_facts, read_config
 from ssld.shared.models.model_file import is_pickle, read_metadata
@@ -97,6 +98,7 @@ def _parsed(text: str, arch: str | None, allow_pickle: bool, arch_key: str) -> M
 
 
 def _file_reference(text: str, path: Path, arch: str | None, allow_pickle: bool, arch_key: str) -> ModelReference:
+    refuse_damaged(path)
     pickled = is_pickle(path)
     if pickled and not allow_pickle:
         raise UserError(f"{text}: {_OFF}")

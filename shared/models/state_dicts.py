@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ssld.shared.errors import UserError
+from ssld.shared.models.damage import incomplete, is_cut_short, refuse_damaged
 from ssld.shared.models.model_file import is_pickle, read_tensors
 from ssld.shared.wording import count, some
 
@@ -48,12 +49,15 @@ def read_state_dict(path: Path) -> tuple[Tensors, str]:
 
     Raises UserError for what is neither safetensors nor a pickle of plain tensors, for several networks in one file, and for none.
     """
+    refuse_damaged(path)
     if not is_pickle(path):
         return read_tensors(path), ""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints keep their arguments in one
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling garbage may fail in any way
+        if is_cut_short(error):
+            raise UserError(incomplete(path)) from None
         why = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"{path}: cannot be read as a plain state dict of tensors ({why})") from None
     return _unwrapped(content, path, "")

@@ -8,7 +8,6 @@ are deleted no earlier. Nothing is pickled. No random state is kept: every draw 
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,7 @@ from torch import Tensor, nn
 from ssld.shared.checksums import damage_in_folder, write_folder_sums
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import save_tensors
-
-_MARK = "COMPLETE"
-_NAME = re.compile(r"step_\d+")
+from ssld.shared.training.checkpoint_folders import MARK, complete_checkpoints, step_of
 
 
 def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
@@ -46,7 +43,7 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]]
     _remove(final)  # one without its mark, left by a kill between rename and mark
     temporary.rename(final)
     _sync(folder)
-    (final / _MARK).touch()
+    (final / MARK).touch()
     _sync(final)
     return final
 
@@ -55,7 +52,7 @@ def keep_newest(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and the remains of interrupted ones."""
     for old in complete_checkpoints(folder)[:-keep]:
         _remove(old)
-    unmarked = [path for path in folder.glob("step_*") if not (path / _MARK).exists()]
+    unmarked = [path for path in folder.glob("step_*") if not (path / MARK).exists()]
     for leftover in [*unmarked, *folder.glob(".writing_*")]:
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -65,23 +62,6 @@ def drop_from(folder: Path, step: int) -> None:
     for checkpoint in reversed(complete_checkpoints(folder)):
         if step_of(checkpoint) >= step:
             _remove(checkpoint)
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the usable checkpoints below a folder, oldest first."""
-    return sorted(
-        (mark.parent for mark in folder.glob(f"step_*/{_MARK}") if _NAME.fullmatch(mark.parent.name)), key=step_of
-    )
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest usable checkpoint below a folder, None without one."""
-    return next(reversed(complete_checkpoints(folder)), None)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the number of updates that a checkpoint holds."""
-    return int(checkpoint.name.removeprefix("step_"))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -138,7 +118,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
 
 
 def _remove(checkpoint: Path) -> None:
-    (checkpoint / _MARK).unlink(missing_ok=True)  # first, so that a kill in between leaves nothing that looks usable
+    (checkpoint / MARK).unlink(missing_ok=True)  # first, so that a kill in between leaves nothing that looks usable
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from ssld.shared.distributed.ranks import gather_lists
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import RunDir
-from ssld.shared.wording import count
+from ssld.shared.wording import count, printable
 
 _JUDGED_AFTER, _TOO_MANY = 1000, 0.01
+_BYTES = "".join(map(chr, range(0xDC80, 0xDD00)))  # bytes of names that are not UTF-8, which the file keeps
 
 
 class Quarantine:
@@ -24,7 +25,7 @@ class Quarantine:
 
     def add(self, locations: Iterable[str]) -> None:
         """Add the locations of images that this rank could not read."""
-        self._new += locations
+        self._new += [printable(one, keep=_BYTES) for one in locations]  # the list has one on each line
 
     def write(self) -> None:
         """Update the list, all ranks together; call it before a checkpoint, because a resumed run does not read these images again."""

@@ -15,20 +15,23 @@ from ssld.shared.distributed.processes import load_scaler_state, scaler_state
 from ssld.shared.distributed.ranks import from_main_rank, total_over_ranks, world_size
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import read_metadata
-from ssld.shared.run_dir import RunDir
+from ssld.shared.run_dir import RunDir, read_metrics
 from ssld.shared.training.checkpoint import (
     drop_from,
     keep_newest,
     load_checkpoint,
     load_module,
     load_optimizer,
-    newest_checkpoint,
     optimizer_part,
     save_checkpoint,
 )
+from ssld.shared.training.checkpoint_folders import beyond_the_end, newest_checkpoint
 from ssld.shared.training.loss_watch import LossWatch, NotFinite
 from ssld.shared.training.progress import Progress
 from ssld.shared.training.quarantine import Quarantine
+
+LENGTHS = ("steps:", "train_epochs:", "train_images:")
+"""beginnings of the lines on a changed length of a run"""
 
 
 @dataclass
@@ -43,6 +46,7 @@ class TrainingState:
         lr, precision: settings of the run, for the advice after a bad update.
         best: highest score of an evaluation so far.
         stale: evaluations since then.
+        resumed: name of the checkpoint that was loaded, empty without one.
         progress: clock and bar; the loop starts it and counts its steps.
     """
 
@@ -59,18 +63,19 @@ class TrainingState:
     watch: LossWatch = field(default_factory=LossWatch)
     best: float = float("-inf")
     stale: int = 0
+    resumed: str = ""
 
     def __post_init__(self) -> None:
         # Not a method of this object: a circle would keep the run's lock after an error.
         self.progress = Progress(self.run, self.accelerator.device, partial(_latest_loss, self.watch))
 
-    def restore(self, *, look: bool = False) -> tuple[int, str]:
-        """Load the newest checkpoint, if there is one, on every rank; return (steps done, a line that names the checkpoint).
+    def restore(self, *, look: bool = False) -> int:
+        """Load the newest checkpoint, if there is one, on every rank; return the number of steps done.
 
         Raises UserError when it does not fit the networks, or is beyond the end of the run, or where the run is only to `look` at its first images.
         """
         newest = from_main_rank(newest_checkpoint(self.run.checkpoints))
-        step, line = 0, ""
+        step = 0
         if newest and look:
             raise UserError(f"look: {self.run.path} has done steps already; give another --output")
         if newest:
@@ -80,15 +85,34 @@ class TrainingState:
             load_optimizer(self.optimizer, parts["optimizer"], state["optimizer"])
             load_scaler_state(self.accelerator, state["scaler"])
             self.watch.load_state(state["watch"])
-            step, line = int(state["step"]), f"resumed from {newest.name}"
+            step, self.resumed = int(state["step"]), newest.name
             self.best = self.best if state["best"] is None else state["best"]
             self.stale = int(state.get("stale", 0))
         if step > self.steps:
-            raise UserError(
-                f"{self.run.path}: is at step {step} already, beyond the {self.steps} requested; give another --output"
-            )
+            raise UserError(f"{beyond_the_end(self.run.path, step, self.steps)}; give another --output")
         self.run.cut_metrics(step)
-        return step, line
+        return step
+
+    def describe_start(self, step: int, full_lr: float, factor: float) -> list[str]:
+        """Return lines on a run that continues after `step`: its checkpoint, and the learning rate if the run has another length than before.
+
+        The schedule is that of the new length from its beginning, at which this run no longer is: what was trained at a low rate gets a higher one
+        again, or all milestones have passed and the rate stays low.
+
+        Args:
+            full_lr: learning rate between warm-up and decay.
+            factor: that of the schedule on the rate of the next step.
+        """
+        lines = [f"resumed from {self.resumed}"] if self.resumed else []
+        if any(line.startswith(LENGTHS) for line in self.run.changed) and 0 < step < self.steps:
+            logged = [line["lr"] for line in read_metrics(self.run.path) if "lr" in line and line["step"] <= step]
+            before = f", after {logged[-1]:.3g}" if logged else ""
+            share = f"{factor:.0%} of the full rate"
+            lines.append(
+                f"another length than at the last start: continues after step {step} with lr {full_lr * factor:.3g}{before} ({share}), by the "
+                f"schedule of all {self.steps} steps; to train anew by it, give another --output (in a pipeline: --redo and this stage's name)"
+            )
+        return lines
 
     def improved(self, score: float) -> bool:
         """Record an evaluation's score; return whether it is the best so far."""

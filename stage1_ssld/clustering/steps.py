@@ -47,7 +47,7 @@ def make_prototypes(config: PrototypesConfig) -> None:
         if from_main_rank(run.status) == "finished":
             run.log(f"{run.path}: this run is finished; nothing to do")
         else:
-            run.log(describe_processes(accelerator, config, config.workers))
+            run.log(*describe_processes(accelerator, config, config.workers))
             _make(config, run, accelerator.device)
     accelerator.end_training()
 

@@ -68,7 +68,7 @@ def curate(config: CurateConfig) -> None:
         if from_main_rank(run.status) == "finished":
             run.log(f"{run.path}: this run is finished; nothing to do")
         else:
-            run.log(describe_processes(accelerator, config, config.workers))
+            run.log(*describe_processes(accelerator, config, config.workers))
             _curate(config, run, accelerator.device)
     accelerator.end_training()
 

@@ -116,7 +116,7 @@ def write_store(config: SoftLabelsConfig) -> None:
         return
     for number, source in enumerate(sources):
         run.tell(f"data.train.{number}", source.path, source.tally)
-    run.log(describe_processes(accelerator, config, config.workers))
+    run.log(*describe_processes(accelerator, config, config.workers))
     teacher = make_teacher(
         config.teacher, precision=config.precision, device=device, channels_last=config.channels_last
     )

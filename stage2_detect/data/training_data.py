@@ -79,8 +79,10 @@ class TrainingData:
         if self.repeats is not None:
             repeated = int((self.repeats > 1).sum())
             yield f"repeat factors: {repeated} images are repeated, up to {self.repeats.max():.2f} times per pass"
-        if self.pseudo or self.moving:
-            yield self.pseudo or (self.moving.line if self.moving else "")
+        if self.pseudo:
+            yield self.pseudo
+        elif self.moving:
+            yield from self.moving.lines
         elif self.unlabeled:
             bad = f"; {len(self.unreadable)} unreadable, first {self.unreadable[0]}" if self.unreadable else ""
             yield f"{len(self.unlabeled)} unlabeled images{bad}"

@@ -33,14 +33,14 @@ class UnlabeledImages:
         records: one per image, without objects.
         unreadable: names of images that cannot be read.
         sources: where they come from.
-        line: line for the log.
+        lines: lines for the log.
         tally: counts of images that are used, left out and unreadable.
     """
 
     records: list[CocoImage]
     unreadable: list[str]
     sources: str
-    line: str
+    lines: list[str]
     tally: Tally
 
 
@@ -96,7 +96,7 @@ def unlabeled_images(
     for name in unreadable:
         tally.drop("image", "unreadable", name)
     line = f"{count(len(records), 'unlabeled image')} of {sources}"
-    return UnlabeledImages(records, unreadable, sources, "\n".join([line, *notes]), tally)
+    return UnlabeledImages(records, unreadable, sources, [line, *notes], tally)
 
 
 def check_unreadable(key: str, sources: str, total: int, unreadable: Sequence[str]) -> None:

@@ -75,7 +75,7 @@ def _of_image(run: Run, batch: Batch, scale: float, size: tuple[int, int], mask_
     boxes, scores, labels, count, *maps = (torch.from_numpy(part) for part in run(*batch))
     n = int(count[0])
     inside = Detections(boxes[0, :n], scores[0, :n], labels[0, :n])
-    found, kept_N = to_original(inside, batch[1][0], torch.tensor(scale, dtype=torch.float32))
+    found, kept_N = to_original(inside, torch.tensor(size), torch.tensor(scale, dtype=torch.float32))
     if mask_threshold is None:
         return found
     masks = paste(maps[0][0, :n][kept_N], found.boxes_N4, *size, mask_threshold)

@@ -65,10 +65,9 @@ class OnnxDetector:
         pixels, sizes, scales = zip(*batch, strict=True)
         outputs = self.session.run(None, {"pixels": np.stack(pixels), "sizes": np.array(sizes)})
         found = []
-        rows = zip(*outputs, sizes, scales, shapes, strict=True)
-        for boxes, scores, labels, count, *maps, size, scale, shape in rows:
-            limits = np.floor(np.array([size[1], size[0]] * 2, np.float32) / np.float32(scale) + np.float32(0.5))
-            boxes = (boxes[:count] / np.float32(scale)).clip(0, limits)
+        rows = zip(*outputs, scales, shapes, strict=True)
+        for boxes, scores, labels, count, *maps, scale, shape in rows:
+            boxes = (boxes[:count] / np.float32(scale)).clip(0, np.array([shape[1], shape[0]] * 2, np.float32))
             kept = (scores[:count] >= threshold) & (boxes[:, 2:] > boxes[:, :2]).all(1)
             boxes, scores, labels = boxes[kept], scores[:count][kept], labels[:count][kept]
             masks = pasted(maps[0][:count][kept], boxes, shape, self.mask_threshold) if maps else None

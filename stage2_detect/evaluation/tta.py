@@ -8,6 +8,7 @@ Legend: B images, C channels, H height, W width, N detections of an image, S sid
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -32,7 +33,7 @@ def detect_views(
     for images, mirror in itertools.product(sizes.batches, (False, True) if flip else (False,)):
         view = mirrored(images) if mirror else images
         maps, of_view = rcnn.detect_boxes(view) if rcnn else ([], detector(view))
-        detections.append(_mirror_back(of_view, images) if mirror else of_view)
+        detections.append(mirror_back(of_view, images) if mirror else of_view)
         views.append((view, mirror))
         features.append(maps)
     best = [merged(parts, nms_iou=nms_iou, most=most) for parts in zip(*detections, strict=True)]
@@ -41,7 +42,7 @@ def detect_views(
         return best
     masks = []
     for (view, mirror), maps in zip(views, features, strict=True):
-        maps_BNSS = rcnn.mask_maps(maps, view, _mirror_back(best, view) if mirror else best)
+        maps_BNSS = rcnn.mask_maps(maps, view, mirror_back(best, view) if mirror else best)
         masks.append(maps_BNSS.flip(3) if mirror else maps_BNSS)
     means_BNSS = torch.stack(masks).mean(0).cpu()
     means = [means_NSS[: len(one.scores_N)] for means_NSS, one in zip(means_BNSS, best, strict=True)]
@@ -66,16 +67,16 @@ def original_widths(images: ImageBatch) -> Tensor:
     return sizes_B2[:, 1].double() / scales_B.double()
 
 
-def _mirror_back(detections: Sequence[Detections], images: ImageBatch) -> list[Detections]:
+def mirror_back(detections: Sequence[Detections], images: ImageBatch) -> list[Detections]:
     """Convert detections of mirror images to those of the images, or the other way."""
-    widths_B = original_widths(images).tolist()
-    return [unmirrored(one, width) for one, width in zip(detections, widths_B, strict=True)]
+    rows = zip(detections, original_widths(images).tolist(), images.original_sizes()[:, 1].tolist(), strict=True)
+    return [unmirrored(*row) for row in rows]
 
 
-def unmirrored(detections: Detections, width: float) -> Detections:
-    """Convert detections of a mirror image to those of the image; `width` as of `original_widths`."""
+def unmirrored(detections: Detections, width: float, right: float = math.inf) -> Detections:
+    """Convert detections of a mirror image to those of the image, which end at `right`; `width` as of `original_widths`."""
     x1_N, y1_N, x2_N, y2_N = detections.boxes_N4.unbind(1)
-    boxes_N4 = torch.stack([(width - x2_N).clamp(min=0), y1_N, (width - x1_N).clamp(min=0), y2_N], 1)
+    boxes_N4 = torch.stack([(width - x2_N).clamp(0, right), y1_N, (width - x1_N).clamp(0, right), y2_N], 1)
     return Detections(boxes_N4, detections.scores_N, detections.labels_N)
 
 

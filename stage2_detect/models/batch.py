@@ -27,7 +27,7 @@ class ImageBatch:
     scales_B: Tensor
     """float32 network size / original size."""
     originals_B2: Tensor | None = None
-    """int64 (height, width) of the originals, on the CPU, for masks of exactly their size; None: from the other two, to a pixel."""
+    """int64 (height, width) of the originals, on the CPU, which boxes and masks end at; None: see `original_sizes`."""
     host: tuple[Tensor, Tensor] | None = None
     """`sizes_B2` and `scales_B` on the CPU, kept by `to`."""
 
@@ -44,6 +44,17 @@ class ImageBatch:
     def on_host(self) -> tuple[Tensor, Tensor]:
         """Sizes int64 [B, 2] and scales float32 [B] on the CPU, without waiting for a GPU if the batch came there by `to`."""
         return self.host or (self.sizes_B2.cpu(), self.scales_B.cpu())
+
+    def original_sizes(self) -> Tensor:
+        """(height, width) of the originals, int64 [B, 2] on the CPU.
+
+        Without `originals_B2` they follow from size and scale as in PaddleDetection (ppdet/modeling/post_process.py@666f597f), floor(size / scale +
+        0.5), which may be a pixel off: sizes of the network's input are rounded.
+        """
+        if self.originals_B2 is not None:
+            return self.originals_B2
+        sizes_B2, scales_B = self.on_host()
+        return (sizes_B2 / scales_B[:, None] + 0.5).floor().long()
 
     def pin_memory(self) -> "ImageBatch":
         """Copy to pinned memory; called by `DataLoader`."""

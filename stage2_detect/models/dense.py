@@ -106,14 +106,18 @@ class DenseDetector(nn.Module):
             scores_BNK = torch.full_like(scores_BNK, -torch.inf).scatter(2, class_BN1, scores_BNK.gather(2, class_BN1))
         if self.clip_after_nms:
             selected = self._select(boxes_BN4, scores_BNK)
-            inputs = zip(selected, images.sizes_B2.cpu(), images.scales_B.cpu(), strict=True)
-            return [postprocess.to_original(one, size_2, scale)[0] for one, size_2, scale in inputs]
+            inputs = zip(selected, images.original_sizes(), images.on_host()[1], strict=True)
+            return [postprocess.to_original(*one)[0] for one in inputs]
         boxes_BN4 = boxes_BN4 / images.scales_B[:, None, None]
         if self.clip_boxes:
-            boxes_BN4 = boxes.clip(boxes_BN4, (images.sizes_B2 / images.scales_B[:, None] + 0.5).floor())
+            # To the network's input: the originals' sizes are on the host, from where a copy would wait.
+            boxes_BN4 = boxes.clip(boxes_BN4, images.sizes_B2 / images.scales_B[:, None])
             # Boxes that lay in the padding have no area left.
             scores_BNK = torch.where((boxes.area(boxes_BN4) > 0)[..., None], scores_BNK, -torch.inf)
-        return self._select(boxes_BN4, scores_BNK)
+        selected = self._select(boxes_BN4, scores_BNK)
+        if not self.clip_boxes:
+            return selected
+        return [postprocess.inside(*one)[0] for one in zip(selected, images.original_sizes(), strict=True)]
 
     def _select(self, boxes_BN4: Tensor, scores_BNK: Tensor) -> list[Detections]:
         return postprocess.select(

@@ -7,7 +7,7 @@ Shapes: B images, R RoIs per image, E = R * K scores, K classes, C candidates, D
 detections; in `soft_nms` C is the largest number of candidates per class.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -143,17 +143,22 @@ def _lowered(iou: Tensor, nms: NMS) -> Tensor:
     return torch.exp(-iou.square() / nms.sigma)
 
 
-def to_original(detections: Detections, size_2: Tensor, scale: Tensor) -> tuple[Detections, Tensor]:
-    """Convert detections of one image to coordinates of the original; returns them and a mask of the kept ones, bool [D].
+def to_original(detections: Detections, original_2: Tensor, scale: Tensor) -> tuple[Detections, Tensor]:
+    """Convert detections of one image to coordinates of the original, and clip them to it; returns them and a mask of the kept ones, bool [D].
 
-    A box without area in the original, one in the last half pixel of the network's input, is dropped.
+    Boxes end at the original's border: the network's input, whose size is rounded, may reach up to half of its pixels beyond. A box that lies there
+    has no area left, and is dropped.
 
     Args:
         detections: in coordinates of the network's input.
-        size_2: (height, width) of the network's input.
+        original_2: (height, width) of the original, as of `ImageBatch.original_sizes`.
         scale: network size / original size.
     """
-    original_12 = (size_2 / scale + 0.5).floor()[None]
-    boxes_D4 = boxes.clip((detections.boxes_N4 / scale)[None], original_12)[0]
+    return inside(replace(detections, boxes_N4=detections.boxes_N4 / scale), original_2)
+
+
+def inside(detections: Detections, original_2: Tensor) -> tuple[Detections, Tensor]:
+    """Clip detections in coordinates of an image of (height, width) `original_2` to it; returns as `to_original`."""
+    boxes_D4 = boxes.clip(detections.boxes_N4[None], original_2[None])[0]
     some_D = boxes.area(boxes_D4) > 0
     return Detections(boxes_D4[some_D], detections.scores_N[some_D], detections.labels_N[some_D]), some_D

@@ -89,14 +89,10 @@ class RCNN(nn.Module):
     ) -> list[Detections]:
         """Detections in pixels of the originals with their maps of probabilities, [N, 2 S, 2 S] on the CPU for each image, as masks."""
         assert self.mask_head is not None, "this detector has no mask head"
-        originals_B2 = images.originals_B2
-        if originals_B2 is None:
-            sizes_B2, scales_B = images.on_host()
-            originals_B2 = (sizes_B2 / scales_B[:, None] + 0.5).floor().long()
         threshold = self.mask_head.threshold
         return [
             replace(one, masks=paste(maps_NSS, one.boxes_N4, height, width, threshold))
-            for one, maps_NSS, (height, width) in zip(detections, maps, originals_B2.tolist(), strict=True)
+            for one, maps_NSS, (height, width) in zip(detections, maps, images.original_sizes().tolist(), strict=True)
         ]
 
     def features(self, images: ImageBatch) -> list[Tensor]:
@@ -132,6 +128,6 @@ class RCNN(nn.Module):
     @staticmethod
     def _to_originals(detections: Sequence[Detections], images: ImageBatch) -> tuple[list[Detections], list[Tensor]]:
         """Detections in pixels of the originals, and which of those given they are: bool [N] for each image."""
-        parts = zip(detections, *images.on_host(), strict=True)
+        parts = zip(detections, images.original_sizes(), images.on_host()[1], strict=True)
         originals, kept = zip(*(postprocess.to_original(*part) for part in parts), strict=True)
         return list(originals), list(kept)

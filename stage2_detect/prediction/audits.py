@@ -49,7 +49,7 @@ def list_next(config: AuditConfig, loaded: "LoadedDetector") -> None:
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
-    run.log(describe_processes(accelerator, config, config.workers))
+    run.log(*describe_processes(accelerator, config, config.workers))
 
     # ---- doubts, part by part; parts of a killed run are kept
     parts = Parts(run.path / "parts", work.records, config.batch_size)
@@ -121,7 +121,7 @@ def check_labels(config: AuditConfig, loaded: "LoadedDetector") -> None:
     if from_main_rank(run.status) == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
         return
-    run.log(describe_processes(accelerator, config, config.workers))
+    run.log(*describe_processes(accelerator, config, config.workers))
     run.log(data.describe())
     run.tell("annotations", data.file, data.tally)
     sizing = Sizing.of(loaded.resize, short_side=config.short_side, long_side=config.long_side, tta=config.tta)

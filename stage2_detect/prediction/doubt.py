@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from ssld.stage2_detect.data.loaders import ImageLoader, Item
-from ssld.stage2_detect.evaluation.tta import mirrored, original_widths, unmirrored
+from ssld.stage2_detect.evaluation.tta import mirror_back, mirrored
 from ssld.stage2_detect.models.batch import Detections, ImageBatch
 from ssld.stage2_detect.models.boxes import pairwise_iou
 from ssld.stage2_detect.models.build import Detector
@@ -100,9 +100,7 @@ def two_views(
         images = batch.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             first, second = boxes_of(images), boxes_of(mirrored(images))
-        widths = original_widths(images).tolist()
-        back = (unmirrored(one, width) for one, width in zip(second, widths, strict=True))
-        yield from zip(items, first, back, strict=True)
+        yield from zip(items, first, mirror_back(second, images), strict=True)
 
 
 def boxes_alone(fast: Detector) -> Callable[[ImageBatch], list[Detections]]:

@@ -10,7 +10,11 @@ from typing import Any
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.distill_config import MovingTeacherConfig
 
-_ENOUGH = 200  # unlabeled images without a pseudo-box after which the run stops
+_ENOUGH, _ENOUGH_STEPS = 200, 10
+"""unlabeled images without a pseudo-box after which the run stops, and fewest steps for that: a trial or a smoke test has fewer"""
+_COUNTED = 10
+"""pseudo-boxes expected in the images of a line below which it cannot show a collapse: with few of them numbers rise and fall by chance, as those of
+an untrained teacher, which begins without a burn-in, do; of 10 expected boxes (Poisson) fewer than 2 are found in one line of 2,000"""
 
 
 class CollapseWatch:
@@ -22,7 +26,7 @@ class CollapseWatch:
         lines: lines of metrics.jsonl so far.
 
     Attributes:
-        healthy: whether the last line was no collapse.
+        healthy: whether the last line that can show a collapse was none.
     """
 
     def __init__(
@@ -33,10 +37,11 @@ class CollapseWatch:
         threshold: float = 0.0,
     ) -> None:
         self._config, self._unlabeled, self._threshold = config, unlabeled, threshold
+        self._burn_in = self._step = int(config.burn_in)  # `_step`: that of the last line
         self._boxes = self._agreement = 0.0  # highest so far
         self.healthy = True
         for line in lines:
-            self._compare(line)
+            self._compare(int(line["step"]), line)
 
     def see(self, step: int, means: Mapping[str, float], *, last: bool = False) -> str | None:
         """Take note of the averages of a log line; return a warning where a collapse begins, or at a last line without any pseudo-box.
@@ -46,13 +51,14 @@ class CollapseWatch:
             last: whether it is the last step.
 
         Raises:
-            UserError: no pseudo-box in 200 images since the burn-in.
+            UserError: no pseudo-box in 200 images and 10 steps since the burn-in.
         """
         before = self.healthy
         highest = f"{self._boxes:.3g}", f"{self._agreement:.3g}"
-        self._compare(means)
-        images = (step - int(self._config.burn_in)) * self._unlabeled
-        if "pseudo_boxes" in means and not self._boxes and (images >= _ENOUGH or last):
+        self._compare(step, means)
+        images = (step - self._burn_in) * self._unlabeled
+        enough = images >= _ENOUGH and step - self._burn_in >= _ENOUGH_STEPS
+        if "pseudo_boxes" in means and not self._boxes and (enough or last):
             what = f"the teacher has found no object with a score of {self._threshold:g} or more in the first {images} unlabeled images"
             longer = "train again with a longer moving_teacher.burn_in, or from a detector (init)"
             if last:
@@ -65,14 +71,16 @@ class CollapseWatch:
             return None
         return (
             f"warning: step {step}: the moving teacher collapses: {means['pseudo_boxes']:.3g} pseudo-boxes per image after up to {highest[0]}, "
-            f"agreement {means['agreement']:.3g} after up to {highest[1]}; train again with a lower moving_teacher.weight (now "
-            f"{self._config.weight:g}) or optim.lr, or a higher moving_teacher.ema_decay, burn_in or score_threshold"
+            f"agreement {means['agreement']:.3g} after up to {highest[1]}; train again with a lower moving_teacher.weight or "
+            "optim.lr, or a higher moving_teacher.ema_decay, burn_in or score_threshold"
         )
 
-    def _compare(self, line: Mapping[str, Any]) -> None:
+    def _compare(self, step: int, line: Mapping[str, Any]) -> None:
         if "pseudo_boxes" not in line:
             return
+        images, self._step = (step - self._step) * self._unlabeled, step
         boxes, agreement = float(line["pseudo_boxes"]), float(line["agreement"])
         least = self._config.collapse
-        self.healthy = not (boxes < least * self._boxes or agreement < least * self._agreement)
+        if images * self._boxes >= _COUNTED:
+            self.healthy = not (boxes < least * self._boxes or agreement < least * self._agreement)
         self._boxes, self._agreement = max(self._boxes, boxes), max(self._agreement, agreement)

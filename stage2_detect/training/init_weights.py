@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import InputSettings, create_body
+from ssld.shared.models.damage import refuse_damaged
 from ssld.shared.models.model_file import is_pickle, read_metadata, read_tensors
 from ssld.shared.models.references import ModelReference
 from ssld.shared.models.timm_names import known_arch
@@ -180,6 +181,7 @@ def open_init(init: Path) -> InitWeights:
             backbone={"reference": str(init)},
         )
     convert_first = f"`ssld convert-detector --weights {init} --output DIR` makes one of a detector of another project"
+    refuse_damaged(init)
     if init.is_file() and is_pickle(init):
         raise UserError(f"init: {init}: not a detector file; {convert_first}")
     metadata = read_metadata(init, kind="detector")

@@ -1,8 +1,10 @@
 """Terminal output: control characters of a file or a name are escaped."""
 
 import ast
+import errno
 import io
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,8 @@ from ssld.shared.config.settings import CommandConfig
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import save_model_file
 from ssld.shared.run_dir import RunDir
-from ssld.shared.terminal import say
+from ssld.shared.terminal import say, say_lines
+from ssld.shared.training.loss_watch import NotFinite
 from ssld.stage2_detect.check_data import main as check_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,8 +42,36 @@ def clean(text: str) -> bool:
 
 def test_lines_and_tabs_stay() -> None:
     out = io.StringIO()
+    say_lines(f"a\tb\n{EVIL} é", out)
     say(f"a\tb\n{EVIL} é", out)
-    assert out.getvalue() == f"a\tb\n{SAFE} é\n"
+    assert out.getvalue() == f"a\tb\n{SAFE} é\na\tb\\n{SAFE} é\n"
+
+
+def test_a_name_begins_no_line_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither in a log nor in an error, also one that a process passes to another, or that the system raises."""
+    name = "a\nerror: all is lost\r.png"
+
+    def work(config: CommandConfig) -> None:
+        RunDir(config, "test").log(f"{name}: unreadable", "the next line")
+        raise UserError(f"{name}: unreadable", "the next mistake")
+
+    assert run_command(CommandConfig, work, ["--output", str(tmp_path / "run")], program="x.py") == 2
+    out, err = capsys.readouterr()
+    one = "a\\nerror: all is lost\\r.png: unreadable"
+    assert out == f"{one}\nthe next line\n"
+    assert (tmp_path / "run" / "log.txt").read_text() == out
+    assert err == f"error: {one}\nerror: the next mistake\n"
+
+    error = pickle.loads(pickle.dumps(UserError(name, "the next mistake")))
+    assert str(error).count("\n") == 1
+    not_finite = NotFinite(3, "after step 2")
+    assert str(pickle.loads(pickle.dumps(not_finite))) == str(not_finite)
+
+    def fail() -> int:
+        raise OSError(errno.EACCES, "Permission denied", name)
+
+    assert exit_code(fail) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_errors_and_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import torch
 from ssld.shared.distributed import processes
 from ssld.shared.models.model_file import content_hash, read_tensors
 from ssld.shared.training import training_state
-from ssld.shared.training.checkpoint import complete_checkpoints
+from ssld.shared.training.checkpoint_folders import complete_checkpoints
 from ssld.stage1_ssld.distill import main as distill
 from ssld.stage1_ssld.distillation import losses
 from ssld.stage1_ssld.evaluate import main as evaluate
@@ -182,7 +182,8 @@ def test_loss_that_is_not_finite(
     assert "loss is not finite at step 5: loss nan, agreement" in line
     assert "images 0:" in line or "images 1:" in line
     assert line.count("0:") + line.count("1:") >= 8
-    from ssld.shared.training.checkpoint import load_checkpoint, newest_checkpoint
+    from ssld.shared.training.checkpoint import load_checkpoint
+    from ssld.shared.training.checkpoint_folders import newest_checkpoint
 
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None

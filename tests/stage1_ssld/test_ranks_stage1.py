@@ -13,7 +13,7 @@ import torch
 
 from ssld.shared.models.model_file import read_tensors
 from ssld.shared.run_dir import read_metrics
-from ssld.shared.training.checkpoint import newest_checkpoint
+from ssld.shared.training.checkpoint_folders import newest_checkpoint
 from ssld.stage1_ssld.distill import main as distill
 from ssld.stage1_ssld.evaluate import main as evaluate
 from tests.float64 import in_float64

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,18 @@ def test_more_steps_go_on_from_the_checkpoint(
     out = capsys.readouterr().out
     assert "changed since the last start: steps: 6 -> 10" in out
     assert "resumed from step_00000006" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("another length than at the last start")]
+    found = re.search(
+        r"after step 6 with lr (\S+), after (\S+) \((\d+)% of the full rate\), by the schedule of all 10 steps; to train anew",
+        line,
+    )
+    assert found
+    warmup = int(re.findall(r"warm-up (\d+) steps", out)[-1])
+    share = 0.5 + 0.5 * math.cos(math.pi * (6 - warmup) / (10 - warmup))
+    base = float(re.findall(r"^lr (\S+) = ", out, re.MULTILINE)[-1])
+    assert float(found[1]) == pytest.approx(base * share, rel=1e-2)
+    assert float(found[2]) < float(found[1])  # the rate rises again
+    assert int(found[3]) == round(100 * share)
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [2, 4, 6, 6, 8, 10, 10]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["config"]["steps"] == 10
 

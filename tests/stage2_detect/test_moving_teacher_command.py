@@ -176,6 +176,7 @@ def test_a_teacher_without_boxes_stops_the_run_which_goes_on_with_a_lower_thresh
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(collapse, "_ENOUGH", 6)
+    monkeypatch.setattr(collapse, "_ENOUGH_STEPS", 3)
     line = user_error(train.main, arguments(changed(moving_settings, score_threshold=1.0))).splitlines()
     assert len(line) == 1
     assert line[0].startswith(

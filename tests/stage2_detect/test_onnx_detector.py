@@ -151,6 +151,19 @@ def test_the_file_finds_what_the_detector_finds(pair: tuple[LoadedDetector, Path
     assert count > 30
 
 
+def test_boxes_end_at_the_border_of_the_image(pair: tuple[LoadedDetector, Path]) -> None:
+    """Rounded, the sides of these images are half a pixel or more too long in the network's input; the file and the detector agree."""
+    loaded, run = pair
+    detector = OnnxDetector(str(run / "detector.onnx"), threads=1)
+    for height, width in ((300, 410), (699, 652)):
+        image, limits = photo(height, width), [width, height]
+        (ours,), (expected,) = detector.predict([image], 0.01), loaded.predict([image], threshold=0.01, batch_size=1)
+        np.testing.assert_allclose(ours.boxes, expected.boxes_N4, atol=0.01)
+        for boxes in (ours.boxes, np.asarray(expected.boxes_N4)):
+            assert np.equal(boxes[:, 2:], limits).any()
+            assert (boxes[:, 2:] <= limits).all()
+
+
 def test_a_batch_and_an_image_without_detections(pair: tuple[LoadedDetector, Path]) -> None:
     detector = OnnxDetector(str(pair[1] / "detector.onnx"), threads=1)
     images = [photo(480, 640), photo(240, 320)]  # one shape after resizing

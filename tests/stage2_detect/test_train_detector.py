@@ -15,7 +15,8 @@ from ssld.shared.files import file_sha256
 from ssld.shared.models.backbones import create_classifier, save_backbone
 from ssld.shared.models.model_file import read_metadata, read_tensors
 from ssld.shared.models.references import parse_reference
-from ssld.shared.training.checkpoint import load_checkpoint, newest_checkpoint
+from ssld.shared.training.checkpoint import load_checkpoint
+from ssld.shared.training.checkpoint_folders import newest_checkpoint
 from ssld.stage2_detect import evaluate, train
 from ssld.stage2_detect.detector_file import load_detector
 

@@ -91,5 +91,5 @@ def losses_of(
 def detect(heads: RoIHeads, features: list[Tensor], candidates: Proposals, images: ImageBatch) -> list[Detections]:
     """Detections in original coordinates."""
     network = heads.detect_network(features, candidates, images.sizes_B2)
-    parts = zip(network, images.sizes_B2, images.scales_B, strict=True)
-    return [to_original(detections, size, scale)[0] for detections, size, scale in parts]
+    parts = zip(network, images.original_sizes(), images.scales_B, strict=True)
+    return [to_original(*part)[0] for part in parts]

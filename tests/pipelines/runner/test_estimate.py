@@ -14,6 +14,8 @@ from ssld.pipelines.runner.plan import Planned
 from ssld.pipelines.runner.stages import KINDS, Stage, build_stages, read_pipeline
 from ssld.pipelines.runner.trial import rate_of, shortened
 from ssld.shared.config.settings import parse_config
+from ssld.shared.run_dir import RunDir
+from ssld.shared.training.checkpoint_folders import MARK
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect.config import TrainConfig
 
@@ -46,6 +48,51 @@ def test_seconds_are_start_steps_and_evaluations() -> None:
     kind = KINDS["toy_data"]
     config = parse_config(kind.config_type, ["--output", "o"], program="p")
     assert seconds(Stage("d", kind, config, (), 1, frozenset()), Rate(start=7.5)) == 7.5
+
+
+def test_a_training_that_resumes_needs_the_time_of_what_is_left(
+    write_pipeline: Any, tmp_path: Path, capfd: Any
+) -> None:
+    """A run killed after step 60 of 100, and later checkpoint folders that a kill left incomplete; and a request for fewer steps than are done."""
+    (tmp_path / "photos").mkdir()
+    settings = {
+        "student.model": "random:test_resnet",
+        "teacher.model": "random:test_resnet",
+        "steps": 100,
+        "batch_size": 4,
+    }
+    settings |= {
+        "data.train": [str(tmp_path / "photos")],
+        "evaluate_every": 25,
+        "optim": {"lr": 0.1, "reference_batch": 4},
+    }
+    stages = {"student": {"command": "distill", "set": settings}}
+    file = write_pipeline(stages)
+    pipeline = read_pipeline(file)
+    built = build_stages(pipeline, file, output=pipeline.output)
+    RunDir(built[0].config, "distill").close()
+    (built[0].run / "metrics.jsonl").touch()
+    write_rates(pipeline.output, {rate_key(built[0], pipeline.output): RATE}, built)
+    assert main([str(file), "--dry-run"]) == 0
+    # 20 s start, 50 s for 100 steps, four evaluations of 1 s.
+    line = "[1/1] student: begins again: no checkpoint yet; 100 steps of 4 images; about 74 s; "
+    assert line in capfd.readouterr().out
+    checkpoints = built[0].run / "checkpoints"
+    for step in (30, 60, 90):
+        (checkpoints / f"step_{step:08d}").mkdir(parents=True)
+        if step < 90:
+            (checkpoints / f"step_{step:08d}" / MARK).touch()
+    assert main([str(file), "--dry-run"]) == 0
+    out = capfd.readouterr().out
+    # 20 s start, 20 s for 40 steps, the evaluations of steps 75 and 100.
+    assert "[1/1] student: resumes after step 60; 100 steps of 4 images; about 42 s for what is left; " in out
+    assert "runs: about 42 s; trainings that resume count what is left; " in out
+    assert main([str(file), "--dry-run", "--stages.student.steps", "60"]) == 0
+    assert "about 21 s for what is left" in capfd.readouterr().out
+    assert main([str(file), "--dry-run", "--stages.student.steps", "59"]) == 2
+    shared = f"{built[0].run}: is at step 60 already, beyond the 59 requested"
+    assert capfd.readouterr().err == f"error: stage student: {shared}; give as many at least, or --redo student\n"
+    assert main([str(file), "--dry-run", "--stages.student.steps", "59", "--redo", "student"]) == 0
 
 
 def test_disk_is_files_and_checkpoints() -> None:

@@ -279,3 +279,13 @@ def test_stage_1_is_proposed_where_it_was_measured_to_help(
     proposed, why = proposes_stage_1(asked, backbone, photos, detector=detector)
     assert proposed is expected
     assert "--distill yes" in why or proposed or asked == "no"
+
+
+@pytest.mark.parametrize("facts", [DETECTOR, BACKBONE, WITH_COCO, ALL, ALL_MOVING])
+def test_what_no_machine_can_do_is_refused_before_a_trial(facts: Facts) -> None:
+    """The report takes 10 s, and 15 % of the time are not planned: 12 s are too short for any pipeline."""
+    machine = Machine(1e9)
+    with pytest.raises(UserError, match=r"--minutes 0.2: too short for .* leave no time for a step; give 1 or more"):
+        machine.fit(facts, 0.2)
+    assert not machine.tried
+    assert machine.fit(facts, 8).settings  # it is the time that is refused

@@ -239,3 +239,22 @@ def test_names_reach_the_pipeline_as_they_are(name: str) -> None:
     data = content["stages"]["detector_imagenet"]["set"]["data"]
     assert (data["train_annotations"], data["val_images"]) == (f"{name}.json", name)
     assert "\x1b" not in text
+
+
+def test_commands_in_the_first_lines_are_for_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them, also where the file is written into another folder, in which its own paths begin."""
+    monkeypatch.chdir(tmp_path)
+    known = dataclasses.replace(facts(9, [0.1] * 5), trackers=("tensorboard",))
+    about = "# Commands for the folder that `ssld init` was called in"
+    here = pipeline_text(Path("my own.yaml"), known, largest(known))
+    assert "    ssld run 'my own.yaml' --dry-run " in here
+    assert "    tensorboard --logdir 'runs/my own' " in here
+    assert about not in here
+    (tmp_path / "deep").mkdir()
+    there = pipeline_text(Path("deep/mine.yaml"), known, largest(known))
+    assert about in there
+    assert "    ssld run deep/mine.yaml --smoke " in there
+    assert "    tensorboard --logdir deep/runs/mine " in there
+    assert yaml.safe_load(there)["output"] == "runs/mine"

@@ -111,13 +111,13 @@ def test_a_malicious_pickle_is_refused_and_not_run(protocol: int, tmp_path: Path
         (b"\x80\x02})" + b"\x85" * 100_000 + b"K\x01s.", "more than 64 values inside each other"),  # a key
         (b"\x80\x02}K\x05)" + b"\x85" * 100_000 + b"s.", "more than 64 values inside each other"),
         (b"\x80\x02}" + b"]q\x00" + b"(h\x00lq\x00" * 100_000 + b"s.", "not a .pdparams file"),
-        (b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"abc.", "not a .pdparams file"),
+        (b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"abc.", "the file is damaged or not complete (15 bytes)"),
         (b"\x80\x02}(K\x01K\x02u.", "keys must be parameter names (found int)"),
         (pickle.dumps({"a\nb": ARRAYS["half"]}), "a parameter is called 'a\\nb', which cannot be printed"),
         (pickle.dumps(ARRAYS["half"]).replace(b"ndarray", b"ndarr\x07y"), "asks for"),
         (b"not a pickle", "not a .pdparams file"),
-        (b"", "not a .pdparams file"),
-        (pickle.dumps(ARRAYS)[:100], "not a .pdparams file"),
+        (b"", "the file is damaged or not complete (0 bytes)"),
+        (pickle.dumps(ARRAYS)[:100], "the file is damaged or not complete (100 bytes)"),
         (pickle.dumps([1]), "holds a list, not the parameters"),
         (pickle.dumps({"a": {"b": ARRAYS["half"]}}), "'a' is a dict, an array is expected"),
         (pickle.dumps({"a": 1.5}), "'a' is a float, an array is expected"),
@@ -194,13 +194,13 @@ def test_every_parameter_is_accounted_for() -> None:
     [
         (b"\x80\x02}r\xff\xff\xff\x7f.", "it remembers under number 2147483647 after 2 steps"),  # a table of 17 GB
         (b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"K\x01s.", "more than 64 values inside each other"),
-        (b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x.", "not a .pdparams file"),
+        (b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x.", "damaged or not complete (13 bytes)"),
         (b"\x80\x02p99999999999999999999\n.", "it remembers under number 99999999999999999999 after 1 steps"),
     ],
 )
 def test_a_few_bytes_do_not_ask_for_gigabytes(content: bytes, why: str, tmp_path: Path) -> None:
     file = tmp_path / "w.pdparams"
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"not a \.pdparams file") as caught:
+    with pytest.raises(UserError, match=r"not a \.pdparams file|damaged or not complete") as caught:
         read_paddle_weights(file)
     assert why in str(caught.value)

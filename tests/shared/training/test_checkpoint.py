@@ -10,16 +10,15 @@ from torch import nn
 
 from ssld.shared.errors import UserError
 from ssld.shared.training.checkpoint import (
-    complete_checkpoints,
     drop_from,
     keep_newest,
     load_checkpoint,
     load_module,
     load_optimizer,
-    newest_checkpoint,
     optimizer_part,
     save_checkpoint,
 )
+from ssld.shared.training.checkpoint_folders import complete_checkpoints, newest_checkpoint
 from ssld.shared.training.optim import OptimizerName, make_optimizer, parameter_groups, set_lr
 
 

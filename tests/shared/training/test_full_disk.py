@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from ssld.shared.models.model_file import read_tensors
-from ssld.shared.training.checkpoint import complete_checkpoints, load_checkpoint
+from ssld.shared.training.checkpoint import load_checkpoint
+from ssld.shared.training.checkpoint_folders import complete_checkpoints
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -66,3 +66,16 @@ def test_a_resumed_run_remembers(run: RunDir) -> None:
     second.add(["b.jpg"])
     with pytest.raises(UserError, match="2 of 100"):
         second.judge(100)
+
+
+def test_a_name_with_a_line_break_is_one_image(run: RunDir) -> None:
+    """In the list as well, from which a resumed run counts."""
+    name = "a\nb\u2028.jpg"
+    first = Quarantine(run, images=100)
+    first.add([name, "c\udcff.jpg"])
+    first.write()
+    assert (run.path / "quarantine.txt").read_bytes() == b"a\\nb\\u2028.jpg\nc\xff.jpg\n"
+    second = Quarantine(run, images=300)
+    second.add([name])
+    second.judge(300)  # 2 of 300 are allowed
+    assert len(run.quarantined()) == 2

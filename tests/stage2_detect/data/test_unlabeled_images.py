@@ -65,8 +65,8 @@ def test_sources_of_each_kind_give_the_same_images(folder: Path, tmp_path: Path)
     ):
         assert [os.path.realpath(one.path) for one in found.records] == expected
         assert all(len(one.boxes_N4) == 0 and (one.width, one.height) == (64, 48) for one in found.records)
-        assert found.line.startswith("7 unlabeled images of ")
-    assert found.line.splitlines()[1] == f"{folder / 'boxes.json'}: its 2 annotations are not read"
+        assert found.lines[0].startswith("7 unlabeled images of ")
+    assert found.lines[1] == f"{folder / 'boxes.json'}: its 2 annotations are not read"
     assert len({one.image_id for one in found.records}) == 7
 
 

@@ -195,11 +195,11 @@ def test_back_in_the_original_image() -> None:
         torch.tensor([0.9, 0.8, 0.7]),
         torch.tensor([1, 0, 2]),
     )
-    original, kept = postprocess.to_original(boxes_D4, torch.tensor([50, 31]), torch.tensor(31 / 61))
+    original, kept = postprocess.to_original(boxes_D4, torch.tensor([98, 61]), torch.tensor(31 / 61))
     assert kept.tolist() == [True, True, True]
     torch.testing.assert_close(original.boxes_N4[2], torch.tensor([0.0, 0.0, 61.0, 98.0]))
-    # 31 / 0.513 is 60.43: an original of 60 px, in which the second box, from 60.2 on, has no place.
-    narrow, kept = postprocess.to_original(boxes_D4, torch.tensor([50, 31]), torch.tensor(0.513))
+    # 31 / 0.513 is 60.43: in an original of 60 px the second box, from 60.2 on, has no place.
+    narrow, kept = postprocess.to_original(boxes_D4, torch.tensor([97, 60]), torch.tensor(0.513))
     assert kept.tolist() == [True, False, True]
     torch.testing.assert_close(narrow.boxes_N4[0], boxes_D4.boxes_N4[0] / 0.513)
     assert narrow.boxes_N4[1, 2] == 60

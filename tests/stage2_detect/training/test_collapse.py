@@ -42,7 +42,7 @@ def test_a_resumed_run_knows_the_lines_before() -> None:
     whole = CollapseWatch(CONFIG, 2)
     told = [whole.see(*one) for one in steps]
     for cut in range(len(steps)):
-        resumed = CollapseWatch(CONFIG, 2, [values for _, values in steps[:cut]])
+        resumed = CollapseWatch(CONFIG, 2, [{"step": step, **values} for step, values in steps[:cut]])
         assert [resumed.see(*one) for one in steps[cut:]] == told[cut:]
 
 
@@ -69,3 +69,31 @@ def test_a_teacher_without_any_box_stops_the_run_after_two_hundred_images() -> N
     found = CollapseWatch(CONFIG, 2)
     assert found.see(30, line(0.1)) is None
     assert found.see(90, line(0.0)) is not None
+
+
+def test_few_boxes_show_no_collapse() -> None:
+    """Without a burn-in the teacher is the untrained start: its few boxes, and its agreement on none, rise and fall by chance."""
+    config = CONFIG.model_copy(update={"burn_in": 0})
+    watch = CollapseWatch(config, 2)
+    lines = [line(0.0, 0.9), line(0.0, 0.0), line(0.4, 1.0), line(0.0, 0.0), line(0.9, 0.9), line(0.1, 0.0)]
+    assert [watch.see(5 * number, one) for number, one in enumerate(lines, 1)] == [None] * 6
+    assert watch.healthy
+    assert watch.see(50, line(0.1, 0.0)) is not None  # 40 images, in which 36 boxes are expected
+    resumed = CollapseWatch(config, 2, [{"step": 5 * number, **one} for number, one in enumerate(lines, 1)])
+    assert resumed.see(50, line(0.1, 0.0)) is not None
+    assert watch.see(51, line(9.0)) is None
+    assert not watch.healthy  # a line of two images, such as the last one, does not undo a collapse
+    early = CollapseWatch(CONFIG, 2, [{"step": 10, "loss": 1.0}, {"step": 11, **line(4.0)}])
+    assert early.see(14, line(0.1)) is not None  # lines count from the burn-in on
+
+
+def test_a_few_steps_of_many_images_do_not_stop_a_run() -> None:
+    """A trial has three steps, and its burn-in is the first of them."""
+    watch = CollapseWatch(CONFIG.model_copy(update={"burn_in": 1}), 400, threshold=0.7)
+    assert watch.see(2, line(0.0, 0.0)) is None
+    warning = watch.see(3, line(0.0, 0.0), last=True)
+    assert warning is not None
+    assert "in the first 800 unlabeled images" in warning
+    assert watch.see(10, line(0.0, 0.0)) is None
+    with pytest.raises(UserError, match="in the first 4000 unlabeled images"):
+        watch.see(11, line(0.0, 0.0))

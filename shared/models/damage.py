@@ -1,0 +1,75 @@
+"""Files of weights that are none: cut short, empty, a web page or a pointer under their name, a zip file of something else.
+
+Such files come from broken downloads and copies. Their content is looked at before they are read, since the readers' own errors tell of formats.
+"""
+
+import re
+import zipfile
+from pathlib import Path
+
+from ssld.shared.errors import UserError
+from ssld.shared.wording import some
+
+_POINTER = b"version https://git-lfs.github.com/spec/"  # docs/spec.md of git-lfs@v3.5
+_PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")
+_ZIP = b"PK\x03\x04"
+# Words in the errors of torch's readers, of pickle and of pickletools.
+_CUT_SHORT = re.compile(
+    "unexpected EOF|PytorchStreamReader failed|might be corrupted|Ran out of input|"
+    r"not enough data|but only \d+ remain|pickle exhausted|no newline found"
+)
+
+
+def refuse_damaged(path: Path) -> None:
+    """Raise UserError for an existing file whose first bytes, or the directory of a zip file, show that it holds no weights, or not all of them."""
+    if not path.is_file():
+        return  # the reader says what is missing
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError:
+        return  # likewise
+    size = f"{path.stat().st_size:,} bytes"
+    if not start:
+        raise UserError(incomplete(path))
+    if start.startswith(_POINTER):
+        whole = next(
+            (line[5:] for line in start.decode("ascii", "replace").splitlines() if line.startswith("size ")), "?"
+        )
+        raise UserError(
+            f"{path}: is a Git LFS pointer ({size}), not the weights ({whole} bytes); run git lfs pull in its folder, or download the "
+            "file itself"
+        )
+    text = start.lstrip().lower()
+    if text.startswith(_PAGES) or (
+        text.startswith(b"{") and all(32 <= byte < 127 or byte in b"\r\n\t" for byte in start)
+    ):
+        kind = "web page" if text.startswith(b"<") else "text"
+        raise UserError(
+            f"{path}: is a {kind} ({size}), not weights: the download was answered by it; download the file itself"
+        )
+    if start.startswith(_ZIP):
+        _refuse_zip(path)
+
+
+def _refuse_zip(path: Path) -> None:
+    """Raise UserError for a zip file without its directory, which is at its end, or one that torch has not written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # a directory of garbage may fail in any way
+        raise UserError(incomplete(path)) from None
+    if not any(name.endswith(".pkl") for name in names):
+        raise UserError(
+            f"{path}: is a zip file of {some(names) or 'nothing'}, not of torch; unpack it, and give the file of weights inside"
+        )
+
+
+def incomplete(path: Path) -> str:
+    """Return the message on a file that ends too early, or whose content has changed."""
+    return f"{path}: the file is damaged or not complete ({path.stat().st_size:,} bytes); download it again"
+
+
+def is_cut_short(error: Exception) -> bool:
+    """Whether an error of torch's or Python's readers of pickles means a file that ends too early."""
+    return isinstance(error, EOFError) or _CUT_SHORT.search(str(error)) is not None

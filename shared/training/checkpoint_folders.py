@@ -1,0 +1,30 @@
+"""Names of checkpoints: how many steps a run has done, without reading them. Does not import torch."""
+
+import re
+from pathlib import Path
+
+MARK = "COMPLETE"
+"""file in a checkpoint that is written last"""
+_NAME = re.compile(r"step_\d+")
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Return the usable checkpoints below a folder, oldest first."""
+    return sorted(
+        (mark.parent for mark in folder.glob(f"step_*/{MARK}") if _NAME.fullmatch(mark.parent.name)), key=step_of
+    )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest usable checkpoint below a folder, None without one."""
+    return next(reversed(complete_checkpoints(folder)), None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the number of updates that a checkpoint holds."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def beyond_the_end(run: Path, step: int, steps: int) -> str:
+    """Return the message on a run that has done more steps than are requested."""
+    return f"{run}: is at step {step} already, beyond the {steps} requested"

@@ -1,0 +1,97 @@
+"""Files of weights that are none: what a broken download leaves behind is named as such, whatever would read the file."""
+
+import io
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+
+from ssld.shared.errors import UserError
+from ssld.shared.models.array_pickles import read_pickle
+from ssld.shared.models.model_file import read_metadata
+from ssld.shared.models.references import parse_reference
+from ssld.shared.models.state_dicts import read_state_dict
+
+TENSORS = {"a.weight": torch.ones(50, 50), "b.weight": torch.ones(30, 30)}
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 102502400\n"
+)
+
+
+def by_torch(*, zipped: bool) -> bytes:
+    file = io.BytesIO()
+    torch.save(TENSORS, file, _use_new_zipfile_serialization=zipped)
+    return file.getvalue()
+
+
+def archive() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as written:
+        written.writestr("model/weights.pth", by_torch(zipped=True))
+    return file.getvalue()
+
+
+def message(file: Path, content: bytes) -> str:
+    file.write_bytes(content)
+    readers: dict[str, Callable[[Path], Any]] = {
+        ".pkl": lambda path: read_pickle(path, ".pkl"),
+        ".safetensors": read_metadata,
+        ".pth": read_state_dict,
+    }
+    with pytest.raises(UserError) as caught:
+        readers[file.suffix](file)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.startswith(f"{file}: ")
+    return text.removeprefix(f"{file}: ")
+
+
+@pytest.mark.parametrize("name", ["m.pth", "m.safetensors", "m.pkl"])
+def test_what_stands_in_the_place_of_weights(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    assert message(file, b"") == "the file is damaged or not complete (0 bytes); download it again"
+    pointer = message(file, POINTER)
+    assert pointer.startswith(
+        f"is a Git LFS pointer ({len(POINTER)} bytes), not the weights (102502400 bytes); run git lfs pull"
+    )
+    assert message(file, b"\n<!DOCTYPE html><html>").startswith("is a web page (22 bytes), not weights")
+    assert message(file, b'{"error": "not found"}').startswith("is a text (22 bytes), not weights")
+    assert message(file, archive()).startswith("is a zip file of model/weights.pth, not of torch; unpack it")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("m.pth", by_torch(zipped=True)),
+        ("m.pth", by_torch(zipped=False)),
+        ("m.safetensors", by_torch(zipped=True)),
+        ("m.safetensors", save(TENSORS)),
+        ("m.pkl", pickle.dumps({"model": {"a": np.zeros((40, 40))}})),
+    ],
+)
+def test_a_file_that_ends_too_early(name: str, content: bytes, tmp_path: Path) -> None:
+    for part in (content[: len(content) // 2], content[:-1], content[:40]):
+        text = message(tmp_path / name, part)
+        assert text.startswith(f"the file is damaged or not complete ({len(part):,} bytes); download it again"), text
+
+
+def test_whole_files_are_read(tmp_path: Path) -> None:
+    for number, zipped in enumerate((True, False)):
+        file = tmp_path / f"{number}.pth"
+        file.write_bytes(by_torch(zipped=zipped))
+        assert read_state_dict(file)[0].keys() == TENSORS.keys()
+
+
+def test_a_pointer_is_named_before_its_suffix_is_judged(tmp_path: Path) -> None:
+    """Where no .pth file is taken at all, as by a student, an advice to convert this one would be wrong."""
+    file = tmp_path / "m.pth"
+    file.write_bytes(POINTER)
+    with pytest.raises(UserError, match="is a Git LFS pointer"):
+        parse_reference(str(file), arch="resnet18", allow_pickle=False)
