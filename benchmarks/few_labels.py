@@ -11,7 +11,7 @@ unlabeled ones. `--data-set coco-mini` has persons, animals and vehicles as its 
 
 `retinanet_sad` has the detector of the row `retinanet` of its seed as its teacher, which also writes the pseudo-labels of the unlabeled photos; run
 that row before. `..._ssld` start from one backbone for all seeds: stage 1 under EfficientNet-Lite2, as `ssld init` sets it for a student with
-weights, on all training photos without their labels.
+weights, on the training photos without their labels (nine tenths; the others tell whether it improves).
 
 A run is a process of its own with one thread; its time is processor time of training, without imports. Finished runs are not repeated. Printed: mean
 AP over the seeds and each seed's, the difference to `--base` with a 95 % interval of a paired bootstrap over the evaluation images (seeds averaged,

@@ -51,10 +51,8 @@ from ssld.stage2_detect.models.batch import Detections
 SIDES = ("torchvision", "ours")
 ARCH = "tf_efficientnet_lite0"
 DATA = {"bccd": "bccd", "coco-mini": "coco-mini", "animals": "coco-mini"}  # row: its folder
-FEW = {
-    "coco-mini": ("person", "animal", "vehicle"),
-    "animals": ("animal",),
-}  # row: supercategories of COCO, its classes
+FEW = {"coco-mini": ("person", "animal", "vehicle"), "animals": ("animal",)}
+"""row: supercategories of COCO, its classes"""
 NUMBERS = {"AP": 100.0, "AP50": 100.0, "seconds": 1.0, "peak_mb": 1.0}  # in a result, and their factor in the table
 
 

@@ -131,10 +131,9 @@ def _init(arguments: Namespace) -> int:
         trackers=("tensorboard",) if find_spec("tensorboard") else (),
         moving=names.get("moving"),
         moving_images=len(moving_photos),
+        augment="none" if arguments.augment == "auto" else arguments.augment,  # `auto` follows from the length
     )
     _check_moving(facts)
-    augment, augment_reason = choose_augment(arguments.augment)
-    facts = replace(facts, augment=augment, augment_reason=augment_reason)
     if choice.why:
         say(choice.why)
     if detector and arguments.unlabeled and not moving:
@@ -147,6 +146,9 @@ def _init(arguments: Namespace) -> int:
     except Stopped as error:
         say(str(error), sys.stderr)
         return STOPPED
+    passes = fitting.settings.steps * fitting.settings.batch / max(facts.images, 1)
+    augment, augment_reason = choose_augment(arguments.augment, passes)
+    fitting = replace(fitting, facts=replace(fitting.facts, augment=augment, augment_reason=augment_reason))
     output: Path = arguments.output
     files[output] = pipeline_text(output, fitting.facts, fitting.settings, minutes, fitting.seconds)
     output.parent.mkdir(parents=True, exist_ok=True)

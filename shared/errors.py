@@ -1,6 +1,7 @@
 """Exceptions that a user sees as one line, their exit codes, and the test for exhausted memory."""
 
 import errno
+from typing import Any
 
 from ssld.shared.wording import printable
 
@@ -10,17 +11,17 @@ USER_ERROR, STOPPED = 2, 143  # exit codes
 class UserError(Exception):
     """A mistake that the user can fix: bad input, a bad key, a missing file.
 
-    The message is one line that names the file, the key or the id, and the remedy. The entry scripts print it without a traceback and
-    exit with code 2; every other exception is a bug and keeps its traceback.
+    The message is one line, or one for each mistake, that names the file, the key or the id, and the remedy. The entry scripts print it without a
+    traceback and exit with code 2; every other exception is a bug and keeps its traceback.
 
     Args:
-        lines: one line for each mistake, mostly one. A line break inside, as in the name of a file, is shown as `\\n`.
+        lines: the lines. A line break inside, as in the name of a file, is shown as `\\n`.
     """
 
     def __init__(self, *lines: str) -> None:
         super().__init__("\n".join(printable(line, keep="\t") for line in lines))
 
-    def __reduce__(self) -> tuple[type["UserError"], tuple[str, ...]]:
+    def __reduce__(self) -> tuple[type["UserError"], tuple[Any, ...]]:
         """Return what a copy in another process is made of."""
         return UserError, tuple(str(self).split("\n"))
 

@@ -171,7 +171,8 @@ def train(config: TrainConfig) -> None:
     if moving:
         unlabeled = config.batch_size - labeled
         lines = from_main_rank(read_metrics(run.path) if run.main else [])
-        collapse = CollapseWatch(moving, unlabeled, lines, threshold=moving.threshold(config.model))
+        weight = moving.unlabeled_weight(dense=config.model.is_dense)
+        collapse = CollapseWatch(moving, unlabeled, lines, moving.threshold(config.model), weight)
     loader = training_loader(config, data, start=start, stop=steps, rank=accelerator.process_index, ranks=ranks)
     sizing = Sizing.of(config.resize)
     evaluation: dict[str, Any] = {

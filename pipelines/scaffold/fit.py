@@ -186,7 +186,7 @@ def _check_starts(facts: Facts, minutes: float) -> None:
     if lengths_of(facts, rates, minutes) is None:
         raise UserError(
             f"--minutes {minutes:g}: too short for {_what(facts)}: the starts of the commands and the report leave no time for a step; "
-            f"give {fewest_minutes(facts, rates)} or more"
+            f"give more than {fewest_minutes(facts, rates)}; a trial then tells how many"
         )
 
 

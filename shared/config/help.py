@@ -31,9 +31,8 @@ COMMON = (
 # fmt: on
 """common keys, in the order of the help; a command has some of them"""
 _NUMBER = "int,float"  # the types of a length in steps or as a fraction, no choices
-_NOISE = re.compile(
-    r"\s*\((default: null|required|ifdef: required)\)$"
-)  # what pydantic-settings appends to a description
+_NOISE = re.compile(r"\s*\((default: null|required|ifdef: required)\)$")
+"""what pydantic-settings appends to a description"""
 
 
 class HelpAction(argparse.Action):

@@ -44,10 +44,8 @@ def refuse_damaged(path: Path) -> None:
     if text.startswith(_PAGES) or (
         text.startswith(b"{") and all(32 <= byte < 127 or byte in b"\r\n\t" for byte in start)
     ):
-        kind = "web page" if text.startswith(b"<") else "text"
-        raise UserError(
-            f"{path}: is a {kind} ({size}), not weights: the download was answered by it; download the file itself"
-        )
+        kind = "web page" if text.startswith(b"<") else "text file"
+        raise UserError(f"{path}: is a {kind} ({size}), not weights; give the file of weights, or download it again")
     if start.startswith(_ZIP):
         _refuse_zip(path)
 

@@ -23,7 +23,11 @@ class NotFinite(UserError):
 
     def __init__(self, step: int, what: str) -> None:
         super().__init__(f"loss is not finite {what}")
-        self.step = step
+        self.step, self._what = step, what
+
+    def __reduce__(self) -> tuple[type["NotFinite"], tuple[int, str]]:
+        """Return what a copy in another process is made of."""
+        return NotFinite, (self.step, self._what)
 
 
 class LossWatch:

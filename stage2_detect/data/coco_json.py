@@ -151,9 +151,8 @@ def write_results(detections: "Mapping[Id, Detections]", category_ids: Sequence[
 
 def result_rows(image_id: Id, detections: "Detections", category_ids: Sequence[Id]) -> Iterator[dict[str, Any]]:
     """Yield the detections of an image as rows of COCO's results format; boxes as x, y, width, height, rounded to a thousandth of a pixel."""
-    corners_N4 = (
-        detections.boxes_N4.double().cpu().numpy().round(3)
-    )  # before the difference, so that no rounded box leaves its image
+    # Rounded before the difference, so that no box leaves its image by it.
+    corners_N4 = detections.boxes_N4.double().cpu().numpy().round(3)
     boxes = np.concatenate([corners_N4[:, :2], corners_N4[:, 2:] - corners_N4[:, :2]], 1).round(3).tolist()
     columns = zip(boxes, detections.scores_N.tolist(), detections.labels_N.tolist(), strict=True)
     for index, (box, score, label) in enumerate(columns):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ssld.shared.config.validation import validate
 from ssld.shared.config.yaml_files import merge, read_recipe, recipe_file
 from ssld.shared.errors import UserError
+from ssld.shared.wording import printable
 from ssld.stage2_detect.config import RECIPES, ResizeConfig
 from ssld.stage2_detect.data.coco import CocoData
 from ssld.stage2_detect.detector_file import save_detector
@@ -59,7 +60,7 @@ class NewDetector(nn.Module):
         super().__init__()
         self.config, self.resize, self.class_names = config, resize, class_names
         body = open_body(backbone, arch)
-        self._arch, self._inputs, self.loaded = body.arch, body.inputs, body.loaded
+        self._arch, self._inputs, self.loaded = body.arch, body.inputs, printable(body.loaded)
         if (
             backbone.startswith("random:")
             and config.freeze_norm

@@ -42,7 +42,7 @@ class TrainedDetector:
         teacher: teacher detector, if there is one.
         unit_scale: scales of the backbone's maps, by which the initial weights of the pyramid were divided, finest first; None: not divided.
         arch: timm name of the backbone.
-        loaded: line for the log on the loaded weights.
+        loaded: lines for the log on the loaded weights.
 
     Raises:
         UserError: see `open_body`, `open_init`, `build_detector` and `open_teacher`; thresholds of unknown classes.
@@ -60,7 +60,7 @@ class TrainedDetector:
             body = open_body(str(config.backbone), config.arch, **options)
             if start:
                 start.check_body(str(config.backbone), body.arch, body.model_args)
-        self.arch, self._inputs, self.loaded = body.arch, body.inputs, body.loaded
+        self.arch, self._inputs, self.loaded = body.arch, body.inputs, [body.loaded]
         self.detector = build_detector(
             config.model,
             classes=len(data.class_names),
@@ -71,7 +71,7 @@ class TrainedDetector:
         )
         if start:
             loaded = start.load(self.detector, config.model, data.class_names, keep_body=own_body)
-            self.loaded = f"{self.loaded}\n{loaded}" if own_body else loaded
+            self.loaded = [*self.loaded, loaded] if own_body else [loaded]
         place(self.detector, device, channels_last=config.channels_last)
         self.unit_scale = self._to_unit_scale(device) if config.unit_scale and not start else None
         ema = config.ema
@@ -191,7 +191,7 @@ class TrainedDetector:
     def preview(self) -> Iterator[str]:
         """Yield lines for the log on the weights, the parameters and the teacher."""
         config = self._config
-        yield from self.loaded.split("\n")
+        yield from self.loaded
         if config.backbone and not config.reads_backbone:
             yield f"backbone: {config.backbone} is unused, since init has a backbone"
         if self.unit_scale:

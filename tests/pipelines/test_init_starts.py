@@ -195,11 +195,19 @@ def test_coco_weights_that_do_not_fit_are_left_out(
     assert "COCO weights left out: a step of ResNet50 takes 9 s here; they fit in 1" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(("asked", "expected"), [("auto", None), ("none", None), ("cells", "cells")])
-def test_augmentation_and_its_reason(asked: str, expected: str | None, photos: Path, capfd: Output) -> None:
+@pytest.mark.parametrize(
+    ("asked", "most", "expected"),
+    [("auto", 1e9, None), ("auto", 5.0, "strong"), ("none", 5.0, None), ("cells", 1e9, "cells")],
+)
+def test_augmentation_and_its_reason(
+    asked: str, most: float, expected: str | None, photos: Path, monkeypatch: pytest.MonkeyPatch, capfd: Output
+) -> None:
+    monkeypatch.setattr(augment, "MANY_PASSES", most)
     assert init.main([*LINE, "--augment", asked]) == 0
-    assert base.stages_of("mine.yaml")["detector"].augment.preset == expected
-    reason = augment.choose_augment(asked)[1]
+    detector = base.stages_of("mine.yaml")["detector"]
+    assert detector.augment.preset == expected
+    images = len(json.loads(Path("mine_train.json").read_text())["images"])
+    reason = augment.choose_augment(asked, detector.steps * detector.batch_size / images)[1]
     (line,) = [line for line in Path("mine.yaml").read_text().splitlines() if "augment: " in line]
     assert reason in line
     assert f"augmentation: {expected or 'none'}, {reason}" in capfd.readouterr().out

@@ -285,7 +285,9 @@ def test_stage_1_is_proposed_where_it_was_measured_to_help(
 def test_what_no_machine_can_do_is_refused_before_a_trial(facts: Facts) -> None:
     """The report takes 10 s, and 15 % of the time are not planned: 12 s are too short for any pipeline."""
     machine = Machine(1e9)
-    with pytest.raises(UserError, match=r"--minutes 0.2: too short for .* leave no time for a step; give 1 or more"):
+    with pytest.raises(
+        UserError, match=r"--minutes 0.2: too short for .* leave no time for a step; give more than 1; a trial"
+    ):
         machine.fit(facts, 0.2)
     assert not machine.tried
     assert machine.fit(facts, 8).settings  # it is the time that is refused

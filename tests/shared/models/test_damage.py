@@ -62,7 +62,7 @@ def test_what_stands_in_the_place_of_weights(name: str, tmp_path: Path) -> None:
         f"is a Git LFS pointer ({len(POINTER)} bytes), not the weights (102502400 bytes); run git lfs pull"
     )
     assert message(file, b"\n<!DOCTYPE html><html>").startswith("is a web page (22 bytes), not weights")
-    assert message(file, b'{"error": "not found"}').startswith("is a text (22 bytes), not weights")
+    assert message(file, b'{"error": "not found"}').startswith("is a text file (22 bytes), not weights")
     assert message(file, archive()).startswith("is a zip file of model/weights.pth, not of torch; unpack it")
 
 

@@ -68,6 +68,9 @@ def test_a_teacher_without_any_box_stops_the_run_after_two_hundred_images() -> N
     )
     found = CollapseWatch(CONFIG, 2)
     assert found.see(30, line(0.1)) is None
+    assert found.see(190, line(0.0)) is None  # 4 boxes in 40 images are too few to compare with
+    found = CollapseWatch(CONFIG, 2)
+    assert found.see(30, line(0.5)) is None
     assert found.see(90, line(0.0)) is not None
 
 
@@ -83,8 +86,22 @@ def test_few_boxes_show_no_collapse() -> None:
     assert resumed.see(50, line(0.1, 0.0)) is not None
     assert watch.see(51, line(9.0)) is None
     assert not watch.healthy  # a line of two images, such as the last one, does not undo a collapse
-    early = CollapseWatch(CONFIG, 2, [{"step": 10, "loss": 1.0}, {"step": 11, **line(4.0)}])
+    early = CollapseWatch(CONFIG, 2, [{"step": 10, "loss": 1.0}, {"step": 11, **line(6.0)}])
     assert early.see(14, line(0.1)) is not None  # lines count from the burn-in on
+
+
+def test_lines_of_few_boxes_are_put_together() -> None:
+    """One of two images raises no maximum by itself, and lines that expect few boxes each show a collapse together."""
+    watch = CollapseWatch(CONFIG, 2)
+    assert watch.see(11, line(0.5, 1.0)) is None
+    assert watch.see(21, line(4.0, 0.2)) is None  # together 81 boxes, and an agreement of 0.27
+    assert watch.see(31, line(4.0, 0.15)) is None
+    assert watch.healthy
+    slow = CollapseWatch(CONFIG, 1)
+    told = [slow.see(step, line(0.9)) for step in range(20, 60, 10)]
+    told += [slow.see(step, line(0.0, 0.0)) for step in range(60, 100, 10)]
+    assert [number for number, one in enumerate(told) if one] == [5]
+    assert not slow.healthy
 
 
 def test_a_few_steps_of_many_images_do_not_stop_a_run() -> None:

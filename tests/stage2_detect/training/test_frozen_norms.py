@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 
 import ssld
@@ -58,16 +57,3 @@ def test_a_detector_file_has_its_own_norms(
 def test_in_your_own_loop(frozen: bool) -> None:
     detector = ssld.build_detector("gfl", backbone="random:test_resnet", classes=2, fpn_channels=16, freeze_norm=frozen)
     assert detector.loaded.split("\n")[1:] == ([WARNING] if frozen else [])
-
-
-def test_what_they_do_to_the_scale_of_the_maps() -> None:
-    """Nothing keeps it in HGNetV2-B0: frozen norms leave 0.0005 at stride 32, norms that train about 1."""
-    torch.manual_seed(0)
-    body = timm.create_model("hgnetv2_b0", features_only=True, pretrained=False)
-    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
-    with torch.no_grad():
-        frozen, trained = (
-            [one.square().mean().sqrt().item() for one in body.train(mode)(pixels)] for mode in (False, True)
-        )
-    assert frozen[-1] < 0.002 * frozen[0]
-    assert trained[-1] > 0.3 * trained[0]
