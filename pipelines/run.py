@@ -171,7 +171,8 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path, *, estima
         stage = planned.stage
         time_needed = costs.times.get(stage.name)
         about = "" if time_needed is None else f"about {duration(time_needed)}{_of_what(planned)}"
-        parts = [_state_text(planned), steps_text(stage), about]
+        length = steps_text(stage) + (" in all" if planned.steps_done else "")
+        parts = [_state_text(planned), length, about]
         if estimated and stage.name in costs.times and time_needed is None:
             parts.append("time not estimated")
         parts.append(disk_text(costs.disk[stage.name]) if stage.name in costs.disk else "")

@@ -23,6 +23,7 @@ from ssld.shared.config.validation import validate
 from ssld.shared.config.yaml_files import read_recipe
 from ssld.shared.errors import UserError
 from ssld.shared.machine import cores
+from ssld.shared.models.damage import damage_of
 from ssld.shared.models.downloads import find_downloads_apart
 from ssld.shared.wording import amount, count, duration, some
 from ssld.stage1_ssld.config import DistillConfig
@@ -115,9 +116,9 @@ def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, Co
     output = [] if "output" in values else ["--output", _NO_OUTPUT]
     config = parse_config(KINDS[name].config_type, ["--config", str(file), *output], program="doctor.py")
     missing = [
-        Line("fault", "settings", f"{key}: {path}: no such file or folder")
+        Line("fault", "settings", f"{key}: {damage_of(path) or f'{path}: no such file or folder'}")
         for key, path in config.inputs().items()
-        if not path.exists()
+        if not path.exists() or damage_of(path)
     ]
     return [("", config)], [Line("ok", "settings", f"settings of the command {name}"), *missing]
 

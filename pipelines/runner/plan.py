@@ -16,6 +16,7 @@ from ssld.pipelines.runner.stages import Stage, followers
 from ssld.shared.config.settings import CommandConfig
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.errors import UserError
+from ssld.shared.models.damage import damage_of
 from ssld.shared.models.downloads import find_downloads_apart
 from ssld.shared.run_dir import changes_since, gone_or_changed, holds_no_run, input_digest, read_result
 from ssld.shared.training.checkpoint_folders import beyond_the_end, newest_checkpoint, step_of
@@ -185,7 +186,8 @@ def _is_blank(run: Path) -> bool:
 def _inputs(
     stage: Stage, by_name: dict[str, Stage], pending: set[str], damaged: set[str]
 ) -> tuple[dict[str, str], dict[Path, str]]:
-    """Return (digests of the existing inputs, a line for each path that does not exist and that no earlier stage will write)."""
+    """Return (digests of the existing inputs, a line for each path that does not exist and that no earlier stage will write, or that is no file of
+    weights though it is named like one)."""
     digests: dict[str, str] = {}
     missing: dict[Path, str] = {}
     for key, path in stage.config.inputs().items():
@@ -196,6 +198,8 @@ def _inputs(
                 missing[path] = f"{key}: {path}: stage {writer.name} does not write this; it writes {written}"
         elif writer and writer.name in damaged:
             continue  # compared after it has been made again
+        elif path.exists() and (damage := damage_of(path)):
+            missing[path] = f"{key}: {damage}"
         elif path.exists():
             digests[key] = input_digest(path, stage.run)
         else:

@@ -3,16 +3,19 @@
 Such files come from broken downloads and copies. Their content is looked at before they are read, since the readers' own errors tell of formats.
 """
 
+import json
 import re
 import zipfile
 from pathlib import Path
 
-from ssld.shared.errors import UserError
+from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.wording import some
 
 _POINTER = b"version https://git-lfs.github.com/spec/"  # docs/spec.md of git-lfs@v3.5
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")
 _ZIP = b"PK\x03\x04"
+_MOST_HEADER = 100_000_000  # of safetensors, in bytes
+_SUFFIXES = (".safetensors", ".pdparams", ".pth", ".pt", ".ckpt", ".pkl")
 # Words in the errors of torch's readers, of pickle and of pickletools.
 _CUT_SHORT = re.compile(
     "unexpected EOF|PytorchStreamReader failed|might be corrupted|Ran out of input|"
@@ -48,6 +51,37 @@ def refuse_damaged(path: Path) -> None:
         raise UserError(f"{path}: is a {kind} ({size}), not weights; give the file of weights, or download it again")
     if start.startswith(_ZIP):
         _refuse_zip(path)
+    if path.suffix == ".safetensors":
+        _refuse_cut(path, start)
+
+
+def damage_of(path: Path) -> str | None:
+    """Return the message of `refuse_damaged` for a file that has the suffix of weights; None for a sound one, and for other files and folders."""
+    if path.suffix not in _SUFFIXES:
+        return None
+    try:
+        refuse_damaged(path)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _refuse_cut(path: Path, start: bytes) -> None:
+    """Raise UserError for a safetensors file that is shorter than its header says: 8 bytes of the header's length, the header in JSON, tensors."""
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] != b"{" or length > _MOST_HEADER:
+        return  # the reader says what it is
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            rows = json.loads(file.read(8 + length)[8:])
+        end = max((row["data_offsets"][1] for name, row in rows.items() if name != "__metadata__"), default=0)
+    except (*MALFORMED, OSError):
+        if size >= 8 + length:
+            return  # likewise
+        raise UserError(incomplete(path)) from None
+    if size < 8 + length + end:
+        raise UserError(incomplete(path))
 
 
 def _refuse_zip(path: Path) -> None:

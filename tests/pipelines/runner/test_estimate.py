@@ -85,7 +85,7 @@ def test_a_training_that_resumes_needs_the_time_of_what_is_left(
     assert main([str(file), "--dry-run"]) == 0
     out = capfd.readouterr().out
     # 20 s start, 20 s for 40 steps, the evaluations of steps 75 and 100.
-    assert "[1/1] student: resumes after step 60; 100 steps of 4 images; about 42 s for what is left; " in out
+    assert "[1/1] student: resumes after step 60; 100 steps of 4 images in all; about 42 s for what is left; " in out
     assert "runs: about 42 s; trainings that resume count what is left; " in out
     assert main([str(file), "--dry-run", "--stages.student.steps", "60"]) == 0
     assert "about 21 s for what is left" in capfd.readouterr().out
