@@ -219,6 +219,8 @@ class MovingTeacherConfig(Config):
     def fault(self, model: DetectorConfig) -> str | None:
         """Return an error message if a setting does not fit a detector of this architecture, else None."""
         kind = f"model.kind is {model.kind}"
+        if self.weight == 0:
+            return "moving_teacher.weight: with 0 nothing is learned from the unlabeled images; give a weight above 0, or leave moving_teacher out"
         if model.is_dense and not self.soft:
             return f"moving_teacher.soft: one-stage detectors learn from scores, never from pseudo-boxes, and {kind}; leave it out"
         if not model.is_dense and self.dense_loss != "quality":

@@ -11,7 +11,7 @@ from typing import Literal
 from safetensors import SafetensorError, safe_open
 
 from ssld.pipelines.folder import missing_text, shown
-from ssld.pipelines.runner.cost import training_steps
+from ssld.pipelines.runner.cost import training_images, training_steps
 from ssld.pipelines.runner.stages import Stage, followers
 from ssld.shared.config.settings import CommandConfig
 from ssld.shared.config.training import TrainingConfig
@@ -227,9 +227,11 @@ def _compare(stage: Stage, digests: dict[str, str], erased: set[str]) -> tuple[P
 
 
 def _beyond_the_end(planned: Planned) -> str | None:
-    """Return the message on a training that has done more steps than it is to do now; None for others, and where its steps follow from the images."""
+    """Return the message on a training that has done more steps than it is to do now; None for others, and where its images are not known yet."""
     config = planned.stage.config
-    steps = training_steps(config, None) if isinstance(config, TrainingConfig) else None
+    if not isinstance(config, TrainingConfig) or not planned.steps_done:
+        return None
+    steps = training_steps(config, None if config.train_epochs is None else training_images(config))
     if steps is None or planned.steps_done <= steps:
         return None
     return beyond_the_end(shown(planned.stage.run), planned.steps_done, steps)

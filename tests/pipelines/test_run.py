@@ -81,6 +81,20 @@ def test_redo_computes_a_stage_and_what_follows(finished: Path, started: list[st
     assert f"deleted {finished.parent}/runs/teacher" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("way", [["--redo", "teacher"], ["--redo", "teacher", "--dry-run"]])
+def test_redo_keeps_a_run_whose_weights_are_damaged(
+    way: list[str], finished: Path, started: list[str], tmp_path: Path, capfd: Any
+) -> None:
+    half = tmp_path / "half.safetensors"
+    save_file({"a": np.zeros(100)}, half)
+    half.write_bytes(half.read_bytes()[:-1])
+    finished.write_text(finished.read_text().replace("${data}/out.txt", str(half)))
+    assert main([str(finished), *way]) == 2
+    assert f"error: stage teacher: source: {half}: the file is damaged or not complete" in capfd.readouterr().err
+    assert started == []
+    assert (finished.parent / "runs/teacher/out.txt").exists()
+
+
 def test_redo_of_an_unknown_stage(finished: Path, capfd: Any) -> None:
     assert main([str(finished), "--redo", "techer"]) == 2
     assert capfd.readouterr().err == "error: --redo techer: no such stage; did you mean 'teacher'?\n"

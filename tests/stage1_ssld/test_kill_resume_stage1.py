@@ -70,7 +70,7 @@ moments = {
         ssld.shared.models.model_file, "save_tensors", 1, half_a_file, when=lambda tensors, path, *rest: "student.safe" in path.name
     ),
     "before result.json": lambda: on_call(RunDir, "finish", 1),
-    "after result.json": lambda: on_call(RunDir, "log", 1, when=lambda run, text: text.startswith("wrote")),
+    "after result.json": lambda: on_call(RunDir, "log", 1, when=lambda run, *lines: "".join(lines).startswith("wrote")),
 }
 for moment, prepare in moments.items():
     child = os.fork()

@@ -209,6 +209,7 @@ def test_user_errors(
     assert "moving_teacher: images: the folder of COCO JSON files, and unlabeled has none" in message(images="photos")
     assert "moving_teacher: adl: has the settings of dense_loss adaptive" in message(adl={})
     assert "moving_teacher.dense_loss: applies to one-stage detectors" in message(dense_loss="adaptive")
+    assert "moving_teacher.weight: with 0 nothing is learned" in message(weight=0)
     gfl = {"model": {"kind": "gfl"}}
     assert "moving_teacher.soft: one-stage detectors learn from scores" in message(gfl, soft=False)
     assert "ema: the moving teacher is the average of the weights" in message({"ema": {"decay": 0.9}})

@@ -18,6 +18,7 @@ from ssld.shared.run_dir import RunDir
 from ssld.shared.training.checkpoint_folders import MARK
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect.config import TrainConfig
+from tests.conftest import save_images
 
 DISTILL = ["--student.model", "random:x", "--teacher.model", "random:y", "--data.train", "x"]
 TRAIN = ["--backbone", "random:x", "--data.train_annotations", "a.json", "--data.train_images", "a"]
@@ -93,6 +94,10 @@ def test_a_training_that_resumes_needs_the_time_of_what_is_left(
     shared = f"{built[0].run}: is at step 60 already, beyond the 59 requested"
     assert capfd.readouterr().err == f"error: stage student: {shared}; give as many at least, or --redo student\n"
     assert main([str(file), "--dry-run", "--stages.student.steps", "59", "--redo", "student"]) == 0
+    capfd.readouterr()
+    save_images(tmp_path / "photos", "disc", 4, seed=0)  # one step per pass
+    assert main([str(file), "--dry-run", "--stages.student.steps", "null", "--stages.student.train_epochs", "59"]) == 2
+    assert "is at step 60 already, beyond the " in capfd.readouterr().err
 
 
 def test_disk_is_files_and_checkpoints() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from ssld.shared.errors import UserError
 from ssld.shared.models.array_pickles import read_pickle
+from ssld.shared.models.damage import damage_of
 from ssld.shared.models.model_file import read_metadata
 from ssld.shared.models.references import parse_reference
 from ssld.shared.models.state_dicts import read_state_dict
@@ -64,6 +65,20 @@ def test_what_stands_in_the_place_of_weights(name: str, tmp_path: Path) -> None:
     assert message(file, b"\n<!DOCTYPE html><html>").startswith("is a web page (22 bytes), not weights")
     assert message(file, b'{"error": "not found"}').startswith("is a text file (22 bytes), not weights")
     assert message(file, archive()).startswith("is a zip file of model/weights.pth, not of torch; unpack it")
+
+
+def test_damage_is_seen_without_reading_the_tensors(tmp_path: Path) -> None:
+    whole = tmp_path / "m.safetensors"
+    save_file({"a": torch.arange(6.0), "b": torch.zeros(0)}, whole, metadata={"format": "pt"})
+    assert damage_of(whole) is None
+    content = whole.read_bytes()
+    for end in (len(content) - 1, 40, 9):  # in the tensors, in the header, behind its length
+        whole.write_bytes(content[:end])
+        assert damage_of(whole) == f"{whole}: the file is damaged or not complete ({end} bytes); download it again"
+    other = tmp_path / "notes.json"
+    other.write_text("{}")
+    assert damage_of(other) is None
+    assert damage_of(tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -325,7 +325,7 @@ def test_losses_of_one_stage_detectors_are_their_formulas(kind: str) -> None:
 
 def test_adaptive_weighting_is_that_of_adl() -> None:
     model, losses = dense_step(
-        "retinanet", settings(dense_loss="adaptive", adl={"form": "code", "weight": 0.5}), (0, 1)
+        "retinanet", settings(dense_loss="adaptive", adl={"form": "code", "weight": 0.5}, weight=1), (0, 1)
     )
     images, _ = dense_batch(4)
     weak = last(images)
