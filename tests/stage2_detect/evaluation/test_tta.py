@@ -141,13 +141,13 @@ def test_boxes_without_area_are_dropped_before_the_best_are_kept() -> None:
 
 @pytest.mark.parametrize("kind", ["gfl", "retinanet"])
 def test_narrow_images_have_no_boxes_without_area(kind: str) -> None:
-    """Of one-stage detectors, whose inputs of 32 px width stand for 3.04 px of an original that is 3 px wide."""
+    """Of one-stage detectors, whose input is wider than an original of a single pixel of width."""
     model = tiny_dense.detector(kind, 0).eval()
     model.score_threshold = 0.0
     size = batch([(64, 32)])
-    narrow = replace(size, scales_B=torch.tensor([10.0]), originals_B2=torch.tensor([[7, 3]]))
+    narrow = replace(size, scales_B=torch.tensor([10.0]), originals_B2=torch.tensor([[7, 1]]))
     (one,) = detect_views(model, MultiScaleBatch((narrow,)), flip=True, nms_iou=0.9, most=1000)
-    assert len(one.scores_N) > 5
+    assert len(one.scores_N) > 1
     assert (one.boxes_N4[:, 2:] > one.boxes_N4[:, :2]).all()
 
 
