@@ -39,7 +39,7 @@ from ssld.pipelines.scaffold.augment import choose_augment
 from ssld.pipelines.scaffold.command_line import parser
 from ssld.pipelines.scaffold.fit import REPORT_SECONDS, Fit, fit
 from ssld.pipelines.scaffold.pipeline_file import pipeline_text
-from ssld.pipelines.scaffold.pool import Pool, divide_pool, some_photos
+from ssld.pipelines.scaffold.pool import Pool, divide_pool, some_photos, unlisted
 from ssld.pipelines.scaffold.split import split_content
 from ssld.pipelines.scaffold.stage1 import proposes_stage_1
 from ssld.pipelines.scaffold.starts import (
@@ -52,19 +52,12 @@ from ssld.pipelines.scaffold.starts import (
     find_init,
     read_starts,
 )
-from ssld.pipelines.scaffold.suggest import (
-    Facts,
-    Networks,
-    detector_batch,
-    networks_of,
-    shapes,
-    untrained,
-)
+from ssld.pipelines.scaffold.suggest import Facts, Networks, detector_batch, networks_of, shapes, untrained
 from ssld.pipelines.scaffold.trials import keep_rates, trials
 from ssld.shared.config.command import exit_code
 from ssld.shared.config.settings import underscored
 from ssld.shared.errors import STOPPED, Stopped, UserError
-from ssld.shared.files import list_images, write_atomically
+from ssld.shared.files import fits_a_list, list_images, write_atomically
 from ssld.shared.machine import cores
 from ssld.shared.models.downloads import find_downloads_apart, kind_of
 from ssld.shared.terminal import say
@@ -101,6 +94,10 @@ def _init(arguments: Namespace) -> int:
     _check_unwritten(names.values())
     photos_read = _read_photos(arguments, names) if arguments.annotations else _Photos()
     moving = arguments.moving_teacher == "yes"
+    if arguments.unlabeled:
+        training = [row["file_name"] for row in photos_read.train["images"]] if distills else []
+        if line := unlisted(arguments.unlabeled, training):
+            say(line)
     pool = _divide(arguments, photos_read) if distills or moving else None
     moving_photos = _moving_photos(arguments.unlabeled, pool, distills=distills) if pool and moving else []
     pool = pool if distills else None
@@ -268,7 +265,8 @@ def _lists(
     if pool and pool.held_out:
         lists["held_out"] = pool.held_out
     if pool and arguments.annotations:
-        lists["listing"] = [row["file_name"] for row in photos.train["images"]]
+        names = (row["file_name"] for row in photos.train["images"])
+        lists["listing"] = [name for name in names if fits_a_list(name)]
     if arguments.unlabeled and arguments.annotations:
         lists["shown"] = some_photos(arguments.unlabeled, arguments.seed)
     return lists

@@ -11,6 +11,7 @@ import codecs
 import hashlib
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -259,6 +260,16 @@ def escaped(name: str) -> str:
 def unescaped(text: str) -> str:
     """Return the file name from which `escaped` was made."""
     return re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), text)
+
+
+UNLISTED = "whose path has a line break or another control character, or is not UTF-8"
+"""cause, in a `Tally`, of files for which `fits_a_list` is False"""
+_BREAKING = frozenset({"Cc", "Cs", "Zl", "Zp"})  # control characters, halves of characters, and what else ends a line
+
+
+def fits_a_list(path: str | Path) -> bool:
+    """Return whether a path can be a line of a text file, which is read as paths and shown by terminals."""
+    return not any(unicodedata.category(one) in _BREAKING for one in str(path))
 
 
 _DIGESTED = 1 << 28

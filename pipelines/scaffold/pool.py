@@ -2,6 +2,7 @@
 
 The folder of unlabeled photos often contains copies of annotated photos, possibly under other names; they are detected by content and left out.
 Copies of evaluation photos would inflate the detector's score. Copies of training photos are listed for stage 1 anyway, and must not be held out.
+The lists have one file per line, so photos with a line break in their path are left out of them; `unlisted` counts and names these.
 """
 
 import hashlib
@@ -9,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssld.shared.files import copies, list_images
+from ssld.shared.errors import UserError
+from ssld.shared.files import UNLISTED, copies, escaped, fits_a_list, list_images
 from ssld.shared.tally import Tally
 
 MOST_HELD_OUT, LEAST_HELD_OUT, SHARE = 500, 50, 0.05
@@ -30,7 +32,7 @@ class Pool:
 
 def divide_pool(folder: Path, training: Iterable[Path], evaluation: Iterable[Path], seed: int) -> Pool:
     """Split the photos in a folder, without copies of annotated ones: of 250 or more, a random twentieth (50 to 500 photos) is held out."""
-    tally, names, listed = Tally(), [], list_images(folder)
+    tally, names, listed = Tally(), [], _listable(folder)
     parts = {"copies of training photos": training, "copies of evaluation photos": evaluation}
     known = {cause: copies([folder / name for name in listed], photos) for cause, photos in parts.items()}
     for name in listed:
@@ -47,8 +49,31 @@ def divide_pool(folder: Path, training: Iterable[Path], evaluation: Iterable[Pat
 
 def some_photos(folder: Path, seed: int) -> list[Path]:
     """Draw at most `MOST_SHOWN` photos of a folder, as sorted absolute paths."""
-    names = sorted(list_images(folder), key=lambda name: _place(name, seed))[:MOST_SHOWN]
+    names = sorted(_listable(folder), key=lambda name: _place(name, seed))[:MOST_SHOWN]
     return [folder.absolute() / name for name in sorted(names)]
+
+
+def unlisted(folder: Path, training: Iterable[str]) -> str:
+    """Describe in one line the photos that no list can hold, of a folder and of the names of training photos; empty where there are none.
+
+    Raises UserError where these are more than half of either.
+    """
+    tally = Tally()
+    paths = [folder.absolute() / name for name in list_images(folder)]  # as in the list of a moving teacher
+    for what, names in (("unlabeled photo", paths), ("training photo", training)):
+        for name in names:
+            if fits_a_list(name):
+                tally.keep(what)
+            else:
+                tally.drop(what, UNLISTED, escaped(str(name)))
+    if sentence := tally.bulk_loss():
+        raise UserError(f"lists of photos, one file per line: {sentence}; rename them")
+    described = tally.describe()
+    return f"lists of photos, one file per line: {described}" if described else ""
+
+
+def _listable(folder: Path) -> list[str]:
+    return [name for name in list_images(folder) if fits_a_list(folder.absolute() / name)]
 
 
 def _place(name: str, seed: int) -> bytes:

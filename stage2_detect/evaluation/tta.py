@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssld.stage2_detect.data.sizing import MultiScaleBatch
 from ssld.stage2_detect.models.batch import Detections, ImageBatch
-from ssld.stage2_detect.models.boxes import class_nms
+from ssld.stage2_detect.models.boxes import class_nms, has_area
 from ssld.stage2_detect.models.rcnn import RCNN
 
 
@@ -74,14 +74,18 @@ def mirror_back(detections: Sequence[Detections], images: ImageBatch) -> list[De
 
 
 def unmirrored(detections: Detections, width: float, right: float = math.inf) -> Detections:
-    """Convert detections of a mirror image to those of the image, which end at `right`; `width` as of `original_widths`."""
+    """Convert detections of a mirror image to those of the image, which end at `right`; `width` as of `original_widths`.
+
+    Boxes beyond the border end without area. They are not dropped here: masks need the same boxes in every view.
+    """
     x1_N, y1_N, x2_N, y2_N = detections.boxes_N4.unbind(1)
     boxes_N4 = torch.stack([(width - x2_N).clamp(0, right), y1_N, (width - x1_N).clamp(0, right), y2_N], 1)
     return Detections(boxes_N4, detections.scores_N, detections.labels_N)
 
 
 def merged(parts: Sequence[Detections], *, nms_iou: float, most: int) -> Detections:
-    """Merge detections of one image by NMS within classes and keep the best `most`."""
+    """Merge detections of one image by NMS within classes and keep the best `most`; boxes without area are dropped before."""
+    parts = [part.where(has_area(part.boxes_N4)) for part in parts]
     boxes_N4, scores_N, labels_N = (
         torch.cat([getattr(part, name) for part in parts]) for name in ("boxes_N4", "scores_N", "labels_N")
     )

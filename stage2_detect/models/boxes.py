@@ -101,6 +101,11 @@ def take(boxes_BN4: Tensor, index_BS: Tensor) -> Tensor:
     return boxes_BN4.gather(1, index_BS[..., None].expand(-1, -1, 4))
 
 
+def has_area(boxes_N4: Tensor) -> Tensor:
+    """Mark the boxes with sides above 0: bool [N]."""
+    return (boxes_N4[:, 2:] > boxes_N4[:, :2]).all(1)
+
+
 def class_nms(boxes_N4: Tensor, scores_N: Tensor, classes_N: Tensor, iou: float, *, most: int | None = None) -> Tensor:
     """Run greedy NMS within each class.
 

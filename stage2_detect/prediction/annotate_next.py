@@ -18,10 +18,10 @@ from PIL import Image
 
 from ssld.shared.distributed.processes import DTYPES
 from ssld.shared.errors import UserError
-from ssld.shared.files import escaped, write_atomically
+from ssld.shared.files import UNLISTED, escaped, fits_a_list, write_atomically
 from ssld.shared.images import UnreadableImage, open_image
 from ssld.shared.tally import Tally
-from ssld.shared.wording import count
+from ssld.shared.wording import count, printable
 from ssld.stage2_detect.data.check.images import difference_hash, near_duplicates
 from ssld.stage2_detect.data.coco import CocoImage, Id
 from ssld.stage2_detect.data.coco_json import result_rows
@@ -80,8 +80,8 @@ def find_photos(config: AuditConfig) -> Work:
     for name in names:
         if is_video(f"{folder}/{name}"):
             listed.skip("video", "that are no photos", name)
-        elif not _fits_a_list(os.path.abspath(f"{folder}/{name}")):
-            listed.drop("image", "whose path has a line break or is not UTF-8", escaped(name))
+        elif not fits_a_list(os.path.abspath(f"{folder}/{name}")):
+            listed.drop("image", UNLISTED, escaped(name))
         else:
             photos.append(name)
     if not photos:
@@ -251,15 +251,10 @@ and of its mirror image (disagreement).</p>
 """
 
 
-def _fits_a_list(path: str) -> bool:
-    """Whether a path can be a line of a text file."""
-    return len(path.splitlines()) == 1 and path == path.encode("utf-8", "ignore").decode()
-
-
 def _figure(place: int, one: Doubted, loaded: "LoadedDetector") -> str:
     picture = _picture(one, loaded)
     data = base64.b64encode(_jpeg(picture)).decode()
-    name = html.escape(one.name)
+    name = html.escape(printable(one.name))
     doubt = one.doubt
     numbers = f"doubt {doubt.total:.2f} = margin {doubt.margin:.2f} + disagreement {doubt.disagreement:.2f}"
     size = f'width="{picture.width}" height="{picture.height}"'

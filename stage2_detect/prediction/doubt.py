@@ -25,7 +25,7 @@ import torch
 from ssld.stage2_detect.data.loaders import ImageLoader, Item
 from ssld.stage2_detect.evaluation.tta import mirror_back, mirrored
 from ssld.stage2_detect.models.batch import Detections, ImageBatch
-from ssld.stage2_detect.models.boxes import pairwise_iou
+from ssld.stage2_detect.models.boxes import has_area, pairwise_iou
 from ssld.stage2_detect.models.build import Detector
 from ssld.stage2_detect.models.rcnn import RCNN
 
@@ -100,7 +100,8 @@ def two_views(
         images = batch.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             first, second = boxes_of(images), boxes_of(mirrored(images))
-        yield from zip(items, first, mirror_back(second, images), strict=True)
+        back = [one.where(has_area(one.boxes_N4)) for one in mirror_back(second, images)]
+        yield from zip(items, first, back, strict=True)
 
 
 def boxes_alone(fast: Detector) -> Callable[[ImageBatch], list[Detections]]:

@@ -146,18 +146,26 @@ def data_set(
 
 
 def table_text(content: dict[str, Any]) -> str:
-    """Format a data set of `coco_json` as CSV with one box per line; with videos, two more columns hold frame number and seconds."""
+    """Format a data set of `coco_json` as CSV with one box per row; with videos, two more columns hold frame number and seconds.
+
+    Rows end with a line feed. Names with a line break are quoted, so that `csv.reader` reads them back.
+    """
     images = {image["id"]: image for image in content["images"]}
     classes = {category["id"]: category["name"] for category in content["categories"]}
     more = ["frame", "seconds"] if "videos" in content else []
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["file_name", "class", "score", "x", "y", "width", "height", *more])
+    rows: list[list[Any]] = [["file_name", "class", "score", "x", "y", "width", "height", *more]]
     for row in content["annotations"]:
         image = images[row["image_id"]]
         place = [image.get(name, "") for name in more]
-        table.writerow([image["file_name"], classes[row["category_id"]], row["score"], *row["bbox"], *place])
-    return text.getvalue()
+        rows.append([image["file_name"], classes[row["category_id"]], row["score"], *row["bbox"], *place])
+    return "".join(f"{_csv_row(row)}\n" for row in rows)
+
+
+def _csv_row(values: list[Any]) -> str:
+    """Format a row of CSV without its end. Before Python 3.13 the writer quotes only those line breaks of which its line terminator consists."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\r\n").writerow(values)
+    return text.getvalue().removesuffix("\r\n")
 
 
 def write_yolo(folder: Path, content: dict[str, Any], *, scores: bool) -> list[Path]:

@@ -1,10 +1,11 @@
 """Detections as pre-annotations for labeling tools: Label Studio's JSON tasks and CVAT for images 1.1.
 
 Label Studio: https://labelstud.io/guide/predictions, coordinates in percent of the image. CVAT: https://docs.cvat.ai/docs/manual/advanced/formats/format-cvat/,
-corners in pixels. Both have boxes of images; masks and frames of videos are left out.
+corners in pixels. Both have boxes of images; masks and frames of videos are left out. Characters that XML cannot hold are escaped in names.
 """
 
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from xml.etree import ElementTree
 from ssld.shared.files import write_atomically
 
 _TAGS = ("label", "image")  # names of the controls in Label Studio's labeling configuration
+# All but those of XML 1.0; also the carriage return, which XML's readers replace in text.
+_NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def write_label_files(folder: Path, content: dict[str, Any], tools: Collection[str], *, prefix: str) -> list[Path]:
@@ -41,7 +44,7 @@ def label_studio_tasks(content: dict[str, Any], prefix: str) -> list[dict[str, A
     Args:
         prefix: what precedes the path of an image in the task, such as `/data/local-files/?d=` for files that Label Studio serves itself.
     """
-    names = {category["id"]: category["name"] for category in content["categories"]}
+    names = {category["id"]: _in_xml(category["name"]) for category in content["categories"]}
     rows: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
     for row in content["annotations"]:
         rows[row["image_id"]].append(row)
@@ -67,7 +70,7 @@ def label_studio_config(content: dict[str, Any]) -> str:
     ElementTree.SubElement(view, "Image", name=_TAGS[1], value="$image")
     labels = ElementTree.SubElement(view, "RectangleLabels", name=_TAGS[0], toName=_TAGS[1])
     for category in content["categories"]:
-        ElementTree.SubElement(labels, "Label", value=category["name"])
+        ElementTree.SubElement(labels, "Label", value=_in_xml(category["name"]))
     return _text(view)
 
 
@@ -76,13 +79,13 @@ def cvat_xml(content: dict[str, Any]) -> str:
     root = ElementTree.Element("annotations")
     ElementTree.SubElement(root, "version").text = "1.1"
     labels = ElementTree.SubElement(ElementTree.SubElement(ElementTree.SubElement(root, "meta"), "task"), "labels")
-    names = {category["id"]: category["name"] for category in content["categories"]}
+    names = {category["id"]: _in_xml(category["name"]) for category in content["categories"]}
     for name in names.values():
         ElementTree.SubElement(ElementTree.SubElement(labels, "label"), "name").text = name
     elements = {}
     for number, image in enumerate(_images(content)):
         sides = {"width": str(image["width"]), "height": str(image["height"])}
-        facts = {"id": str(number), "name": image["file_name"], **sides}
+        facts = {"id": str(number), "name": _in_xml(image["file_name"]), **sides}
         elements[image["id"]] = ElementTree.SubElement(root, "image", facts)
     for row in content["annotations"]:
         if row["image_id"] not in elements:
@@ -93,6 +96,11 @@ def cvat_xml(content: dict[str, Any]) -> str:
         facts |= {key: f"{value:.2f}" for key, value in corners.items()}
         ElementTree.SubElement(elements[row["image_id"]], "box", facts)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + _text(root)
+
+
+def _in_xml(name: str) -> str:
+    """Escape the characters of a name that XML 1.0 cannot hold, in the form of `printable`: an escape character is `\\x1b`."""
+    return _NOT_XML.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
 
 
 def _images(content: dict[str, Any]) -> list[dict[str, Any]]:

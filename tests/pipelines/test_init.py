@@ -89,6 +89,34 @@ def test_the_runner_takes_what_is_written(photos: Path, unlabeled: bool, capfd: 
     assert "random:test_resnet" in out
 
 
+def test_photos_with_a_line_break_in_their_name_are_in_no_list(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each line of a list is a file, and one line of the output counts and names what is left out."""
+    table = json.loads(Path("all.json").read_text())
+    for row in table["images"]:
+        if row["file_name"] in ("3.png", "4.png", "5.png", "6.png"):
+            Path("photos", row["file_name"]).rename(f"photos/train\n{row['file_name']}")
+            row["file_name"] = f"train\n{row['file_name']}"
+    Path("all.json").write_text(json.dumps(table))
+    Path("more photos/2.png").rename("more photos/two\nlines.png")
+    assert init.main([*WITH_STAGE_1, "--moving_teacher", "yes"]) == 0
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("lists of photos")]
+    assert "1 unlabeled photo dropped: 1 whose path has a line break" in line
+    assert f"(first: {photos}/more photos/two\\nlines.png)" in line
+    for part, folder, count in (
+        ("unlabeled", "more photos", 2),
+        ("shown", ".", 2),
+        ("moving", ".", 2),
+        ("train", "photos", 0),
+    ):
+        names = Path(f"mine_{part}.txt").read_text().splitlines()
+        assert all(Path(folder, name).is_file() for name in names), part
+        assert len(names) == count or part == "train"
+    left_out = sum("\n" in row["file_name"] for row in json.loads(Path("mine_train.json").read_text())["images"])
+    assert left_out > 0
+    assert len(Path("mine_train.txt").read_text().splitlines()) == 32 - left_out
+    assert f"{left_out} training photo" in line
+
+
 def test_one_line_changes_the_length(photos: Path) -> None:
     """Of all detectors; warm-up, milestones and intervals of a pipeline that is four times as long are four times as long."""
     assert init.main(WITH_STAGE_1) == 0

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -209,9 +210,20 @@ def test_labeled_photos_and_videos_are_left_out(call: Call, audit_line: Any, pho
 
 def test_a_name_that_a_list_cannot_hold_is_left_out(call: Call, audit_line: Any, photos: Path, tmp_path: Path) -> None:
     (photos / "0.png").rename(photos / "two\nlines.png")
+    (photos / "1.png").rename(photos / "\x1b[31mred.png")
+    (photos / "2.png").rename(photos / "turned \u202e.png")
     assert call(audit.main, audit_line()) == 0
-    assert len(find_images(str(tmp_path / "audited" / LIST)).names) == 11
-    assert "1 image dropped: 1 whose path has a line break" in (tmp_path / "audited" / "log.txt").read_text()
+    run = tmp_path / "audited"
+    assert len(find_images(str(run / LIST)).names) == 10
+    cause = "2 images dropped: 2 whose path has a line break or another control character, or is not UTF-8 (first: \\x1b[31mred.png)"
+    assert cause in (run / "log.txt").read_text()
+    captions: list[str] = []
+    parser = HTMLParser()
+    parser.handle_data = captions.append  # type: ignore[method-assign]
+    parser.feed((run / PAGE).read_text())
+    text = "".join(captions)
+    assert ". turned \\u202e.png" in text
+    assert all(one.isprintable() or one == "\n" for one in text)
 
 
 # ---- interruptions

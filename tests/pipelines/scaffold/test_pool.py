@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ssld.pipelines.scaffold.pool import divide_pool
+from ssld.pipelines.scaffold.pool import divide_pool, some_photos, unlisted
+from ssld.shared.errors import UserError
 
 
 def folder_of(place: Path, count: int) -> Path:
@@ -41,3 +42,20 @@ def test_a_seeded_part_of_a_large_pool_is_held_out(photos: int, held_out: int, t
 
 def test_at_most_five_hundred(tmp_path: Path) -> None:
     assert len(divide_pool(folder_of(tmp_path / "pool", 10_400), [], [], seed=0).held_out) == 500
+
+
+def test_photos_that_no_list_can_hold_are_left_out_and_named(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "pool", 4)
+    assert unlisted(folder, ["a.jpg"]) == ""
+    for number, name in enumerate(("two\nlines.jpg", "\x1b.jpg", "page\x0c.jpg")):
+        (folder / name).write_bytes(f"odd {number}".encode())
+    kept = [f"deep/{number:03d}.jpg" for number in range(4)]
+    assert divide_pool(folder, [], [], seed=0).train == kept
+    assert some_photos(folder, seed=0) == [folder / name for name in kept]
+    cause = "whose path has a line break or another control character, or is not UTF-8"
+    assert unlisted(folder, ["a.jpg", "b\rc.jpg"]) == (
+        f"lists of photos, one file per line: 3 unlabeled photos dropped: 3 {cause} (first: {folder}/\x1b.jpg); "
+        f"1 training photo dropped: 1 {cause} (first: b\rc.jpg)"
+    )
+    with pytest.raises(UserError, match=r"all training photos would be left out: 1 whose path has .*; rename them"):
+        unlisted(folder, ["b\rc.jpg"])

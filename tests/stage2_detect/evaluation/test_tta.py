@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_dense
 import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
@@ -127,6 +128,29 @@ def test_views_are_merged_by_nms_within_classes() -> None:
     assert len(merged(parts, nms_iou=1.0, most=100).scores_N) == 100
 
 
+def test_boxes_without_area_are_dropped_before_the_best_are_kept() -> None:
+    """The image ends at 3 px; a box at the left edge of a wider mirror image lies beyond it."""
+    corners = torch.tensor([[0.0, 5, 0.4, 9], [0.6, 5, 2, 9], [1, 7, 2, 7]])
+    found = Detections(corners, torch.tensor([0.9, 0.5, 0.8]), torch.tensor([0, 0, 1]))
+    turned = unmirrored(found, 3.4, 3)
+    assert turned.boxes_N4[0].tolist() == [3, 5, 3, 9]
+    (box,) = merged([turned, found.where(torch.zeros(3, dtype=torch.bool))], nms_iou=0.5, most=1).boxes_N4.tolist()
+    assert box == pytest.approx([1.4, 5, 2.8, 9])
+    assert merged([turned.where(torch.tensor([True, False, True]))], nms_iou=0.5, most=9).boxes_N4.shape == (0, 4)
+
+
+@pytest.mark.parametrize("kind", ["gfl", "retinanet"])
+def test_narrow_images_have_no_boxes_without_area(kind: str) -> None:
+    """Of one-stage detectors, whose input is wider than an original of a single pixel of width."""
+    model = tiny_dense.detector(kind, 0).eval()
+    model.score_threshold = 0.0
+    size = batch([(64, 32)])
+    narrow = replace(size, scales_B=torch.tensor([10.0]), originals_B2=torch.tensor([[7, 1]]))
+    (one,) = detect_views(model, MultiScaleBatch((narrow,)), flip=True, nms_iou=0.9, most=1000)
+    assert len(one.scores_N) > 1
+    assert (one.boxes_N4[:, 2:] > one.boxes_N4[:, :2]).all()
+
+
 # ---- masks
 
 
@@ -203,6 +227,28 @@ def test_masks_are_averaged_over_views(mask_model: RCNN, monkeypatch: pytest.Mon
     # left (0.9 + 0.05) / 2 = 0.475; right (0.2 + 0.9) / 2 = 0.55. At the rim a map falls to zero.
     assert not full_HW[:, :19].any()
     assert full_HW[15:35, 21:27].all()
+
+
+def test_masks_stay_with_their_boxes(mask_model: RCNN, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mirror image has a box beyond the border, which comes first, and one at the left of the image."""
+
+    def detect_boxes(images: ImageBatch) -> Any:
+        boxes = torch.tensor([[0.0, 10, 1, 40], [10, 10, 40, 40]])
+        return [images.pixels_BCHW], [Detections(boxes, torch.tensor([0.9, 0.8]), torch.tensor([0, 0]))]
+
+    def mask_maps(features: list[Tensor], images: ImageBatch, detections: list[Detections]) -> Tensor:
+        widths_N = detections[0].boxes_N4[:, 2] - detections[0].boxes_N4[:, 0]
+        return torch.where(widths_N > 2, 0.9, 0.1)[None, :, None, None].expand(1, -1, 8, 8)
+
+    monkeypatch.setattr(mask_model, "detect_boxes", detect_boxes)
+    monkeypatch.setattr(mask_model, "mask_maps", mask_maps)
+    images = replace(batch([(64, 96)]), originals_B2=torch.tensor([[64, 95]]))
+    outputs = detect_views(mask_model, MultiScaleBatch((images,)), flip=True, nms_iou=0.5, most=100)[0]
+    assert outputs.boxes_N4.tolist() == [[0, 10, 1, 40], [10, 10, 40, 40], [56, 10, 86, 40]]
+    masks_HWN = shapes(outputs)
+    assert not masks_HWN[..., 0].any()
+    assert masks_HWN[15:35, 15:35, 1].all()
+    assert masks_HWN[15:35, 61:81, 2].all()
 
 
 @pytest.fixture

@@ -65,6 +65,35 @@ def test_cvat() -> None:
     assert (second.get("name"), len(second)) == ("c.png", 0)
 
 
+def test_names_that_xml_cannot_hold_are_escaped() -> None:
+    """All characters that XML 1.0 forbids; the class names of both files of Label Studio agree."""
+    forbidden = [*map(chr, range(0x20)), "\ud800", "\udfff", "\ufffe", "\uffff"]
+    forbidden = [
+        one for one in forbidden if one not in "\t\n"
+    ]  # a carriage return is not forbidden, but read as another
+    kept = "\t\n é細\U0001f600\ufffd<&\"'"
+    categories = [{"id": number, "name": f"a{one}{kept}b"} for number, one in enumerate(forbidden)]
+    images = [{"id": n, "file_name": f"a{one}.png", "width": 9, "height": 9} for n, one in enumerate(forbidden)]
+    rows = [
+        {"id": number, "image_id": 0, "category_id": number, "bbox": [0.0, 0, 5, 5], "score": 0.5}
+        for number in range(len(forbidden))
+    ]
+    content = {"info": {}, "categories": categories, "images": images, "annotations": rows}
+    names = [f"a{one.encode('unicode_escape').decode()}{kept}b" for one in forbidden]
+    assert names[0] == f"a\\x00{kept}b"
+    root = ElementTree.fromstring(cvat_xml(content).encode())
+    assert [label.text for label in root.iterfind("meta/task/labels/label/name")] == names
+    assert [box.get("label") for box in root.iterfind("image/box")] == names
+    assert [image.get("name") for image in root.iterfind("image")] == [
+        f"a{one.encode('unicode_escape').decode()}.png" for one in forbidden
+    ]
+    view = ElementTree.fromstring(label_studio_config(content).encode())
+    assert [label.get("value") for label in view[1]] == names
+    content["images"] = images[:1]
+    (task,) = label_studio_tasks(content, "")
+    assert [one["value"]["rectanglelabels"] for one in task["predictions"][0]["result"]] == [[name] for name in names]
+
+
 def test_the_files_of_a_prediction(predict_line: Any, call: Any, tmp_path: Path) -> None:
     words = predict_line("--write", "json,label_studio,cvat", "--label_studio_prefix", "/data/local-files/?d=photos/")
     assert call(predict.main, words) == 0
