@@ -6,6 +6,7 @@ the network has to be present, in its shape; a misfit is an error that names the
 """
 
 import argparse
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ssld.shared.errors import UserError
 from ssld.shared.models.damage import incomplete, is_cut_short, refuse_damaged
-from ssld.shared.models.model_file import is_pickle, read_tensors
+from ssld.shared.models.model_file import begins_as_safetensors, is_pickle, read_tensors
 from ssld.shared.wording import count, some
 
 Tensors = dict[str, Tensor]
@@ -37,6 +38,8 @@ _WRAPPERS = (
     "module",
 )
 _DEEPEST = 4
+OTHER_OBJECTS = "it asks for "
+"""in the message on a sound pickle that holds more than plain tensors"""
 _COUNTER = "num_batches_tracked"  # of BatchNorm, which older files lack; nothing reads it
 _STATISTICS = (
     "running_mean",
@@ -56,9 +59,19 @@ def read_state_dict(path: Path) -> tuple[Tensors, str]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints keep their arguments in one
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling garbage may fail in any way
+        if path.stat().st_size > 9 and begins_as_safetensors(path):
+            raise UserError(
+                f"{path}: is a safetensors file named {path.suffix}: rename it to {path.with_suffix('.safetensors').name}"
+            ) from None
         if is_cut_short(error):
             raise UserError(incomplete(path)) from None
-        why = " ".join(str(error).split())[:160] or type(error).__name__
+        # Of torch's text only the name: the rest advises to open the file without protection.
+        asked = re.search(r"GLOBAL ([\w.]{1,120})(?!\S)", str(error))
+        why = (
+            f"{OTHER_OBJECTS}{asked[1]} while being opened, which could run code"
+            if asked
+            else "the pickle is damaged, or holds other objects than tensors"
+        )
         raise UserError(f"{path}: cannot be read as a plain state dict of tensors ({why})") from None
     return _unwrapped(content, path, "")
 

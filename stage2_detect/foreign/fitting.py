@@ -126,9 +126,10 @@ def completed(tensors: Mapping[str, Tensor], source: object) -> Tensors:
 
 
 def rows_of(tensors: Mapping[str, Tensor], name: str, source: object) -> int:
-    """Return the number of rows of a tensor. Raises UserError where it is missing or has none."""
+    """Return the number of rows of a tensor. Raises UserError where it is missing or is a single number."""
     if name not in tensors or tensors[name].ndim == 0:
-        raise UserError(f"{source}: {name} is missing; the file is damaged, or of another kind of detector")
+        fault = "is a single number, without rows" if name in tensors else "is missing"
+        raise UserError(f"{source}: {name} {fault}; the file is damaged, or of another kind of detector")
     return len(tensors[name])
 
 

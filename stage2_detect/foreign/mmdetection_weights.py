@@ -180,6 +180,10 @@ def _renamed(tensors: Mapping[str, Tensor], source: object) -> Tensors:
         if _IGNORED.fullmatch(name):
             continue
         if match := _SCALE.fullmatch(name):
+            if tensor.numel() != 1:
+                raise UserError(
+                    f"{source}: {name} is {tuple(tensor.shape)}, one number is expected; the file is damaged"
+                )
             scales[int(match[1])] = tensor.reshape(())
             continue
         if dense and (match := _EXTRA.fullmatch(layer)):

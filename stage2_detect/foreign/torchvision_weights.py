@@ -21,11 +21,21 @@ from ssld.shared.errors import UserError
 from ssld.shared.files import file_sha256
 from ssld.shared.models.downloads import hub_cached
 from ssld.stage2_detect.foreign.files import read_foreign
-from ssld.stage2_detect.foreign.fitting import RATIOS, SCALES, ForeignDetector, Tensors, completed, scales_first
+from ssld.stage2_detect.foreign.fitting import (
+    RATIOS,
+    SCALES,
+    ForeignDetector,
+    Tensors,
+    completed,
+    rows_of,
+    scales_first,
+)
 from ssld.stage2_detect.foreign.resnets import arch_of
-from ssld.stage2_detect.published import PUBLISHED, Published, published
+from ssld.stage2_detect.published import PREFIX, PUBLISHED, Published, published
 
 _OUR_EPS = 1e-5
+_CELL = RATIOS * SCALES  # anchors of RetinaNet's
+_CLASS_LOGITS = ("head.classification_head.cls_logits.weight", _CELL), ("roi_heads.box_predictor.cls_score.weight", 1)
 # Detectors with the same tensors, of other settings, by the one that is assumed.
 _SAME_TENSORS = {"fasterrcnn_mobilenet_v3_large_fpn": ("fasterrcnn_mobilenet_v3_large_320_fpn",)}
 # Names of older files -> names of torchvision 0.29.1.
@@ -133,48 +143,72 @@ def recognize(tensors: Mapping[str, Tensor], source: object) -> Recognized:
             f"{source}: no detector of torchvision on a ResNet or MobileNetV3 with FPN (first of {len(tensors)} tensors: {first})"
         )
     second = "backbone.fpn.inner_blocks.0.1.weight" in tensors or "head.classification_head.conv.0.1.weight" in tensors
-    if "head.classification_head.cls_logits.weight" in tensors:
-        kind, labels = "retinanet", len(tensors["head.classification_head.cls_logits.weight"]) // (SCALES * RATIOS)
-    elif "roi_heads.box_predictor.cls_score.weight" in tensors:
-        kind = "maskrcnn" if "roi_heads.mask_predictor.mask_fcn_logits.weight" in tensors else "fasterrcnn"
-        labels = len(tensors["roi_heads.box_predictor.cls_score.weight"])
-    else:
+    labels = _label_count(tensors, source)
+    if labels is None:
         first = next(iter(tensors), "no tensors")
         raise UserError(
             f"{source}: not a Faster R-CNN, Mask R-CNN or RetinaNet of torchvision (first of {len(tensors)} tensors: {first})"
         )
+    kind = "maskrcnn" if "roi_heads.mask_predictor.mask_fcn_logits.weight" in tensors else "fasterrcnn"
+    if "head.classification_head.cls_logits.weight" in tensors:
+        kind = "retinanet"
     name = f"{kind}_{body}_fpn{'_v2' if second else ''}"
     if name not in PUBLISHED:
         raise UserError(f"{source}: a {name}, which cannot be converted; known: {', '.join(PUBLISHED)}")
     return Recognized(name, PUBLISHED[name], labels)
 
 
+def _label_count(tensors: Mapping[str, Tensor], source: object) -> int | None:
+    """Return L, the number of labels, by the last layer for classes; None where there is no such layer."""
+    for name, rows_per_label in _CLASS_LOGITS:
+        if name in tensors:
+            rows = rows_of(tensors, name, source)
+            if rows % rows_per_label:
+                raise UserError(
+                    f"{source}: {name} has {rows} rows, no multiple of {rows_per_label}; the file is damaged"
+                )
+            return rows // rows_per_label
+    return None
+
+
 def choose(recognized: Recognized, architecture: str | None, *, file: Path, digest: str) -> Recognized:
     """Return which of the detectors with these tensors a file is of.
 
-    The first of these that tells: `architecture`, the sha256 of a published file, the name of a detector in the file's name. Else `recognized`.
+    The first of these that tells: `architecture`, the sha256 of a published file, the name of one of the detectors in the file's name, in letters
+    of any case and with any signs between them. Else `recognized`.
 
     Args:
-        architecture: name of the detector, given by the user.
+        architecture: name of the detector, with or without `coco:`, given by the user.
         digest: sha256 of `file`, in hexadecimal digits.
 
     Raises:
-        UserError: `architecture` has other tensors, or the file is the published one of another detector.
+        UserError: `architecture` is empty or has other tensors, or the file is the published one of another detector.
     """
     candidates = (recognized.name, *_SAME_TENSORS.get(recognized.name, ()))
     listed = " or ".join(candidates)
+    if architecture is not None:
+        architecture = architecture.removeprefix(PREFIX)
+        if not architecture:
+            raise UserError(
+                f"architecture: is empty; {file} has the tensors of {listed}: give that name, or leave it out"
+            )
     if architecture is not None and architecture not in candidates:
         raise UserError(f"architecture: {architecture}: {file} has the tensors of {listed}")
     known = next((name for name in candidates if digest.startswith(PUBLISHED[name].sha256)), None)
     if architecture and known and architecture != known:
         raise UserError(f"architecture: {architecture}: {file} is torchvision's published file of {known}")
-    in_name = next((name for name in candidates if name in file.name), None)
+    named = [name for name in candidates if _letters(name) in _letters(file.name)]
+    in_name = named[0] if len(named) == 1 else None
     name = architecture or known or in_name or recognized.name
     reason = ""
     if len(candidates) > 1 and not architecture and not known:
-        told = "as in the file's name" if in_name else "assumed"
+        told = "as in the file's name" if in_name else "assumed, since the file's name has both" if named else "assumed"
         reason = f"settings of {name}, {told} (--architecture {listed}: the tensors fit both)"
     return replace(recognized, name=name, about=PUBLISHED[name], chosen_by=reason)
+
+
+def _letters(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
 
 
 def torchvision_detector(
@@ -208,8 +242,10 @@ def convert(tensors: Mapping[str, Tensor], labels: Sequence[int], *, norm_eps: f
         norm_eps: epsilon of the backbone's norms in torchvision.
 
     Raises:
-        UserError: a tensor that no part of the detectors has, or one with values that are not finite.
+        UserError: a tensor that no part of the detectors has, one of a head's last layer with another number of rows than its labels need, or one
+            with values that are not finite.
     """
+    count = _label_count(tensors, source)
     tower = 3 if "head.classification_head.conv.0.1.weight" in tensors else 2
     converted: Tensors = {}
     for name, tensor in tensors.items():
@@ -217,13 +253,15 @@ def convert(tensors: Mapping[str, Tensor], labels: Sequence[int], *, norm_eps: f
         module = _module_of(layer, tower)
         if module is None:
             raise UserError(f"{source}: {name} has no place in this project's detectors")
+        _check_rows(name, module, tensor, count, source)
         converted[f"{module}.{leaf}"] = _rows(module, tensor, labels)
     for name in [name for name in converted if name.endswith(".running_var")]:
         stem = name.removesuffix("running_var")
         if name.startswith("pyramid.body.") and norm_eps != _OUR_EPS:
-            variance = converted[name].double()
-            factor = ((variance + _OUR_EPS) / (variance + norm_eps)).sqrt()
-            converted[f"{stem}weight"] = (converted[f"{stem}weight"] * factor).float()
+            weight, variance = converted.get(f"{stem}weight"), converted[name].double()
+            if weight is None or weight.shape != variance.shape:
+                continue  # the comparison with the detector names it
+            converted[f"{stem}weight"] = (weight * ((variance + _OUR_EPS) / (variance + norm_eps)).sqrt()).float()
     return completed(converted, source)
 
 
@@ -263,6 +301,24 @@ def _mobile_module(number: int, inside: str) -> str | None:
     if stage == 0:  # without the first convolution
         return f"{block}.{_MOBILE_FIRST[place][int(part)]}" if place < len(_MOBILE_FIRST) else None
     return f"{block}.{_MOBILE_LAYERS[min(place, 2)][int(part)]}"  # squeeze-and-excitation is between the last two
+
+
+def _check_rows(name: str, module: str, tensor: Tensor, count: int | None, source: object) -> None:
+    """Raise UserError where a tensor of a head's last layer has not the rows that `_rows` reorders; `count` is the number of labels."""
+    labels = count or 0
+    expected = {
+        "roi_heads.heads.0.logits": labels,
+        "roi_heads.heads.0.deltas": 4 * labels,
+        "mask_head.logits": labels,
+        "dense.head.logits": _CELL * labels,
+        "dense.head.boxes": _CELL * 4,
+    }.get(module)
+    if expected is None and not module.startswith("rpn.head."):
+        return
+    rows = rows_of({name: tensor}, name, source)
+    if expected is not None and rows != expected:
+        why = "" if module == "dense.head.boxes" else f" of {labels} labels"
+        raise UserError(f"{source}: {name} has {rows} rows instead of {expected}{why}; the file is damaged")
 
 
 def _rows(module: str, tensor: Tensor, labels: Sequence[int]) -> Tensor:

@@ -1,6 +1,7 @@
 """`ssld convert-detector` on weights of torchvision: older names, classes, epsilon of the norms, and what it refuses."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,82 @@ def test_two_detectors_on_mobilenet_differ_in_settings_alone(
     assert ("--architecture" in log) == bool(line)
 
 
+@pytest.mark.parametrize(
+    ("file_name", "small", "told"),
+    [
+        ("FasterRCNN_MobileNet_V3_Large_320_FPN.pth", True, "as in the file's name"),
+        ("faster-rcnn-mobilenet-v3-large-320-fpn.pth", True, "as in the file's name"),
+        ("FasterRCNN-MobileNet-V3-Large-FPN.pth", False, "as in the file's name"),
+        (f"{MOBILE}_320_fpn_or_{MOBILE}_fpn.pth", False, "assumed, since the file's name has both"),
+    ],
+)
+def test_names_of_files(mobile_state: State, file_name: str, small: bool, told: str) -> None:
+    chosen = choose(recognize(mobile_state, "s"), None, file=Path(file_name), digest=64 * "0")
+    assert chosen.name == f"{MOBILE}{'_320' if small else ''}_fpn"
+    given = choose(recognize(mobile_state, "s"), f"coco:{MOBILE}_320_fpn", file=Path(file_name), digest=64 * "0")
+    assert (given.name, given.chosen_by) == (f"{MOBILE}_320_fpn", "")
+    assert chosen.chosen_by.startswith(f"settings of {chosen.name}, {told} (--architecture ")
+
+
+ROI, RPN, RETINA = "roi_heads.box_predictor.", "rpn.head.", "head.classification_head.cls_logits."
+WRONG = [
+    # (detector, tensor, shape, message), of two labels
+    ("fasterrcnn", f"{ROI}bbox_pred.weight", (7, 1024), "has 7 rows instead of 8 of 2 labels"),
+    ("fasterrcnn", f"{ROI}bbox_pred.weight", (4, 1024), "has 4 rows instead of 8 of 2 labels"),
+    ("fasterrcnn", f"{ROI}bbox_pred.weight", (12, 1024), "has 12 rows instead of 8 of 2 labels"),
+    ("fasterrcnn", f"{ROI}bbox_pred.bias", (), "is a single number"),
+    ("fasterrcnn", f"{ROI}cls_score.bias", (1,), "has 1 rows instead of 2 of 2 labels"),
+    ("fasterrcnn", f"{ROI}cls_score.bias", (3,), "has 3 rows instead of 2 of 2 labels"),
+    ("fasterrcnn", f"{ROI}cls_score.weight", (), "is a single number"),
+    ("fasterrcnn", f"{RPN}cls_logits.bias", (), "is a single number"),
+    ("fasterrcnn", f"{RPN}bbox_pred.weight", (), "is a single number"),
+    ("retinanet", f"{RETINA}weight", (20, 256, 3, 3), "has 20 rows, no multiple of 9"),
+    ("retinanet", f"{RETINA}weight", (), "is a single number"),
+    ("retinanet", f"{RETINA}bias", (20,), "has 20 rows instead of 18 of 2 labels"),
+    ("retinanet", "head.regression_head.bbox_reg.bias", (20,), "has 20 rows instead of 36;"),
+]
+
+
+@pytest.fixture(scope="module")
+def head_states() -> dict[str, State]:
+    """Detectors of two labels with the shapes of their heads' last layers; all other tensors have one value."""
+    return {
+        kind: {
+            key: torch.zeros(value.shape if re.search("cls_|bbox_", key) else 1)
+            for key, value in state_of(f"{kind}_resnet50_fpn", classes=2).items()
+        }
+        for kind in ("fasterrcnn", "retinanet")
+    }
+
+
+@pytest.mark.parametrize(("kind", "name", "shape", "message"), WRONG, ids=[f"{one[1]} {one[2]}" for one in WRONG])
+def test_rows_of_another_number(
+    kind: str,
+    name: str,
+    shape: tuple[int, ...],
+    message: str,
+    head_states: dict[str, State],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "wrong.pth"
+    assert name in head_states[kind]
+    torch.save(head_states[kind] | {name: torch.zeros(shape)}, file)
+    words = ["--weights", str(file), "--annotations", str(annotations(tmp_path, 1)), "--output", str(tmp_path / "run")]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert f"{file}: {name} {message}" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_a_norm_of_another_shape_is_left_to_the_comparison(shape: tuple[int, ...]) -> None:
+    """Broadcast, a weight without dimensions would become one of the right shape."""
+    weight = torch.ones(shape)
+    state = {"backbone.body.bn1.weight": weight, "backbone.body.bn1.running_var": torch.ones(4)}
+    assert torch.equal(convert(state, (), norm_eps=0.0, source="s")["pyramid.body.bn1.weight"], weight)
+
+
 def test_a_published_file_is_known_by_its_sha256(mobile_state: State) -> None:
     published, recognized = f"{MOBILE}_320_fpn", recognize(mobile_state, "s")
     digest = f"{PUBLISHED[published].sha256}{56 * '0'}"
@@ -211,6 +288,10 @@ def test_user_errors(
 
     assert f"architecture: {MOBILE}_320_fpn: {small_file} has the tensors of retinanet_resnet50_fpn\n" in message(
         small_file, *three, "--architecture", f"{MOBILE}_320_fpn"
+    )
+    assert (
+        f"architecture: is empty; {small_file} has the tensors of retinanet_resnet50_fpn: give that name, or leave it out"
+        in message(small_file, *three, "--architecture", "")
     )
 
     # A published file that is not the published one.

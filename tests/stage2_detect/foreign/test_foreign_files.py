@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ssld.pipelines import cli
@@ -103,7 +104,7 @@ def test_a_checkpoint_of_mmdetection(classes: Path, tmp_path: Path, capsys: pyte
         meta, *run, "--architecture", "retinanet_resnet50_fpn"
     )
     history = written({"hub": Path("x")})
-    assert "cannot be read as a plain state dict of tensors" in history
+    assert "cannot be read as a plain state dict of tensors (it asks for pathlib." in history
     assert "keep its weights alone, in an environment that has its project: python -c" in history
     assert not (tmp_path / "run" / "result.json").exists()
 
@@ -137,6 +138,29 @@ def test_reading_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         project_of({"x": torch.zeros(1)}, "s")
 
 
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (
+            lambda file: file.write_bytes(b"\x80\x02}\x99\x99."),
+            r"a plain state dict of tensors \(the pickle is damaged, or holds other objects than tensors\)",
+        ),
+        (lambda file: file.write_bytes(bytes(range(1, 200))), r"\(the pickle is damaged, or holds other objects"),
+        (
+            lambda file: save_file({"x": torch.zeros(3)}, file),
+            r"is a safetensors file named \.pth: rename it to weights\.safetensors",
+        ),
+    ],
+    ids=["damaged", "no pickle", "safetensors"],
+)
+def test_a_file_that_is_no_pickle_of_tensors(write: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    write(file)
+    with pytest.raises(UserError, match=rf"weights\.pth: .*{message}") as caught:
+        read_foreign(file)
+    assert "weights_only" not in str(caught.value)
+
+
 def empty(make: Callable[..., State], *args: Any, **options: Any) -> State:
     """The same names and shapes without values."""
     return {name: torch.zeros(()).expand(tensor.shape) for name, tensor in make(*args, **options).items()}
@@ -156,7 +180,7 @@ def theirs() -> dict[str, State]:
 
 
 def zeros(*shape: int) -> Tensor:
-    return torch.zeros(1).expand(shape)
+    return torch.zeros(()).expand(shape)
 
 
 REFUSED: list[tuple[str, dict[str, Tensor], str, str]] = [
@@ -226,6 +250,13 @@ REFUSED: list[tuple[str, dict[str, Tensor], str, str]] = [
     ("mm", {"rpn_head.rpn_cls.weight": zeros(5, 64, 1, 1)}, "", "its RPN has other anchors"),
     ("mm cascade", {}, "bbox_head.2.", "a cascade of 2 stages"),
     ("mm retinanet", {"bbox_head.retina_reg.weight": zeros(12, 64, 3, 3)}, "", "a RetinaNet of 3 anchors per cell"),
+    ("mm retinanet", {"bbox_head.scales.0.scale": zeros(2)}, "", r"scales\.0\.scale is \(2,\), one number is expected"),
+    (
+        "mm retinanet",
+        {"bbox_head.retina_cls.weight": zeros()},
+        "",
+        "retina_cls.weight is a single number, without rows",
+    ),
     ("mm retinanet", {"bbox_head.reg_conf.0.weight": zeros(1)}, "", "it is a GFLv2"),
     (
         "mm retinanet",
