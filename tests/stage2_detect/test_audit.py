@@ -219,7 +219,7 @@ def test_a_name_that_a_list_cannot_hold_is_left_out(call: Call, audit_line: Any,
     assert cause in (run / "log.txt").read_text()
     captions: list[str] = []
     parser = HTMLParser()
-    parser.handle_data = captions.append  # type: ignore[method-assign]
+    parser.handle_data = captions.append  # type: ignore[assignment, method-assign]
     parser.feed((run / PAGE).read_text())
     text = "".join(captions)
     assert ". turned \\u202e.png" in text
