@@ -75,12 +75,11 @@ def _refuse_cut(path: Path, start: bytes) -> None:
     try:
         with path.open("rb") as file:
             rows = json.loads(file.read(8 + length)[8:])
-        end = max((row["data_offsets"][1] for name, row in rows.items() if name != "__metadata__"), default=0)
+        ends = [row["data_offsets"][1] for name, row in rows.items() if name != "__metadata__"]
+        whole = 8 + length + max(ends, default=0)
     except (*MALFORMED, OSError):
-        if size >= 8 + length:
-            return  # likewise
-        raise UserError(incomplete(path)) from None
-    if size < 8 + length + end:
+        whole = 8 + length  # at least; the reader says what is wrong in the header
+    if size < whole:
         raise UserError(incomplete(path))
 
 
