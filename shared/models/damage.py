@@ -26,12 +26,12 @@ _CUT_SHORT = re.compile(
 def refuse_damaged(path: Path) -> None:
     """Raise UserError for an existing file whose first bytes, or the directory of a zip file, show that it holds no weights, or not all of them."""
     if not path.is_file():
-        return  # the reader says what is missing
+        return  # reading it reports that it is missing
     try:
         with path.open("rb") as file:
             start = file.read(512)
     except OSError:
-        return  # likewise
+        return  # reading it reports why
     size = f"{path.stat().st_size:,} bytes"
     if not start:
         raise UserError(incomplete(path))
@@ -70,7 +70,7 @@ def _refuse_cut(path: Path, start: bytes) -> None:
     """Raise UserError for a safetensors file that is shorter than its header says: 8 bytes of the header's length, the header in JSON, tensors."""
     length = int.from_bytes(start[:8], "little")
     if start[8:9] != b"{" or length > _MOST_HEADER:
-        return  # the reader says what it is
+        return  # reading it reports what it is
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -78,7 +78,7 @@ def _refuse_cut(path: Path, start: bytes) -> None:
         ends = [row["data_offsets"][1] for name, row in rows.items() if name != "__metadata__"]
         whole = 8 + length + max(ends, default=0)
     except (*MALFORMED, OSError):
-        whole = 8 + length  # at least; the reader says what is wrong in the header
+        whole = 8 + length  # at least; reading it reports what is wrong in the header
     if size < whole:
         raise UserError(incomplete(path))
 

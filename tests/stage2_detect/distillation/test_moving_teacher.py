@@ -338,6 +338,15 @@ def test_adaptive_weighting_is_that_of_adl() -> None:
     assert losses["loss_unlabeled_cls"].item() == pytest.approx(0.5 * loss.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["gfl", "retinanet"])
+def test_unlabeled_images_weigh_a_quarter_under_one_stage_detectors(kind: str) -> None:
+    assert settings(weight=None).unlabeled_weight(dense=False) == 1
+    (_, usual), (_, whole) = (dense_step(kind, settings(weight=weight), (0, 1)) for weight in (None, 1))
+    for name, loss in usual.items():
+        factor = 0.25 if name.startswith("loss_unlabeled_") else 1
+        assert loss.item() == pytest.approx(factor * whole[name].item(), rel=1e-6)
+
+
 @pytest.mark.parametrize(("kind", "loss"), [("gfl", "quality"), ("retinanet", "quality"), ("retinanet", "adaptive")])
 def test_a_dense_detector_equal_to_its_teacher_has_no_gradient(kind: str, loss: str) -> None:
     model, losses = dense_step(kind, settings(dense_loss=loss), (3, 3))
