@@ -19,6 +19,7 @@ from ssld.stage1_ssld.data_config import (
     NetworkConfig,
     SourceConfig,
     Stage1OptimConfig,
+    StudentConfig,
     TeacherConfig,
     hub_sources,
     is_remote,
@@ -77,7 +78,7 @@ class DistillConfig(Stage1Config):
     """global batch size: images per optimizer step, over all processes and accumulated passes; null: 256 on a GPU, 32 on a CPU, at most all images"""
     optim: ChosenOptim = Field(_NONE)
     """optimizer and its schedule; null: AdamW, at a rate for a pretrained or a random student, and image_size of the student"""
-    student: NetworkConfig
+    student: StudentConfig
     teacher: TeacherConfig | None = None
     store: Path | None = None
     """folder `store` in the output of write_soft_labels.py, whose soft labels replace a live teacher; a teacher, if given, only measures agreement"""

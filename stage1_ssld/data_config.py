@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -229,6 +229,30 @@ class NetworkConfig(Config):
     def networks(self, key: str, image_size: int | None = None) -> dict[str, Network]:
         """The network by key, with the image size it has to support."""
         return {key: Network(self.model, self.arch, image_size)}
+
+
+if TYPE_CHECKING:  # the validator of `StudentConfig` replaces None
+    ChosenBatchNorm = Literal["batch", "eval"]
+else:
+    ChosenBatchNorm = Literal["batch", "eval"] | None
+
+
+class StudentConfig(NetworkConfig):
+    """Network to train under a teacher."""
+
+    batchnorm: ChosenBatchNorm = Field(cast(Any, None))
+    """BatchNorm mode in training: batch (batch statistics, running ones updated) or eval (running statistics, frozen); null: eval for trained
+    weights, batch for random ones"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_reference(cls, value: Any) -> Any:
+        """Keep the statistics of trained weights: those of crops in small batches fit no whole photo (docs/distillation.md, "Pretrained students")."""
+        value = {"model": value} if isinstance(value, str) else value
+        if isinstance(value, dict) and value.get("batchnorm") is None:
+            random = str(value.get("model")).startswith("random:")
+            value = value | {"batchnorm": "batch" if random else "eval"}
+        return value
 
 
 class EncoderConfig(Config):

@@ -121,7 +121,12 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.stage1_ssld.distillation.fitting import fit
     from ssld.stage1_ssld.distillation.losses import entropy
     from ssld.stage1_ssld.distillation.memory_trial import whole_step
-    from ssld.stage1_ssld.distillation.objective import Objective, implausible_start, statistics_warning
+    from ssld.stage1_ssld.distillation.objective import (
+        Objective,
+        implausible_start,
+        statistics_warning,
+        worse_than_start,
+    )
     from ssld.stage1_ssld.distillation.student import Student
     from ssld.stage1_ssld.distillation.targets import open_targets
     from ssld.stage1_ssld.distillation.teacher import try_teacher
@@ -237,7 +242,8 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         "interpolation": data.interpolation,
     }
 
-    def evaluate_now(step: int) -> dict[str, float]:
+    def measure() -> dict[str, float]:
+        """Evaluate the network as it is on `data.val`; empty without images or classes."""
         if val_source is None or targets.classes == 0:
             return {}
         net = student.evaluated
@@ -256,9 +262,14 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 on_unreadable=quarantine.add,
             )
         quarantine.write()
-        state.check_metrics(step, metrics)
-        run.log(f"step {step}: {describe(metrics)}")
-        run.metric(step, **{f"val_{name}": value for name, value in metrics.items()})
+        return metrics
+
+    def evaluate_now(step: int) -> dict[str, float]:
+        metrics = measure()
+        if metrics:
+            state.check_metrics(step, metrics)
+            run.log(f"step {step}: {describe(metrics)}")
+            run.metric(step, **{f"val_{name}": value for name, value in metrics.items()})
         return metrics
 
     def save_network(step: int, path: Path, metrics: dict[str, float], **facts: str) -> None:
@@ -296,6 +307,18 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         if choice and choice.which != "last":
             net.net.load_state_dict(weights(choice.which, net.net.state_dict(), start))
         return choice
+
+    def measure_start() -> dict[str, float]:
+        """Agreement and KL of the initial weights, where they are trained ones with a classifier for these classes."""
+        if teacher is None or student.model.new_head or not _has_trained_start(config, student, targets):
+            return {}
+        net = student.evaluated.net
+        now = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        net.load_state_dict(student.start())
+        try:
+            return {name: value for name, value in measure().items() if name in ("images", "agreement", "kl")}
+        finally:
+            net.load_state_dict(now)
 
     def keep_best(step: int, metrics: dict[str, float]) -> None:
         if metrics and state.improved(score_of(metrics, config.best_by)):
@@ -429,6 +452,11 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         if choice.which != "last":
             metrics = evaluate_now(step)
         metrics |= {f"neighbours_{which}": share for which, share in choice.shares.items()}
+    began = measure_start()
+    if "agreement" in began:
+        run.log(f"the initial weights: {describe(began)}")
+        run.log_if(worse_than_start(metrics, began))
+        metrics |= {f"start_{name}": began[name] for name in ("agreement", "kl")}
     save_network(step, file, metrics, **({"kept": choice.which} if choice else {}))
     accelerator.end_training()
     if accelerator.is_main_process:

@@ -328,7 +328,7 @@ def test_compile_means_student_and_teacher(
 
 
 @pytest.mark.parametrize(
-    ("student", "warned"), [({}, True), ({"batchnorm": "eval"}, False), ({"model": "random:test_resnet"}, False)]
+    ("student", "warned"), [({"batchnorm": "batch"}, True), ({}, False), ({"model": "random:test_resnet"}, False)]
 )
 def test_batch_statistics_are_suspected_where_loaded_weights_start_without_agreement(
     student: dict[str, str],

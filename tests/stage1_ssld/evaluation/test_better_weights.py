@@ -128,7 +128,7 @@ def test_a_stage_that_spoils_its_student_leaves_the_start(
     """A student that begins as its teacher cannot get better; at this rate it gets worse."""
     monkeypatch.setattr(better_weights, "LEAST_IMAGES", 15)
     began = load_file(teacher_file)
-    settings = distill_settings | {"student": {"model": str(teacher_file)}}
+    settings = distill_settings | {"student": {"model": str(teacher_file), "batchnorm": "batch"}}
     settings["optim"] = {"lr": 0.5, "reference_batch": 8, "warmup_steps": 0}
     for name in ("better", "last"):
         assert call(distill, arguments(settings | {"keep_weights": name}, name)) == 0
@@ -141,6 +141,9 @@ def test_a_stage_that_spoils_its_student_leaves_the_start(
     assert results[0]["metrics"]["agreement"] == results[0]["metrics"]["neighbours_start"] == 1
     assert results[0]["metrics"]["neighbours_last"] < 1
     assert results[1]["metrics"]["agreement"] < 1
+    for result in results:  # the teacher's own weights agree with it
+        assert result["metrics"]["start_agreement"] == 1
+        assert result["metrics"]["start_kl"] == pytest.approx(0, abs=1e-6)
     for which in ("last", "mean", "start"):
         assert results[1]["metrics"][f"neighbours_{which}"] == results[0]["metrics"][f"neighbours_{which}"]
     assert read_metadata(tmp_path / "better" / "student.safetensors")["kept"] == "start"
@@ -148,6 +151,10 @@ def test_a_stage_that_spoils_its_student_leaves_the_start(
     assert "start 100.0 %; the file holds the initial weights (keep_weights: better)" in log
     log = (tmp_path / "last" / "log.txt").read_text()
     assert "start 100.0 %; the file holds the weights of the last step (keep_weights: last)" in log
+    share = 100 * results[1]["metrics"]["agreement"]
+    worse = f"warning: the student agrees with its teacher less than its initial weights do: {share:.1f} % after 100.0 %"
+    assert worse in log
+    assert worse.partition(":")[2] not in (tmp_path / "better" / "log.txt").read_text()
 
 
 def test_a_start_with_classes_in_another_order_has_no_classifier(
@@ -165,7 +172,7 @@ def test_a_start_with_classes_in_another_order_has_no_classifier(
     names = [facts["class_names"][-1], *facts["class_names"][:-1]]
     began = tmp_path / "began.safetensors"
     save_backbone(began, turned, arch=facts["arch"], inputs=inputs, classes=len(names), class_names=names)
-    settings = distill_settings | {"student": {"model": str(began)}}
+    settings = distill_settings | {"student": {"model": str(began), "batchnorm": "batch"}}
     settings["optim"] = {"lr": 0.5, "reference_batch": 8, "warmup_steps": 0}
     for name in ("better", "last"):
         assert call(distill, arguments(settings | {"keep_weights": name}, name)) == 0
