@@ -40,8 +40,6 @@ from ssld.stage2_detect.models.dense import DenseDetector
 from ssld.stage2_detect.models.gfl import GFL
 from ssld.stage2_detect.models.rcnn import RCNN
 
-_GIOU_EPSILON = 1e-7  # as in the heads' own losses
-
 
 class SemiSupervised(nn.Module):
     """A detector under its moving teacher, with the contract of a detector: in train mode `model(images, targets, weak)` -> the detector's losses on
@@ -156,7 +154,7 @@ class SemiSupervised(nn.Module):
         row_B1 = torch.arange(len(index_BM), device=index_BM.device)[:, None]
         boxes_BM4 = head.decode(values[row_B1, index_BM], index_BM, grids)
         teacher_BM4 = head.decode(teacher_values[row_B1, index_BM], index_BM, grids)
-        giou_BM = box_losses.generalized_iou(boxes_BM4, teacher_BM4, _GIOU_EPSILON)
+        giou_BM = box_losses.generalized_iou(boxes_BM4, teacher_BM4, box_losses.TORCHVISION_EPSILON)
         scores_BMK, teacher_scores_BMK = logits_BAK.detach().sigmoid()[row_B1, index_BM], scores_BAK[row_B1, index_BM]
         self._measure_dense(student, scores_BMK, teacher_scores_BMK, boxes.clip(teacher_BM4, weak.sizes_B2))
         return {"loss_cls": loss_cls, "loss_box": factor * (weight_BM * giou_BM).sum()}
