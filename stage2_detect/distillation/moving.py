@@ -10,7 +10,7 @@ later stages of a cascade learn the classes of the pseudo-boxes). Sides: of boxe
 
 GFL and RetinaNet: no pseudo-boxes, but the teacher's scores at all anchors, by quality focal loss (Dense Teacher, arXiv 2207.02541; outside of the
 learning region the target is the teacher's score too, where the paper has 0) or by ADL (`dense.py`), and its boxes at the anchors with its highest
-scores, by GIoU, weighted by these scores. The sum of these scores over all ranks divides both.
+scores, by GIoU, weighted by these scores. The sum of these scores over all ranks divides both losses, except ADL, which has its own divisor.
 
 `measured` tells how the teacher does: `pseudo_boxes`, boxes per image from the thresholds on; `certain_boxes`, those among them whose sides are
 learned; `agreement`, of the regions that teacher or detector take for an object, the share that both give the same class; 0 where there is none.
