@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import timm
 import torch
@@ -83,6 +83,11 @@ class InputSettings:
     size: tuple[int, int]
     interpolation: str
     fixed_size: bool
+
+    @classmethod
+    def of_detector(cls, mean: Sequence[float], std: Sequence[float]) -> Self:
+        """Return the input of a detector's backbone: size and interpolation of its images are settings of the detector, and unused here."""
+        return cls(tuple(mean), tuple(std), (0, 0), "bilinear", False)
 
 
 def input_settings(net: nn.Module, metadata: dict[str, Any]) -> InputSettings:

@@ -26,7 +26,7 @@ from ssld.stage2_detect.models.retinanet import RetinaNet
 from ssld.stage2_detect.models.roi_heads import BoxStage, RoIHeads
 from ssld.stage2_detect.models.rpn import RPN
 
-INPUTS = InputSettings((0.5,) * 3, (0.25,) * 3, (0, 0), "bilinear", False)
+INPUTS = InputSettings.of_detector((0.5,) * 3, (0.25,) * 3)
 RANKS = Ranks(world_size=3)
 SMALL: dict[str, Any] = {
     "fpn_channels": 16,
