@@ -52,7 +52,7 @@ from ssld.stage2_detect.models.inference import for_inference
 
 Clock = Callable[[], float]
 OURS, TORCHVISION = "ours", "torchvision"
-_INPUTS = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
+_INPUTS = InputSettings.of_detector(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 _PASSING = 1000  # pairs of anchor and class per image above the score threshold
 _LIMIT = -2.944  # logit of 0.05
 _ATSS_IMAGES, _ATSS_OBJECTS, _ATSS_GRIDS = 64, 100, [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)]

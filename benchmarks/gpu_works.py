@@ -91,7 +91,7 @@ def frames(*, few: bool) -> None:
     for recipe in ("pss_faster_dcn_r50vd", "pss_cascade_dcn_r50vd", "faster_rcnn_r50vd_1x"):
         torch.manual_seed(0)
         config = DetectorConfig.model_validate(read_recipe(CONFIGS / f"{recipe}.yaml").get("model", {}))
-        inputs = InputSettings((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0, 0), "bilinear", False)
+        inputs = InputSettings.of_detector((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         body = timm.create_model("resnet50d", features_only=True)
         model = build_detector(config, classes=80, body=body, arch="resnet50d", inputs=inputs)
         fast = for_inference(place(model, DEVICE, channels_last=True).eval())

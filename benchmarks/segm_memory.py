@@ -135,7 +135,7 @@ def draw_detector(path: Path) -> None:
         "mask": {"hidden": 16},
     }
     config = DetectorConfig.model_validate(settings)
-    inputs = InputSettings((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     torch.manual_seed(SEED)
     body = timm.create_model("test_resnet", features_only=True, pretrained=False)
     model = build_detector(config, classes=CLASSES, body=body, arch="test_resnet", inputs=inputs)

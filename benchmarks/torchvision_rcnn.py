@@ -34,7 +34,7 @@ from ssld.stage2_detect.models.rcnn import RCNN
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 ARCH, CLASSES = "resnet50d", 80
-_INPUTS = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
+_INPUTS = InputSettings.of_detector(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def our_detector(kind: str, *, torchvisions_pooling: bool) -> RCNN:

@@ -75,7 +75,7 @@ def convert_detector(config: ConvertForeignConfig) -> None:
         else:
             detector = mmdetection_detector(given, meta, caffe=config.caffe, source=file)
         data = _classes(config, detector, str(file))
-    inputs = InputSettings(detector.mean, detector.std, (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector(detector.mean, detector.std)
     try:
         model_config = DetectorConfig.model_validate(detector.model)
     except ValidationError as error:

@@ -83,7 +83,7 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     modules = {layer: module_of(layer, deep_stem=arch.endswith("d")) for layer in layers}
     tensors = to_torch(arrays, {layer: module for layer, module in modules.items() if module}, source)
     # PaddlePaddle's readers normalize with ImageNet's mean and deviation, as timm does.
-    inputs = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     body = timm.create_model(arch, features_only=True, pretrained=False)
     model = build_detector(config.model, classes=len(data.class_names), body=body, arch=arch, inputs=inputs)
     check_fits(tensors, model.state_dict(), source)
@@ -198,6 +198,8 @@ def recognize(names: Collection[str], source: str) -> str:
 
 def check_recipe(arrays: Mapping[str, "np.ndarray"], model: DetectorConfig, source: str) -> None:
     """Raise UserError if a recipe describes another architecture than that of the parameters."""
+    from ssld.stage2_detect.foreign.fitting import rcnn_kind
+
     cascade = any(name.startswith("bbox_head.bbox_score_stage") for name in arrays)
     masks = any(name.startswith("mask_head.") for name in arrays)
     pyramid = arrays.get("neck.fpn_res2_sum.weight")
@@ -208,7 +210,7 @@ def check_recipe(arrays: Mapping[str, "np.ndarray"], model: DetectorConfig, sour
         )
     deformable = {match[1] for name in arrays if "conv_offset" in name and (match := _BLOCK.match(name))}
     in_file = {
-        "kind": ("cascade_" if cascade else "" if masks else "faster_") + ("mask_" if masks else "") + "rcnn",
+        "kind": rcnn_kind(cascade=cascade, masks=masks),
         "fpn_channels": len(pyramid),
         "dcn_strides": [2 ** int(stage) for stage in sorted(deformable)],
         "roi.hidden": hidden.shape[-1],

@@ -122,7 +122,7 @@ def load_detector(path: str | Path) -> LoadedDetector:
     if metadata.get("kind") != "detector":
         raise UserError(f"{path}: not a detector file: it has no metadata of this project")
     names, arch = tuple(metadata["class_names"]), known_arch(metadata["arch"], path)
-    inputs = InputSettings(tuple(metadata["mean"]), tuple(metadata["std"]), (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector(metadata["mean"], metadata["std"])
     config = settings_of(metadata, "model", DetectorConfig, path)
     body, _ = create_body(ModelReference(f"{path}", arch, metadata={"model_args": metadata.get("model_args")}))
     model = build_detector(config, classes=len(names), body=body, arch=arch, inputs=inputs)

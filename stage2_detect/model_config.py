@@ -86,7 +86,7 @@ class BoxLossConfig(Config):
     beta: Positive = 1.0
     """absolute error at which smooth_l1 and balanced_l1 change from quadratic to linear"""
     alpha: Positive = 0.5
-    """slope of balanced_l1 near zero (arXiv 1904.02701 equation 5)"""
+    """slope of balanced_l1 near zero (arXiv 1904.02701 section 3.3)"""
     gamma: Positive = 1.5
     """largest slope of balanced_l1"""
     normalization: Literal["rois", "positives"] = "rois"

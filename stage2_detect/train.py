@@ -141,6 +141,10 @@ def train(config: TrainConfig) -> None:
     assert config.log_every is not None
     schedule = Schedule.of(config.optim, steps_per_epoch, steps)
 
+    moving, collapse = config.moving_teacher, None
+    burn_in = int(moving.burn_in) if moving else 0
+    labeled = labeled_images(config.batch_size, config.labeled_share)
+
     # ---- resume
     quarantine = Quarantine(run, data.images)
     state = TrainingState(
@@ -154,6 +158,8 @@ def train(config: TrainConfig) -> None:
         keep_checkpoints=config.keep_checkpoints,
         lr=config.optim.lr,
         precision=config.precision,
+        burn_in=burn_in,
+        burn_in_batch=labeled,
     )
     start = state.restore(look=config.look)
     if config.export_check and start == 0:
@@ -165,9 +171,6 @@ def train(config: TrainConfig) -> None:
                 problem = f"export_check: {error}"
         if problem := from_main_rank(problem):
             raise UserError(problem)
-    moving, collapse = config.moving_teacher, None
-    burn_in = int(moving.burn_in) if moving else 0
-    labeled = labeled_images(config.batch_size, config.labeled_share)
     if moving:
         unlabeled = config.batch_size - labeled
         lines = from_main_rank(read_metrics(run.path) if run.main else [])
@@ -289,7 +292,6 @@ def train(config: TrainConfig) -> None:
             progress.step()
 
             if logged:
-                state.batch_size = config.batch_size if step > burn_in else labeled
                 means = state.log(step, lr, grad_norm=norm)
                 if collapse:
                     run.log_if(collapse.see(step, means, last=step == steps))
@@ -319,8 +321,6 @@ def train(config: TrainConfig) -> None:
         measured = len(data.val.images) if data.val else 0
         metrics["expected_met"], line = compare_expected(config.expected, metrics, measured, config.precision)
         run.log(line)
-    if moving:  # the burn-in has the labeled images alone
-        metrics["images_seen"] = step * labeled + max(0, step - burn_in) * (config.batch_size - labeled)
     file = run.path / "detector.safetensors"
     save_model(file, step, metrics)
     files, last_good = [file], run.path / "detector_last_good.safetensors"

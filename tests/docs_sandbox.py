@@ -217,7 +217,7 @@ def save_random_detector(path: Path, kind: str, annotations: Path) -> None:
         parts = {"roi": {"hidden": 32, "samples_per_image": 24}, "rpn": rpn}
     config = DetectorConfig(kind=kind, fpn_channels=16, **parts)
     body = timm.create_model("test_resnet", features_only=True)
-    inputs = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector((0.5,) * 3, (0.5,) * 3)
     model = build_detector(config, classes=len(NAMES), body=body, arch="test_resnet", inputs=inputs)
     resize = ResizeConfig(train_short_sides=[SIDE], train_long_side=SIDE, short_side=SIDE, long_side=SIDE)
     data = read_coco(annotations, None, training=False)

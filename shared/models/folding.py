@@ -52,9 +52,8 @@ def fold_batchnorm(net: nn.Module, example: Tensor, *, opaque: tuple[type[nn.Mod
         warnings.simplefilter("ignore")  # tracing warns of what it skips
         try:
             return _folded(net, example, opaque)
-        except (
-            Exception
-        ) as error:  # of tracing: control flow that depends on values, or on the modules that were replaced
+        # Of tracing: control flow that depends on values, or on the modules that were replaced.
+        except Exception as error:
             why = " ".join(str(error).split())[:200]
             return Folded(net, 0, f"the network cannot be traced or run folded ({type(error).__name__}: {why})")
 

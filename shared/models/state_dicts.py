@@ -41,10 +41,8 @@ _DEEPEST = 4
 OTHER_OBJECTS = "it asks for "
 """in the message on a sound pickle that holds more than plain tensors"""
 _COUNTER = "num_batches_tracked"  # of BatchNorm, which older files lack; nothing reads it
-_STATISTICS = (
-    "running_mean",
-    "running_var",
-)  # of BatchNorm, finite like what is learnt; other buffers, such as masks, need not be
+# Of BatchNorm; finite, like trained parameters. Other buffers, such as masks, need not be.
+_STATISTICS = ("running_mean", "running_var")
 
 
 def read_state_dict(path: Path) -> tuple[Tensors, str]:

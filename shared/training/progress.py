@@ -173,23 +173,23 @@ class Progress:
             self._shown |= {key: value for key, value in values.items() if value is not None}
             self._bar.show(**self._shown)
 
-    def read(self, images: int) -> dict[str, float]:
+    def read(self, images_seen: Callable[[int], int]) -> dict[str, float]:
         """Return `seconds` since the last call, the share of them spent waiting for data, images per second and peak memory.
 
         Args:
-            images: number of images per step, over all processes.
+            images_seen: returns the number of images in the first steps of the run, over all processes.
 
         `memory_gb` is the peak of all tensors on a GPU, else the peak of the process.
         """
         now = time.perf_counter()
         seconds, self._read_time = now - self._read_time, now
         training, self._paused = max(seconds - self._paused, 1e-9), 0.0
-        steps, self._read_step = self._step - self._read_step, self._step
+        images, self._read_step = images_seen(self._step) - images_seen(self._read_step), self._step
         share, self._waited = min(1.0, self._waited / training), 0.0
         return {
             "seconds": round(seconds, 3),
             "data_wait": round(share, 3),
-            "images_per_second": round(steps * images / training, 2),
+            "images_per_second": round(images / training, 2),
             "memory_gb": round(greatest_memory(self._device) / 2**30, 2),
         }
 

@@ -91,9 +91,8 @@ class TensorBoard:
 
             self._writer = SummaryWriter(str(self._run), purge_step=step)
             lines = dump_yaml(self._config).splitlines()
-            self._writer.add_text(
-                "settings", "\n".join(f"    {line}" for line in lines), 0
-            )  # indented: code in Markdown
+            code = "\n".join(f"    {line}" for line in lines)  # in Markdown, indented lines are code
+            self._writer.add_text("settings", code, 0)
         return self._writer
 
     def _images(self) -> list[Path]:

@@ -43,7 +43,9 @@ class TrainingState:
 
     Attributes:
         networks: file name in a checkpoint -> network; never the teacher.
+        batch_size: images per step, over all processes, after the burn-in.
         lr, precision: settings of the run, for the advice after a bad update.
+        burn_in, burn_in_batch: number of first steps with smaller batches, and images per step in them.
         best: highest score of an evaluation so far.
         stale: evaluations since then.
         resumed: name of the checkpoint that was loaded, empty without one.
@@ -60,6 +62,8 @@ class TrainingState:
     keep_checkpoints: int
     lr: float
     precision: str
+    burn_in: int = 0
+    burn_in_batch: int = 0
     watch: LossWatch = field(default_factory=LossWatch)
     best: float = float("-inf")
     stale: int = 0
@@ -68,6 +72,11 @@ class TrainingState:
     def __post_init__(self) -> None:
         # Not a method of this object: a circle would keep the run's lock after an error.
         self.progress = Progress(self.run, self.accelerator.device, partial(_latest_loss, self.watch))
+
+    def images_seen(self, step: int) -> int:
+        """Return the number of images in the first `step` steps, over all processes."""
+        short = min(step, self.burn_in)
+        return short * self.burn_in_batch + (step - short) * self.batch_size
 
     def restore(self, *, look: bool = False) -> int:
         """Load the newest checkpoint, if there is one, on every rank; return the number of steps done.
@@ -126,7 +135,7 @@ class TrainingState:
 
     def finish(self, metrics: dict[str, Any], step: int, outputs: Sequence[Path], best: Path) -> None:
         """Write result.json after the last step: the numbers of the last evaluation, and, if the file `best` exists, step and numbers of the best."""
-        metrics = {"steps": step, "images_seen": step * self.batch_size} | metrics
+        metrics = {"steps": step, "images_seen": self.images_seen(step)} | metrics
         if best.exists() and self.run.main:
             facts = read_metadata(best)
             numbers = {name: value for name, value in facts["metrics"].items() if isinstance(value, int | float)}
@@ -229,8 +238,8 @@ class TrainingState:
         means = self.watch.averages()
         numbers = {name: float(value) for name, value in values.items() if value is not None}
         means |= {name: number for name, number in numbers.items() if math.isfinite(number)}
-        self.quarantine.judge(step * self.batch_size)
-        speed = self.progress.read(self.batch_size)
+        self.quarantine.judge(self.images_seen(step))
+        speed = self.progress.read(self.images_seen)
         self.run.metric(step, lr=lr, **means, **speed)
         averages = ", ".join(f"{key} {value:.4f}" for key, value in means.items())
         self.run.log(

@@ -25,11 +25,8 @@ _SETTLED = 1e-3  # smallest relative improvement of the distance for another pas
 _REFILLS = 20  # most further passes to refill empty clusters
 # Balanced:
 _SAMPLE, _SAMPLE_OF_EACH = 8192, 16  # fewest images that offsets are estimated on: in all, and per center
-_PERPLEXITIES, _SHARPENINGS, _STEPS_OF_EACH = (
-    (4.0, 1.05),
-    6,
-    8,
-)  # perplexities of the soft assignment: first and last; their number; Sinkhorn steps at each
+_PERPLEXITIES = (4.0, 1.05)  # of the soft assignment: first and last
+_SHARPENINGS, _STEPS_OF_EACH = 6, 8  # number of perplexities, and Sinkhorn steps at each
 _ROUNDS, _SAMPLE_LEVELLING, _LEVELLING = 5, 60, 15
 _LEVEL = 0.05  # tolerated relative deviation of a size from N / K
 

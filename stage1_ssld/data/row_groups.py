@@ -80,9 +80,8 @@ class RowGroupShard:
         with pq.ParquetFile(
             inner, filesystem=filesystem, memory_map=filesystem is None, page_checksum_verification=True
         ) as opened:
-            table = opened.read_row_group(
-                self.group, columns=[self.column], use_threads=False
-            )  # threads do not survive a fork
+            # Threads do not survive a fork.
+            table = opened.read_row_group(self.group, columns=[self.column], use_threads=False)
             return table.replace_schema_metadata(None)
 
 

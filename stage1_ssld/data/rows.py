@@ -321,13 +321,8 @@ def walk_tar(file: Path, tally: Tally) -> Iterator[tuple[tarfile.TarInfo, tarfil
                     tally.drop("image", "that are links inside a tar file", f"{file}, {escaped(member.name)}")
             if not check_end(archive):
                 tally.change("file", "without an end marker, so perhaps truncated", file)
-    except (
-        tarfile.TarError,
-        OSError,
-        ValueError,
-        OverflowError,
-        MemoryError,
-    ) as error:  # impossible sizes in damaged headers
+    # A damaged header may hold an impossible size.
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
         raise unreadable_tar(str(file), error) from None
 
 

@@ -39,9 +39,8 @@ def training_view(image: DecodedImage, key: str, view: int, config: DataConfig, 
         return val_view(
             whole_CHW, image_size=config.image_size, val_crop=config.val_crop, interpolation=config.interpolation
         )
-    seeded = (
-        seeded_torch if config.augment is None else seeded_view
-    )  # only timm's augmentations use the other generators
+    # Only timm's augmentations draw from the generators of Python and NumPy.
+    seeded = seeded_torch if config.augment is None else seeded_view
     with seeded(key, view, seed):
         pixels = _crop_and_flip(image, config)
         if config.augment is not None and torch.rand(()) < config.augment_probability:

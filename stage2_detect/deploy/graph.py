@@ -233,8 +233,8 @@ class DetectorGraph(nn.Module):
         candidates, scores, start = [], [], 0
         for feature, (rows, columns) in zip(features, grids, strict=True):
             logits, deltas = rpn.head(feature)
-            logits_BL = logits.permute(0, 2, 3, 1).flatten(1).float()
-            deltas_BL4 = deltas.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3).float()
+            logits_BL = anchors.in_order(logits, 1).squeeze(-1).float()
+            deltas_BL4 = anchors.in_order(deltas, 4).float()
             index_BN, scores_BN, valid_BN = _best(logits_BL, rpn.pre_nms_top_n_test)
             deltas_BN4, anchors_BN4 = boxes.take(deltas_BL4, index_BN), anchors_A4[index_BN + start]
             boxes_BN4 = boxes.clip(boxes.decode(deltas_BN4, anchors_BN4, (1.0, 1.0, 1.0, 1.0)), sizes_B2)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _EPSILON = 1e-8  # added to a variance, so that a constant channel has a finite gradient
+_MASS_POWER = 1.8  # exponent of the teacher's probabilities in the divisor of the adaptive loss, as released
 
 
 def soft_divergence(student_K: Tensor, teacher_K: Tensor, temperature: float) -> Tensor:
@@ -59,9 +60,9 @@ def adaptive_distillation(
     return weight_K * (0.5 * cross_K if form == "code" else divergence_K)
 
 
-def adaptive_normalizer(teacher_K: Tensor, power: float = 1.8) -> Tensor:
-    """Compute the sum of the teacher's probabilities to a power, over all anchors and classes: the divisor of the adaptive loss (at least 1)."""
-    return (teacher_K.detach().float().sigmoid() ** power).sum()
+def adaptive_normalizer(teacher_K: Tensor) -> Tensor:
+    """Compute the sum of the teacher's probabilities to the power 1.8 over all anchors and classes, the divisor of the adaptive loss (at least 1)."""
+    return (teacher_K.detach().float().sigmoid() ** _MASS_POWER).sum()
 
 
 def pkd(student_BDHW: Tensor, teacher_BDHW: Tensor, inside_BHW: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ later stages of a cascade learn the classes of the pseudo-boxes). Sides: of boxe
 
 GFL and RetinaNet: no pseudo-boxes, but the teacher's scores at all anchors, by quality focal loss (Dense Teacher, arXiv 2207.02541; outside of the
 learning region the target is the teacher's score too, where the paper has 0) or by ADL (`dense.py`), and its boxes at the anchors with its highest
-scores, by GIoU, weighted by these scores. The sum of these scores over all ranks divides both.
+scores, by GIoU, weighted by these scores. The sum of these scores over all ranks divides both losses, except ADL, which has its own divisor.
 
 `measured` tells how the teacher does: `pseudo_boxes`, boxes per image from the thresholds on; `certain_boxes`, those among them whose sides are
 learned; `agreement`, of the regions that teacher or detector take for an object, the share that both give the same class; 0 where there is none.
@@ -39,8 +39,6 @@ from ssld.stage2_detect.models.build import Detector
 from ssld.stage2_detect.models.dense import DenseDetector
 from ssld.stage2_detect.models.gfl import GFL
 from ssld.stage2_detect.models.rcnn import RCNN
-
-_GIOU_EPSILON = 1e-7  # as in the heads' own losses
 
 
 class SemiSupervised(nn.Module):
@@ -156,7 +154,7 @@ class SemiSupervised(nn.Module):
         row_B1 = torch.arange(len(index_BM), device=index_BM.device)[:, None]
         boxes_BM4 = head.decode(values[row_B1, index_BM], index_BM, grids)
         teacher_BM4 = head.decode(teacher_values[row_B1, index_BM], index_BM, grids)
-        giou_BM = box_losses.generalized_iou(boxes_BM4, teacher_BM4, _GIOU_EPSILON)
+        giou_BM = box_losses.generalized_iou(boxes_BM4, teacher_BM4, box_losses.TORCHVISION_EPSILON)
         scores_BMK, teacher_scores_BMK = logits_BAK.detach().sigmoid()[row_B1, index_BM], scores_BAK[row_B1, index_BM]
         self._measure_dense(student, scores_BMK, teacher_scores_BMK, boxes.clip(teacher_BM4, weak.sizes_B2))
         return {"loss_cls": loss_cls, "loss_box": factor * (weight_BM * giou_BM).sum()}

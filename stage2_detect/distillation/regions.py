@@ -19,6 +19,8 @@ from ssld.stage2_detect.models import boxes
 Overlap = Literal["anchor", "union"]
 _CHUNK_ELEMENTS = 2**22
 """Elements of a matrix of objects and anchors computed at once, 16 MB; there are about a dozen such matrices."""
+_SHARE_OF_BEST = 0.5  # of an object's highest IoU, above which a cell is near it, as in the paper
+_GI_IOU = 0.3  # overlap of general instances above which the one of lower score is dropped, as in the paper
 _TAKEN = -1.0  # score of a box that is already taken, dropped or not valid
 
 
@@ -80,16 +82,15 @@ def fine_grained(
     present_BG: Tensor,
     *,
     valid_BA: Tensor | None = None,
-    share: float = 0.5,
     chunk_elements: int = _CHUNK_ELEMENTS,
 ) -> Tensor:
-    """Mark the anchors whose IoU with an object is above `share` of the object's highest IoU, only those of `valid_BA` if given: bool [B, A]."""
+    """Mark the anchors whose IoU with an object is above half of the object's highest IoU, only those of `valid_BA` if given: bool [B, A]."""
     near_BA = torch.zeros((len(present_BG), len(anchors_A4)), dtype=torch.bool, device=anchors_A4.device)
     for part in _chunks(present_BG.shape[1], near_BA.numel(), chunk_elements):
         iou_BgA = boxes.pairwise_iou(objects_BG4[:, part], anchors_A4.expand(len(present_BG), -1, -1))
         if valid_BA is not None:
             iou_BgA.masked_fill_(~valid_BA[:, None], 0)
-        near_BgA = (iou_BgA > share * iou_BgA.amax(dim=2, keepdim=True)) & present_BG[:, part, None]
+        near_BgA = (iou_BgA > _SHARE_OF_BEST * iou_BgA.amax(dim=2, keepdim=True)) & present_BG[:, part, None]
         near_BA |= near_BgA.any(dim=1)
     return near_BA
 
@@ -114,7 +115,6 @@ def general_instances(
     anchors_of_level: Sequence[int],
     *,
     valid_BA: Tensor | None = None,
-    iou: float = 0.3,
     most: int = 10,
 ) -> Tensor:
     """Mark the cells at which two detectors differ most, after NMS of their boxes (arXiv 2103.02340 section 3.1, as used by LD): bool [B, A].
@@ -127,7 +127,6 @@ def general_instances(
         student_boxes_BA4, teacher_boxes_BA4: box of every cell, in pixels.
         anchors_of_level: number of cells of each level; the sum is A.
         valid_BA: bool; cells that exist for the image; None: all.
-        iou: overlap above which the box of lower score is dropped.
         most: number of cells per level and image.
     """
     difference_BAK = teacher_BAK.float().sigmoid() - student_BAK.float().sigmoid()
@@ -140,12 +139,12 @@ def general_instances(
     start = 0
     for count in anchors_of_level:
         level = slice(start, start + count)
-        chosen_BA[:, level] = _best_apart(boxes_BA4[:, level], score_BA[:, level], iou, most)
+        chosen_BA[:, level] = _best_apart(boxes_BA4[:, level], score_BA[:, level], most)
         start += count
     return chosen_BA
 
 
-def _best_apart(boxes_BL4: Tensor, scores_BL: Tensor, iou: float, most: int) -> Tensor:
+def _best_apart(boxes_BL4: Tensor, scores_BL: Tensor, most: int) -> Tensor:
     """Mark the best `most` boxes of each image that greedy NMS keeps: bool [B, L]; boxes with a score of `_TAKEN` are ignored.
 
     Each step takes one box of every image, so no shape depends on values and the host does not wait for a GPU.
@@ -154,7 +153,7 @@ def _best_apart(boxes_BL4: Tensor, scores_BL: Tensor, iou: float, most: int) -> 
     for _ in range(min(most, scores_BL.shape[1])):
         best_B1, index_B1 = scores_BL.max(dim=1, keepdim=True)
         kept_BL = kept_BL.scatter(1, index_B1, kept_BL.gather(1, index_B1) | (best_B1 > _TAKEN))
-        overlaps_BL = boxes.pairwise_iou(boxes.take(boxes_BL4, index_B1), boxes_BL4)[:, 0] > iou
+        overlaps_BL = boxes.pairwise_iou(boxes.take(boxes_BL4, index_B1), boxes_BL4)[:, 0] > _GI_IOU
         scores_BL = scores_BL.masked_fill(overlaps_BL, _TAKEN).scatter(1, index_B1, _TAKEN)
     return kept_BL
 

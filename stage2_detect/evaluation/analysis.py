@@ -190,9 +190,8 @@ def curve(analysis: Analysis, label: int) -> Curve | None:
     precision_R = np.append(envelope, 0.0)[place_R]
     scores, right = _right(analysis, of_class_D)
     f1 = 2 * right / (np.arange(1, len(right) + 1) + objects)
-    last = (
-        np.append(scores[1:] != scores[:-1], True) if len(scores) else np.zeros(0, bool)
-    )  # equal scores are one threshold
+    # Equal scores are one threshold: the last of them counts.
+    last = np.append(scores[1:] != scores[:-1], True) if len(scores) else np.zeros(0, bool)
     best = int(np.where(last, f1, -1).argmax()) if right.size and right[-1] else None
     return Curve(precision_R, 0.0 if best is None else float(f1[best]), None if best is None else float(scores[best]))
 

@@ -20,10 +20,8 @@ from ssld.stage2_detect.models.mask_targets import decode_rle
 
 _LEAST_SIDE = 480  # pixels; smallest longer side of a drawn image, so that names are legible
 _LEAST_TEXT = 10  # pixels; smallest height of text
-_LITTLE_HIDDEN, _MOST_HIDDEN = (
-    0.1,
-    0.35,
-)  # share of a box under a name: up to the first it does not matter, above the second it is refused
+_LITTLE_HIDDEN, _MOST_HIDDEN = 0.1, 0.35
+"""share of a box under a name: up to the first it does not matter, above the second it is refused"""
 _OPAQUE = 0.8  # opacity of the background of a name
 _MASK = 0.4  # opacity of a mask
 _GOLDEN = 0.618034  # golden ratio: successive hues are far apart

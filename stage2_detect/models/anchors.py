@@ -5,7 +5,7 @@ rounded. torchvision rounds half sides to whole pixels, truncates scaled sizes, 
 is no multiple of a coarse level's stride: 61 pixels in place of 64 for P6 of an image of 800. Anchors are float32 whatever the features are:
 coordinates are computed in float64 and rounded once.
 
-Shapes: A anchors in the order level, row, column, scale, ratio; C cells along one axis; S shapes per cell.
+Shapes: A anchors in the order level, row, column, scale, ratio; C cells along one axis; S shapes per cell; B images, H rows, W columns.
 """
 
 import functools
@@ -24,6 +24,12 @@ AnchorGrid = Literal["exact", "torchvision"]
 def grids_of(features: Sequence[Tensor]) -> Grids:
     """Return (rows, columns) of each map."""
     return [(feature.shape[-2], feature.shape[-1]) for feature in features]
+
+
+def in_order(map_BCHW: Tensor, values: int) -> Tensor:
+    """Reshape a head's map [B, S * values, H, W] to [B, H * W * S, values], the order of its level's anchors."""
+    B, _, H, W = map_BCHW.shape
+    return map_BCHW.view(B, -1, values, H, W).permute(0, 3, 4, 1, 2).reshape(B, -1, values)
 
 
 def grid_anchors(

@@ -1,10 +1,8 @@
 """Inputs and outputs of a detector: images, targets, detections.
 
-Files, category ids and names are absent on purpose: `data/` makes `ImageBatch` and `Targets`, and models see nothing else
-    of it.
+Files, category ids and names are absent on purpose: `data/` makes `ImageBatch` and `Targets`, and models see nothing else of it.
 
-Shapes: B images, G objects (padded to the most of the batch, may be 0), C channels, H height, W width, N detections, K
-    classes.
+Shapes: B images, G objects (padded to the most of the batch, may be 0), C channels, H height, W width, N detections or boxes, K classes.
 """
 
 from dataclasses import dataclass, replace
@@ -101,6 +99,12 @@ class Targets:
             labels_BG=self.labels_BG.pin_memory(),
             seeds_B=self.seeds_B.pin_memory(),
         )
+
+    def labels_of(self, objects_BN: Tensor) -> Tensor:
+        """Return the classes of the objects at these indices: int64 [B, N] in 0..K-1; -1 for padding, so everywhere in a batch without objects."""
+        if not self.labels_BG.shape[1]:
+            return torch.full_like(objects_BN, -1)
+        return self.labels_BG.gather(1, objects_BN)
 
     def fits(self, positive_BN: Tensor, objects_BN: Tensor) -> Tensor:
         """Mark the boxes whose sides are learned: bool [B, N], those of `positive_BN` whose object, at index `objects_BN`, is to be fitted."""

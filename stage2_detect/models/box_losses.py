@@ -1,4 +1,4 @@
-"""Box losses of the RoI heads: pure functions of predicted and target deltas or boxes, float32, one number per box.
+"""Box losses: pure functions of predicted and target deltas or boxes, float32, one number per box.
 
 L1 kinds compare deltas. IoU kinds compare boxes "in delta space on a unit prior", as PaddleDetection@666f597f
 (ppdet/modeling/heads/bbox_head.py): both sets of deltas, divided by their weights, are applied to a box of side 1. Since a
@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from ssld.stage2_detect.models import boxes
 
-_EPSILON = 1e-10
+_EPSILON = 1e-10  # PaddleDetection's
+TORCHVISION_EPSILON = 1e-7
+"""`epsilon` of `generalized_iou` in torchvision, and in the one-stage heads"""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def smooth_l1(deltas_4: Tensor, target_4: Tensor, *, beta: float) -> Tensor:
 
 
 def balanced_l1(deltas_4: Tensor, target_4: Tensor, *, alpha: float, gamma: float, beta: float) -> Tensor:
-    """Compute the sum [...] of the balanced L1 loss (arXiv 1904.02701 equations 5 to 7), whose gradient is
+    """Compute the sum [...] of the balanced L1 loss (arXiv 1904.02701 section 3.3), whose gradient is
     alpha * ln(b * d / beta + 1) below `beta` and `gamma` above it, with b such that the two meet.
     """
     b = math.expm1(gamma / alpha)

@@ -17,9 +17,8 @@ from torchvision.ops import nms
 LOG_SIZE_LIMIT = math.log(1000 / 16)
 """Largest delta of a side: a side is enlarged by at most its exponential, as in other R-CNN implementations."""
 _MANY = 10_000  # number of boxes above which NMS runs class by class
-_SMALLEST_SIDE = (
-    1e-6  # in pixels; keeps the deltas of padding finite. Objects with smaller sides are dropped on loading
-)
+_SMALLEST_SIDE = 1e-6
+"""In pixels; keeps the deltas of padding finite. Objects with smaller sides are dropped on loading."""
 
 
 def area(boxes_4: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ssld.stage2_detect.models.anchors import in_order
 from ssld.stage2_detect.models.norms import group_norm
 
 _PRIOR = 0.01  # initial probability of every class
@@ -62,8 +63,8 @@ class DenseHead(nn.Module):
         """Compute float32 logits [B, A, K] and box values [B, A, D]."""
         logits, values = [], []
         for level, feature_BCHW in enumerate(features):
-            logits.append(_flatten(self.logits(self.class_tower(feature_BCHW)), self.classes))
-            flat_BAD = _flatten(self.boxes(self.box_tower(feature_BCHW)), self.box_values)
+            logits.append(in_order(self.logits(self.class_tower(feature_BCHW)), self.classes).float())
+            flat_BAD = in_order(self.boxes(self.box_tower(feature_BCHW)), self.box_values).float()
             values.append(flat_BAD if self.scales is None else flat_BAD * self.scales[level])
         return torch.cat(logits, dim=1), torch.cat(values, dim=1)
 
@@ -74,13 +75,6 @@ def _tower(channels: int, convolutions: int, *, norm: bool, bias: bool) -> nn.Se
         layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=bias))
         if norm:
             layers.append(group_norm(channels))
-        layers.append(
-            nn.ReLU(inplace=True)
-        )  # the backward passes of convolution and GroupNorm do not need their outputs
+        # In place: the backward passes of convolution and GroupNorm do not need their outputs.
+        layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
-
-
-def _flatten(map_BCHW: Tensor, values: int) -> Tensor:
-    """Reshape [B, shapes * values, H, W] to float32 [B, H * W * shapes, values], the order of the anchors."""
-    B, _, H, W = map_BCHW.shape
-    return map_BCHW.view(B, -1, values, H, W).permute(0, 3, 4, 1, 2).reshape(B, -1, values).float()

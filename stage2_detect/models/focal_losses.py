@@ -55,7 +55,7 @@ class _NegativeFocal(torch.autograd.Function):
 
 
 def quality_focal_loss(logits_K: Tensor, quality_K: Tensor) -> Tensor:
-    """Compute the quality focal loss [..., K] (arXiv 2006.04388 equation 5, beta = 2).
+    """Compute the quality focal loss [..., K] (arXiv 2006.04388 equation 2, beta = 2).
 
     Args:
         quality_K: targets in 0..1: the IoU at the object's class, 0 elsewhere.
@@ -80,6 +80,6 @@ def distribution_focal_loss(logits_E: Tensor, distances: Tensor) -> Tensor:
 
 
 def expected_distance(logits_E: Tensor) -> Tensor:
-    """Compute the mean [...] of the distribution over 0 .. E - 1 (arXiv 2006.04388 equation 3)."""
+    """Compute the mean [...] of the distribution over 0 .. E - 1 (arXiv 2006.04388 equation 5)."""
     bins_E = torch.arange(logits_E.shape[-1], device=logits_E.device, dtype=torch.float32)
     return (logits_E.float().softmax(dim=-1) * bins_E).sum(dim=-1)

@@ -25,7 +25,6 @@ from ssld.stage2_detect.models.dense_head import DenseHead
 _FILLED = 32  # in pixels; sides of a padded image are multiples of it
 _ANCHOR_STRIDES = 8  # side of an anchor, in strides
 _BELOW_LAST_BIN = 0.1  # target distances are at most reg_max minus this
-_GIOU_EPSILON = 1e-7  # as in torchvision's GIoU
 
 
 class GFL(nn.Module):
@@ -139,10 +138,7 @@ class GFL(nn.Module):
         predicted_BA4 = _around_origin(focal_losses.expected_distance(bins_BA4E))
 
         iou_BA = boxes.paired_iou(predicted_BA4.detach(), target_BA4)
-        if targets.labels_BG.shape[1]:
-            class_BA = targets.labels_BG.gather(1, assigned.objects_BA).clamp(min=0)
-        else:
-            class_BA = torch.zeros_like(assigned.objects_BA)
+        class_BA = targets.labels_of(assigned.objects_BA).clamp(min=0)
         quality_BA1 = torch.where(positive_BA, iou_BA, 0.0)[..., None]
         quality_BAK = torch.zeros_like(logits_BAK).scatter_(-1, class_BA[..., None], quality_BA1)
         qfl_BA = focal_losses.quality_focal_loss(logits_BAK, quality_BAK).sum(dim=-1)
@@ -151,7 +147,7 @@ class GFL(nn.Module):
 
         weight_BA = torch.where(positive_BA, self.scores(logits_BAK), 0.0)
         factor = ranks.world_size / ranks.total(weight_BA.sum()).clamp(min=self.weight_floor)
-        giou_BA = box_losses.generalized_iou(predicted_BA4, target_BA4, _GIOU_EPSILON)
+        giou_BA = box_losses.generalized_iou(predicted_BA4, target_BA4, box_losses.TORCHVISION_EPSILON)
         losses = {
             "loss_cls": self.qfl_weight * loss_cls,
             "loss_box": self.box_weight * factor * torch.where(positive_BA, weight_BA * giou_BA, 0.0).sum(),

@@ -123,10 +123,7 @@ class MaskHead(RoIConvolutions):
         objects_BR = sampled.objects_BR[:, : positives.most]
         positive_N = positive_BR.flatten()
         logits_NKSS = self(self._pool(features, rois_BR4, positive_BR), positive_N)
-        if targets.labels_BG.shape[1]:
-            class_N = targets.labels_BG.gather(1, objects_BR).clamp(min=0).flatten()
-        else:
-            class_N = torch.zeros_like(objects_BR).flatten()
+        class_N = targets.labels_of(objects_BR).clamp(min=0).flatten()
         logits_NSS = logits_NKSS[torch.arange(len(class_N), device=class_N.device), class_N]
         entropy_N = F.binary_cross_entropy_with_logits(logits_NSS, target_NSS, reduction="none").mean(dim=(1, 2))
         count = ranks.total(positive_N.sum()).clamp(min=1)

@@ -32,9 +32,8 @@ class NMS:
 
 
 HARD = NMS()
-_CANDIDATES = (
-    2000  # scores per image that are copied to the host at once; soft NMS and untrained detectors may need more
-)
+_CANDIDATES = 2000
+"""Scores per image that are copied to the host at once; soft NMS and untrained detectors may need more."""
 
 
 def select(

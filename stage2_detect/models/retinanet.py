@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssld.shared.distributed.ranks import ONE_RANK, Ranks
-from ssld.stage2_detect.models import boxes, focal_losses
+from ssld.stage2_detect.models import box_losses, boxes, focal_losses
 from ssld.stage2_detect.models.anchors import AnchorGrid, Grids, grid_anchors
 from ssld.stage2_detect.models.assign import Assignment
 from ssld.stage2_detect.models.assign import assign as assign_max_iou
 from ssld.stage2_detect.models.batch import Targets
-from ssld.stage2_detect.models.box_losses import generalized_iou
 from ssld.stage2_detect.models.dense_head import DenseHead
 
 _WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # delta weights
-_EPSILON = 1e-7  # of the areas in the GIoU loss, torchvision's
 _OCTAVE = 4  # side of a level's smallest square anchor, in strides
 _SCALES = tuple(2 ** (third / 3) for third in range(3))
 
@@ -133,9 +131,7 @@ class RetinaNet(nn.Module):
         if assigned is None:
             assigned = self.assign(grids, sizes_B2, targets)
         positive_BA = assigned.labels_BA == 1
-        label_BA = torch.full_like(assigned.objects_BA, -1)
-        if targets.labels_BG.shape[1]:
-            label_BA = torch.where(positive_BA, targets.labels_BG.gather(1, assigned.objects_BA), -1)
+        label_BA = torch.where(positive_BA, targets.labels_of(assigned.objects_BA), -1)
         focal_BA = focal_losses.focal_loss(logits_BAK, label_BA, alpha=self.alpha, gamma=self.gamma).sum(dim=-1)
         references_BA4 = self.anchors(grids, logits_BAK.device).expand_as(deltas_BA4)
         objects_BA4 = boxes.take(targets.boxes_BG4, assigned.objects_BA)
@@ -143,7 +139,8 @@ class RetinaNet(nn.Module):
             # Elsewhere a perfect prediction, whose gradient is finite; the zero of `where` times an infinite one would be NaN.
             objects_BA4 = torch.where(positive_BA[..., None], objects_BA4, references_BA4)
             deltas_BA4 = torch.where(positive_BA[..., None], deltas_BA4, 0.0)
-            distance_BA = generalized_iou(boxes.decode(deltas_BA4, references_BA4, _WEIGHTS), objects_BA4, _EPSILON)
+            predicted_BA4 = boxes.decode(deltas_BA4, references_BA4, _WEIGHTS)
+            distance_BA = box_losses.generalized_iou(predicted_BA4, objects_BA4, box_losses.TORCHVISION_EPSILON)
         else:
             deltas = boxes.encode(objects_BA4, references_BA4, _WEIGHTS)
             distance_BA = F.smooth_l1_loss(deltas_BA4, deltas, beta=self.smooth_l1_beta, reduction="none").sum(dim=-1)

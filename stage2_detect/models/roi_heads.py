@@ -45,7 +45,7 @@ FASTER = (BoxStage(positive_iou=0.5, delta_weights=(10.0, 10.0, 5.0, 5.0)),)
 
 @dataclass(frozen=True)
 class SampledRoIs:
-    """RoIs sampled for the losses of the first stage; the mask head and distillation use them too."""
+    """RoIs of one stage's losses, and their objects. Those of the first stage are also used by the mask head and by distillation."""
 
     rois_BR4: Tensor
     """float32, in coordinates of the network's input; without gradient."""
@@ -202,20 +202,15 @@ class RoIHeads(nn.Module):
             stage's float32 logits [N, K + 1] of the sampled RoIs, with gradient.
         """
         rois_BR4, valid_BR = sampled.rois_BR4, sampled.valid_BR
-        positive_BR, objects_BR = sampled.positive_BR, sampled.objects_BR
         losses: dict[str, Tensor] = {}
         logits: list[Tensor] = []
         for number, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
             if number > 0:
-                if self.add_gt_each_stage:
-                    rois_BR4, valid_BR = _with_objects(rois_BR4, valid_BR, targets)
-                assigned = self._assign(stage, rois_BR4, targets)
-                positive_BR, objects_BR = valid_BR & (assigned.labels_BA == 1), assigned.objects_BA
+                sampled = self._relabel(stage, rois_BR4, valid_BR, targets)
+            rois_BR4, valid_BR = sampled.rois_BR4, sampled.valid_BR
             logits_NK, deltas_ND4 = head(self._pool(features, rois_BR4, valid_BR), valid_BR.flatten())
             logits.append(logits_NK)
-            loss_cls, loss_box = self._stage_losses(
-                stage, logits_NK, deltas_ND4, rois_BR4, valid_BR, positive_BR, objects_BR, targets, ranks
-            )
+            loss_cls, loss_box = self._stage_losses(stage, logits_NK, deltas_ND4, sampled, targets, ranks)
             suffix = f"_{number}" if len(self.stages) > 1 else ""
             losses[f"loss_cls{suffix}"], losses[f"loss_box{suffix}"] = loss_cls, loss_box
             if number + 1 < len(self.stages):
@@ -286,6 +281,13 @@ class RoIHeads(nn.Module):
             negative_iou=stage.positive_iou,
         )
 
+    def _relabel(self, stage: BoxStage, rois_BR4: Tensor, valid_BR: Tensor, targets: Targets) -> SampledRoIs:
+        """Return the RoIs of a later stage, which are not sampled again, with objects by its own IoU."""
+        if self.add_gt_each_stage:
+            rois_BR4, valid_BR = _with_objects(rois_BR4, valid_BR, targets)
+        assigned = self._assign(stage, rois_BR4, targets)
+        return SampledRoIs(rois_BR4, valid_BR, valid_BR & (assigned.labels_BA == 1), assigned.objects_BA)
+
     def _choose(self, positive_BR: Tensor, valid_BR: Tensor, ious_BR: Tensor, seeds_B: Tensor) -> sampling.Sample:
         R = valid_BR.shape[1]
         count, fraction = self.samples_per_image, self.positive_fraction
@@ -306,20 +308,16 @@ class RoIHeads(nn.Module):
         stage: BoxStage,
         logits_NK: Tensor,
         deltas_ND4: Tensor,
-        rois_BR4: Tensor,
-        valid_BR: Tensor,
-        positive_BR: Tensor,
-        objects_BR: Tensor,
+        sampled: SampledRoIs,
         targets: Targets,
         ranks: Ranks,
     ) -> tuple[Tensor, Tensor]:
-        if targets.labels_BG.shape[1] > 0:
-            class_BR = torch.where(positive_BR, targets.labels_BG.gather(1, objects_BR), self.classes)
-        else:
-            class_BR = torch.full_like(objects_BR, self.classes)
+        """Compute the losses of the classes and of the boxes of one stage from its outputs for the sampled RoIs."""
+        valid_BR, positive_BR, objects_BR = sampled.valid_BR, sampled.positive_BR, sampled.objects_BR
+        class_BR = torch.where(positive_BR, targets.labels_of(objects_BR), self.classes)
         class_N = torch.where(valid_BR, class_BR, -1).flatten()
         entropy = F.cross_entropy(logits_NK, class_N, ignore_index=-1, reduction="sum")
-        target_BR4 = boxes.encode(boxes.take(targets.boxes_BG4, objects_BR), rois_BR4, stage.delta_weights)
+        target_BR4 = boxes.encode(boxes.take(targets.boxes_BG4, objects_BR), sampled.rois_BR4, stage.delta_weights)
         # The row of the object's class. For RoIs that are not positive the deltas are replaced by a perfect prediction before
         # the loss: an infinite gradient, multiplied by the zero of `where`, would be NaN.
         row_N = class_N.clamp(0, deltas_ND4.shape[1] - 1)

@@ -130,8 +130,8 @@ class RPN(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and targets is not None and not sparse):
             maps = [self.head(feature) for feature in features]
         # Geometry and losses in float32: bf16 moves a box by up to a hundredth of its coordinate.
-        logits = [_flatten(scores, 1).squeeze(-1).float() for scores, _ in maps]
-        deltas = [_flatten(deltas, 4).float() for _, deltas in maps]
+        logits = [anchors.in_order(scores, 1).squeeze(-1).float() for scores, _ in maps]
+        deltas = [anchors.in_order(deltas, 4).float() for _, deltas in maps]
         anchors_A4 = self.anchors(grids, sizes_B2.device)
         proposals = self._propose(logits, deltas, anchors_A4, sizes_B2)
         if targets is None:
@@ -219,9 +219,3 @@ class RPN(nn.Module):
             assigned.labels_BA, priority_BA, count=self.samples_per_image, positive_fraction=self.positive_fraction
         )
         return chosen, assigned.objects_BA.gather(1, chosen.index_BS)
-
-
-def _flatten(map_BCHW: Tensor, values: int) -> Tensor:
-    """Reshape [B, K * values, H, W] to [B, H * W * K, values], the order of the anchors."""
-    B, _, H, W = map_BCHW.shape
-    return map_BCHW.view(B, -1, values, H, W).permute(0, 3, 4, 1, 2).reshape(B, -1, values)

@@ -43,11 +43,7 @@ class CollapseWatch:
         self._found = False  # any pseudo-box
         self._boxes = self._agreement = 0.0  # highest of a period, per image
         self._last = 0.0, 0.0  # those of the last period
-        self._images, self._boxes_since, self._agreement_since = (
-            0,
-            0.0,
-            0.0,
-        )  # sums over the images since the last period
+        self._images, self._boxes_since, self._agreement_since = 0, 0.0, 0.0  # sums since the last period
         self.healthy = True
         for line in lines:
             self._compare(int(line["step"]), line)

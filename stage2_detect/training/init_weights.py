@@ -176,7 +176,7 @@ def open_init(init: Path) -> InitWeights:
             class_names=tuple(coco_classes().values()),
             arch=about.arch,
             model_args=about.model_args,
-            inputs=InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False),
+            inputs=InputSettings.of_detector(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
             licence="bsd-3-clause",
             backbone={"reference": str(init)},
         )
@@ -194,7 +194,7 @@ def open_init(init: Path) -> InitWeights:
         class_names=tuple(metadata["class_names"]),
         arch=known_arch(metadata["arch"], init),
         model_args=metadata.get("model_args") or {},
-        inputs=InputSettings(tuple(metadata["mean"]), tuple(metadata["std"]), (0, 0), "bilinear", False),
+        inputs=InputSettings.of_detector(metadata["mean"], metadata["std"]),
         licence=metadata.get("licence", "unknown"),
         backbone=metadata.get("backbone", {}),
     )

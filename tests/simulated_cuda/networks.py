@@ -59,7 +59,7 @@ def detector(kind: str, seed: int = 0) -> Detector:
     torch.manual_seed(seed)
     config = DetectorConfig.model_validate({"kind": kind} | _SMALL | _OWN[kind])
     body = timm.create_model("test_resnet", features_only=True)
-    inputs = InputSettings((0.5,) * 3, (0.25,) * 3, (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector((0.5,) * 3, (0.25,) * 3)
     return build_detector(config, classes=len(CLASSES), body=body, arch="test_resnet", inputs=inputs)
 
 

@@ -175,7 +175,7 @@ def mask_file(tmp_path_factory: pytest.TempPathFactory, tiny_coco: TinyCoco) -> 
         kind="mask_rcnn", fpn_channels=16, roi={"hidden": 16}, mask={"hidden": 8, "convolutions": 1}
     )
     body = timm.create_model("test_resnet", features_only=True)
-    inputs = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector((0.5,) * 3, (0.5,) * 3)
     model = build_detector(config, classes=2, body=body, arch="test_resnet", inputs=inputs)
     path = tmp_path_factory.mktemp("mask_detector") / "detector.safetensors"
     data = read_coco(tiny_coco.val_annotations, None, training=False)

@@ -67,7 +67,7 @@ def build(name: str, **settings: object) -> RCNN:
     for key, value in (OVERRIDES | {key.replace("__", "."): value for key, value in settings.items()}).items():
         flags += [f"--model.{key}", str(value)]
     config = parse_config(ConvertPaddleConfig, flags, program="golden.py").model
-    inputs = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     body = timm.create_model("resnet50d", features_only=True, pretrained=False)
     model = build_detector(config, classes=80, body=body, arch="resnet50d", inputs=inputs)
     assert isinstance(model, RCNN)

@@ -69,7 +69,7 @@ def test_every_parameter_of_the_reference_has_its_place(name: str) -> None:
     arch = recognize(shapes, "file")
     assert arch == "resnet50d"
     body = timm.create_model(arch, features_only=True)
-    inputs = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector((0.5,) * 3, (0.5,) * 3)
     model = build_detector(recipe_of(name), classes=80, body=body, arch=arch, inputs=inputs)
     expected = {key: list(value.shape) for key, value in model.state_dict().items() if "tracked" not in key}
     mapped = {our_name(key): shape[::-1] if len(shape) == 2 else shape for key, shape in shapes.items()}

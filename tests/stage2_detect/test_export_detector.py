@@ -49,7 +49,7 @@ def detector(kind: str, arch: str = "test_resnet", body: dict[str, Any] | None =
     """Random weights whose scores and boxes are far from equal."""
     torch.manual_seed(0)
     config = DetectorConfig.model_validate(SMALL | {"kind": kind} | settings)
-    inputs = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector((0.5,) * 3, (0.5,) * 3)
     net = timm.create_model(arch, features_only=True, **body or {})
     model = build_detector(config, classes=3, body=net, arch=arch, inputs=inputs).eval()
     with torch.no_grad():

@@ -93,7 +93,7 @@ def pair(tiny_coco: Any, call: Any, tmp_path_factory: pytest.TempPathFactory) ->
     config = DetectorConfig.model_validate(
         {"kind": "mask_rcnn", "fpn_channels": 16, "rpn": small, "roi": {"hidden": 16}, "mask": {"hidden": 8, "convolutions": 1}}
     )  # fmt: skip
-    inputs = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector((0.5,) * 3, (0.5,) * 3)
     body = timm.create_model("test_resnet", features_only=True)
     model = build_detector(config, classes=2, body=body, arch="test_resnet", inputs=inputs)
     with torch.no_grad():

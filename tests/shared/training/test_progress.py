@@ -53,7 +53,7 @@ def test_numbers_follow_from_the_clock(clock: Clock, run: Any) -> None:
                 clock.now += 0.5
             clock.now += 1.5
             state.step()
-        numbers = state.read(images=8)
+        numbers = state.read(lambda step: 8 * step)
         assert tuple(numbers) == SPEED
         assert numbers["seconds"] == 8
         assert numbers["data_wait"] == 0.25
@@ -64,8 +64,18 @@ def test_numbers_follow_from_the_clock(clock: Clock, run: Any) -> None:
         assert state.describe(numbers) == f"4 images/s, 25 % waiting for data, {memory}, 24 s to go"
         clock.now += 10
         state.step()
-        assert state.read(images=8)["data_wait"] == 0  # counts from the last reading
+        assert state.read(lambda step: 8 * step)["data_wait"] == 0  # counts from the last reading
     assert run.lines == []
+
+
+def test_images_per_second_count_the_images_of_each_step(clock: Clock, run: Any) -> None:
+    state = Progress(run, torch.device("cpu"))
+    with state.begin(0, 4):
+        for _ in range(4):
+            clock.now += 1
+            state.step()
+        numbers = state.read(lambda step: 2 * min(step, 3) + 14 * max(0, step - 3))  # a burn-in of three steps
+    assert numbers["images_per_second"] == 5
 
 
 def test_evaluations_do_not_count_as_training(clock: Clock, run: Any) -> None:
@@ -78,7 +88,7 @@ def test_evaluations_do_not_count_as_training(clock: Clock, run: Any) -> None:
             state.step()
         with state.pausing():
             clock.now += 100
-        numbers = state.read(images=8)
+        numbers = state.read(lambda step: 8 * step)
     assert numbers["seconds"] == 108
     assert numbers["images_per_second"] == 4
     assert numbers["data_wait"] == 0.5
@@ -119,7 +129,7 @@ def test_no_estimate_where_the_log_has_spoken(clock: Clock, run: Any) -> None:
             clock.now += 1
             state.step()
             if step == 4:
-                state.read(images=1)
+                state.read(lambda step: 1 * step)
     assert run.lines == []
 
 
@@ -133,7 +143,7 @@ def test_a_terminal_has_a_bar_and_the_lines_stand_above_it(
         for _ in range(3):
             clock.now += 1
             state.step()
-            state.describe(state.read(images=2), loss=0.125, lr=0.5)
+            state.describe(state.read(lambda step: 2 * step), loss=0.125, lr=0.5)
         run.write("a line")
     printed = terminal.getvalue()
     assert "8/8" in printed

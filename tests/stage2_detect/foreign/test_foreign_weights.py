@@ -42,7 +42,7 @@ STD = (58.395, 57.12, 57.375)
 def built(detector: ForeignDetector) -> Detector:
     config = DetectorConfig.model_validate(detector.model)
     body = timm.create_model(detector.arch, features_only=True)
-    inputs = InputSettings(detector.mean, detector.std, (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector(detector.mean, detector.std)
     model = build_detector(config, classes=detector.classes, body=body, arch=detector.arch, inputs=inputs)
     check_fits(detector.tensors, model.state_dict(), "state")
     model.load_state_dict(detector.tensors)

@@ -134,7 +134,7 @@ def ours(name: str, reference: nn.Module) -> Detector:
     assert (found.name, found.labels) == (name, 91)
     settings = found.about.model | {"freeze_stages": 0, "freeze_norm": False}
     config = DetectorConfig.model_validate(settings)
-    inputs = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     with pytest.MonkeyPatch.context() as patch:  # every weight is replaced, so that drawing them would be lost time
         for function in ("kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_"):
             patch.setattr(nn.init, function, lambda tensor, *_, **__: tensor)
@@ -290,7 +290,7 @@ def test_the_detector_for_320_pixels_has_its_own_thresholds_and_sizes() -> None:
     )
     state = reference.state_dict()
     found = choose(recognize(state, "state"), name, file=Path("mine.pth"), digest="")
-    inputs = InputSettings(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     body = timm.create_model(found.about.arch, features_only=True, **found.about.model_args)
     config = DetectorConfig.model_validate(found.about.model)
     model = build_detector(config, classes=80, body=body, arch=found.about.arch, inputs=inputs)

@@ -26,7 +26,7 @@ from ssld.stage2_detect.models.retinanet import RetinaNet
 from ssld.stage2_detect.models.roi_heads import BoxStage, RoIHeads
 from ssld.stage2_detect.models.rpn import RPN
 
-INPUTS = InputSettings((0.5,) * 3, (0.25,) * 3, (0, 0), "bilinear", False)
+INPUTS = InputSettings.of_detector((0.5,) * 3, (0.25,) * 3)
 RANKS = Ranks(world_size=3)
 SMALL: dict[str, Any] = {
     "fpn_channels": 16,
@@ -56,9 +56,17 @@ def build(**settings: Any) -> RCNN:
         (model_config.RetinaNetConfig, [RetinaNet]),
     ],
 )
-def test_a_setting_has_the_name_of_the_keyword_that_it_becomes(group: type[Config], takers: list[type]) -> None:
-    keywords = [name for taker in takers for name in inspect.signature(taker).parameters]
-    assert set(group.model_fields) <= set(keywords)
+def test_a_setting_has_the_name_and_the_default_of_the_keyword_that_it_becomes(
+    group: type[Config], takers: list[type]
+) -> None:
+    keywords = [one for taker in takers for one in inspect.signature(taker).parameters.values()]
+    assert set(group.model_fields) <= {one.name for one in keywords}
+    for name, default in dict(group()).items():
+        for keyword in keywords:
+            if keyword.name == name and keyword.default is not inspect.Parameter.empty:
+                plain = dict(default) if isinstance(default, Config) else default
+                other = vars(keyword.default) if isinstance(default, Config) else keyword.default
+                assert plain == (list(other) if isinstance(plain, list) else other), name
 
 
 def test_settings_of_the_rpn_arrive() -> None:

@@ -231,7 +231,7 @@ def test_a_detector_file_holds_the_offsets(tmp_path: Path) -> None:
         {"dcn_strides": [8, 32], "fpn_channels": 16, "roi": {"hidden": 16, "score_threshold": 0.0}}
     )
     body = body_of("resnet18")
-    inputs = InputSettings((0.5,) * 3, (0.25,) * 3, (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector((0.5,) * 3, (0.25,) * 3)
     model = build_detector(config, classes=2, body=body, arch="resnet18", inputs=inputs).eval()
     for name, parameter in body.named_parameters():
         if name.endswith(".offset.weight"):

@@ -143,7 +143,7 @@ def test_where_p6_comes_from_and_the_other_options(source: str) -> None:
     options = {"kind": "retinanet", "fpn_channels": 16, "retinanet": {"tower_norm": True}}
     config = DetectorConfig.model_validate(options | {"dense": {"p6_from": source, "relu_before_p7": True}})
     body = timm.create_model("test_resnet", features_only=True, pretrained=False)
-    inputs = InputSettings((0.5,) * 3, (0.25,) * 3, (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector((0.5,) * 3, (0.25,) * 3)
     model = build_detector(config, classes=K, body=body, arch="test_resnet", inputs=inputs).eval()
     assert isinstance(model, DenseDetector)
     assert any(isinstance(layer, nn.GroupNorm) for layer in model.dense.head.class_tower)

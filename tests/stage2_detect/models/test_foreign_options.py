@@ -19,7 +19,7 @@ from ssld.stage2_detect.models.build import build_detector
 from ssld.stage2_detect.models.inference import for_inference
 from ssld.stage2_detect.models.pyramid import LastStage, TimmPyramid
 
-INPUTS = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
+INPUTS = InputSettings.of_detector((0.5,) * 3, (0.5,) * 3)
 
 
 def detector(arch: str, **settings: Any) -> Any:

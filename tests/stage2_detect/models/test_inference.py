@@ -42,7 +42,7 @@ def detector(arch: str = "resnet18d", **options: object) -> RCNN:
             **options,
         }
     )
-    inputs = InputSettings((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     model = build_detector(config, classes=5, body=body, arch=arch, inputs=inputs)
     assert isinstance(model, RCNN)
     for module in (model.rpn.head, *model.roi_heads.heads):

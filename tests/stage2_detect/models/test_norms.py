@@ -30,7 +30,7 @@ def detector(**settings: object) -> RCNN:
         {"kind": "mask_rcnn", "fpn_channels": 16, "fpn_norm": "group", "roi": group, "mask": group} | settings
     )
     body = timm.create_model("test_resnet", features_only=True)
-    inputs = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector((0.5,) * 3, (0.5,) * 3)
     model = build_detector(config, classes=3, body=body, arch="test_resnet", inputs=inputs)
     assert isinstance(model, RCNN)
     return model

@@ -68,7 +68,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor
     """Weights of `coco:tiny` under the names of this project, for all of torchvision's 91 labels; the file is in the cache."""
     torch.manual_seed(5)
     body = timm.create_model("test_resnet", features_only=True)
-    inputs = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector((0.5,) * 3, (0.5,) * 3)
     config = DetectorConfig.model_validate(MODEL)
     state = build_detector(config, classes=90, body=body, arch="test_resnet", inputs=inputs).state_dict()
     theirs = {}

@@ -32,7 +32,7 @@ from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.build import Detector, build_detector
 from ssld.stage2_detect.training import unit_scale
 
-INPUTS = InputSettings((0.5,) * 3, (0.5,) * 3, (0, 0), "bilinear", False)
+INPUTS = InputSettings.of_detector((0.5,) * 3, (0.5,) * 3)
 SCALE = 50.0
 """root mean square of the maps; EfficientNet-Lite0's, trained on ImageNet, are at 7, which most of these small heads still bear"""
 REP_BLOCKS = tuple(ByoBlockCfg(type="rep", d=1, c=width, s=2, gs=0) for width in (16, 32, 48, 64))

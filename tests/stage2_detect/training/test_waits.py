@@ -91,7 +91,7 @@ def plain_detector(kind: str) -> Any:
         "dcn_strides": [16] if kind == "pss_det" else [],
     }
     body = timm.create_model("test_resnet", features_only=True)
-    inputs = InputSettings((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), (0, 0), "bilinear", False)
+    inputs = InputSettings.of_detector((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     config = DetectorConfig.model_validate(settings)
     return build_detector(config, classes=3, body=body, arch="test_resnet", inputs=inputs).train()
 

@@ -1,4 +1,4 @@
-"""The terms of R-CNN distillation against float64 NumPy, values and gradients."""
+"""Distillation losses of feature maps and of RoIs against float64 NumPy, values and gradients."""
 
 import numpy as np
 import pytest
