@@ -210,8 +210,10 @@ def _compare_classes(train: "FileCheck", val: "FileCheck") -> None:
     extra = [name for name in val_names if name not in train_names]
     if not missing and not extra:
         return
-    plain = {_plain(name): name for name in missing}
-    renamed = {name: plain[_plain(name)] for name in extra if _plain(name) in plain}
+    from ssld.stage2_detect.data.coco_rows import plain_name
+
+    plain = {plain_name(name): name for name in missing}
+    renamed = {name: plain[plain_name(name)] for name in extra if plain_name(name) in plain}
     stuck = [name for name in extra if name not in renamed and val.boxes_of[name]]
     words = [f"{name!r} is {other!r} in {train.file.name}" for name, other in list(renamed.items())[:3]]
     for title, names in (
@@ -240,11 +242,6 @@ def _compare_classes(train: "FileCheck", val: "FileCheck") -> None:
                 new = new + 1 if isinstance(new, int) else f"{new}_"
             ids.add(new)
             val.repair.new_categories.append({**row, "id": new, "name": name})
-
-
-def _plain(name: str) -> str:
-    """Return a name in lower case without spaces, dashes and underscores."""
-    return "".join(letter for letter in name.lower() if letter not in " -_")
 
 
 def _compare_images(

@@ -174,17 +174,24 @@ def test_no_copy_is_left_if_the_second_cannot_be_written(data: DataSet, capsys: 
 
 
 def test_boxes_of_suspicious_format_are_left_unchanged(data: DataSet, tmp_path: Path) -> None:
+    question = "corners (x1, y1, x2, y2) instead of x, y, width, height?"
     content = data.read()
-    for row in content["annotations"]:
+    for row in content["annotations"][::3]:
         x, y, width, height = row["bbox"]
         row["bbox"] = [x, y, x + width, y + height]
     data.write(content)
     code, findings, _ = data.check("--fix", str(tmp_path / "clean"))
     assert code == 0
-    assert any(
-        text.endswith("corners (x1, y1, x2, y2) instead of x, y, width, height?") for text in texts(findings, "warning")
-    )
+    assert any(text.endswith(question) for text in texts(findings, "warning"))
     assert json.loads((tmp_path / "clean" / "train.json").read_text()) == content
+    for row in (row for index, row in enumerate(content["annotations"]) if index % 3):
+        x, y, width, height = row["bbox"]
+        row["bbox"] = [x, y, x + width, y + height]
+    data.write(content)
+    code, findings, _ = data.check("--fix", str(tmp_path / "none"))  # most of them: no copy that training would refuse
+    assert code == 2
+    assert any(text.endswith(f"{question}: training stops") for text in texts(findings, "fault"))
+    assert not list(tmp_path.glob("none/*"))
 
 
 def test_a_cleaned_copy_has_the_values_that_training_reads(data: DataSet, tmp_path: Path) -> None:

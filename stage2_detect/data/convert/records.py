@@ -31,10 +31,11 @@ Corners = tuple[float, float, float, float]
 DIGITS = 3
 _OVER = 1.0
 """distance in pixels beyond the border that rounding does not explain"""
-_MANY = 0.1
-"""share of boxes beyond the border above which the box format is probably wrong"""
+_MANY, _MOST = 0.1, 0.5
+"""shares of boxes beyond the border above which the box format is probably wrong: of an uncertain format, and of one that is defined"""
 ALLOW_LOSS = "set allow_loss: true to convert the rest"
 LISTED_AGAIN = "listed more than once, read once"
+NO_LABELS = "without a label file, read as an image without objects"
 _RUN_FILES = {
     "config.yaml",
     "environment",
@@ -103,7 +104,8 @@ class SourceData:
         class_names: classes in order.
         splits: images by split.
         notes: lines for the log.
-        hint: end of the message if many boxes reach far beyond their images; empty if the box format is certain.
+        hint: end of the message if many boxes reach far beyond their images.
+        certain: whether the format defines its boxes: then most of them, in place of a tenth, have to reach beyond their images for an error.
         tallies: by split, rows that its reader dropped or changed.
         searched: by split, the files that were searched for objects: "of 3 XML files in FOLDER".
         crowd: reason why objects are ignored, as a cause in the tally.
@@ -115,6 +117,7 @@ class SourceData:
     splits: dict[str, list[SourceImage]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     hint: str = ""
+    certain: bool = False
     tallies: dict[str, Tally] = field(default_factory=dict)
     searched: dict[str, str] = field(default_factory=dict)
     crowd: str = "marked iscrowd"
@@ -135,8 +138,8 @@ class Content(NamedTuple):
 def coco_content(data: SourceData, split: str, *, source: str, allow_loss: bool) -> Content:
     """Convert a split to the content of a COCO file; adds the boxes dropped and changed to the reader's tally.
 
-    Raises UserError for large losses unless `allow_loss`, if no object remains to train or evaluate on, and, with `data.hint`, if more than a tenth
-    of the boxes reach far beyond their images.
+    Raises UserError for large losses and for a majority of images without a label file unless `allow_loss`, if no object remains to train or evaluate
+    on, and if many boxes reach far beyond their images: more than a tenth of them, or more than half in a format that defines its boxes.
     """
     images, tally = data.splits[split], data.tallies[split]
     if not tally.dropped("box") and not any(image.objects for image in images):
@@ -178,9 +181,16 @@ def coco_content(data: SourceData, split: str, *, source: str, allow_loss: bool)
     for each in (tally, trained):
         each.keep("image", len(images))
     total = len(annotations) + tally.dropped("box")
-    if data.hint and len(far) > max(1, _MANY * total):
+    if len(far) > max(1, _MANY * total):
+        text = f"{far[0]}: the box reaches out of its image, as do {len(far) - 1:,} others of {total:,}; {data.hint}"
+        if not data.certain or (len(far) > _MOST * total and not allow_loss):
+            raise UserError(text)
+        data.notes.append(text)
+    unlabeled = tally.changed("image", NO_LABELS)
+    if unlabeled > _MOST * len(images) and not allow_loss:
         raise UserError(
-            f"{far[0]}: the box reaches out of its image, as do {len(far) - 1} others of {total}; {data.hint}"
+            f"{source}: split {split}: {unlabeled:,} of the {count(len(images), 'image')} have no label file ({data.searched[split]}) and would be "
+            f"trained on as images without objects; move images that nobody has labeled to another folder, or {ALLOW_LOSS}"
         )
     trained.check(f"{source}: split {split}", allow_loss=allow_loss, otherwise=ALLOW_LOSS)
     if not annotations:

@@ -15,6 +15,7 @@ from ssld.shared.wording import count, some
 from ssld.stage2_detect.data.convert.file_index import FileIndex
 from ssld.stage2_detect.data.convert.records import (
     LISTED_AGAIN,
+    NO_LABELS,
     SourceData,
     SourceImage,
     SourceObject,
@@ -61,7 +62,8 @@ def read_yolo(layout: YoloLayout, *, classes: Path | None, splits: list[str]) ->
     unknown = [split for split in splits if split not in layout.places]
     if unknown:
         raise UserError(f"{layout.file}: has no split {unknown[0]!r} (it has {', '.join(layout.places)})")
-    data = SourceData("YOLO", names, notes=list(layout.notes), orientation="upright")
+    data = SourceData("YOLO", names, notes=list(layout.notes), orientation="upright", certain=True)
+    data.hint = "is it center, width and height, not two corners or the upper left corner?"
     for split in splits or layout.places:
         tally = data.tallies[split] = Tally()
         data.splits[split], data.searched[split] = _read_split(layout, split, names, tally)
@@ -79,7 +81,7 @@ def _read_split(layout: YoloLayout, split: str, names: list[str], tally: Tally) 
     for image, label in labels.items():
         rows = _rows(label, names) if label else []
         if not label:
-            tally.change("image", "without a label file, read as an image without objects", image)
+            tally.change("image", NO_LABELS, image)
         kind = unread_kind(image)
         if kind:
             drop_image(tally, image, kind, [names[row.label] for row in rows])

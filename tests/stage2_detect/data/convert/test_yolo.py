@@ -157,6 +157,49 @@ def test_yolo_faults(
     assert left <= {".lock", "config.yaml", "environment.json", "error.json"}
 
 
+def test_rows_of_another_format(
+    yolo: Path, tmp_path: Path, user_error: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Corners, or the upper left corner, in place of the center: boxes of 8 x 8 pixels on a grid, in an image of 40 x 20."""
+    question = "is it center, width and height, not two corners or the upper left corner?"
+    places = [(x, y) for x in (1, 11, 21, 31) for y in (1, 5, 10)]
+
+    def convert(name: str, *row: Callable[[int, int], float]) -> list[str]:
+        rows = [" ".join(f"{value(x, y):.6f}" for value in row) for x, y in places]
+        write(yolo / "labels/train/a.txt", "\n".join(f"0 {text}" for text in rows))
+        return line(yolo, tmp_path / name)
+
+    corners = convert(
+        "corners", lambda x, y: x / 40, lambda x, y: y / 20, lambda x, y: (x + 8) / 40, lambda x, y: (y + 8) / 20
+    )
+    assert "a.txt, line 1: the box reaches out of its image, as do " in (message := user_error(main, corners))
+    assert message.endswith(question)
+    assert main([*corners[:3], str(tmp_path / "anyway"), "--allow_loss", "true"]) == 0
+    assert question in capsys.readouterr().out
+    upper_left = convert("left", lambda x, y: x / 40, lambda x, y: y / 20, lambda x, y: 8 / 40, lambda x, y: 8 / 20)
+    assert main(upper_left) == 0  # a warning: six of twelve reach over the border, by three pixels
+    assert question in capsys.readouterr().out
+    centers = convert(
+        "center", lambda x, y: (x + 4) / 40, lambda x, y: (y + 4) / 20, lambda x, y: 8 / 40, lambda x, y: 8 / 20
+    )
+    assert main(centers) == 0
+    assert question not in capsys.readouterr().out
+
+
+def test_mostly_images_without_label_files(yolo: Path, tmp_path: Path, user_error: Callable[..., str]) -> None:
+    """Photos that nobody has labeled would be trained on as images without objects."""
+    for name in "cde":
+        shutil.copy(yolo / "images/train/a.png", yolo / f"images/train/{name}.png")
+    assert "4 of the 5 images have no label file (1 label file, searched in" in user_error(
+        main, line(yolo, tmp_path / "out")
+    )
+    assert main(line(yolo, tmp_path / "anyway", "--allow_loss", "true")) == 0
+    for name in "cde":
+        write(yolo / f"labels/train/{name}.txt", "")  # labeled, without objects
+    assert main(line(yolo, tmp_path / "labeled")) == 0
+    assert len(read(tmp_path / "labeled").images) == 5
+
+
 def test_a_fixed_fault_needs_no_other_output(yolo: Path, tmp_path: Path, user_error: Callable[..., str]) -> None:
     sound = (yolo / "labels/train/a.txt").read_text()
     write(yolo / "labels/train/a.txt", "9 .5 .5 .1 .1")
