@@ -26,7 +26,7 @@ from ssld.stage2_detect.data.annotation_cache import PackedShapes, read_cached
 from ssld.stage2_detect.data.coco_json import CocoTable, Convention, read_table
 from ssld.stage2_detect.data.coco_rows import Id as Id
 from ssld.stage2_detect.data.coco_rows import alike_names, clean_name
-from ssld.stage2_detect.data.image_names import hint, missing_names, same_file
+from ssld.stage2_detect.data.image_names import fitting_files, hint, missing_names, same_file
 from ssld.stage2_detect.data.orientation import Orientation, find_orientation
 from ssld.stage2_detect.data.segmentations import is_shape
 
@@ -414,8 +414,9 @@ def _paths(file: str, names: list[str], image_folder: str | Path | None) -> list
         raise UserError(f"image folder {image_folder} does not exist")
     if missing := missing_names(image_folder, names):
         first = names[missing[0]]
+        fix = "; `ssld doctor --fix DIR` writes a copy with the names of the files"
         raise UserError(
             f"{len(missing)} of the {len(names)} images of {file} are missing; the first is {printable(os.path.join(image_folder, first))}"
-            f"{hint(image_folder, [names[index] for index in missing])}"
+            f"{hint(image_folder, [names[index] for index in missing])}{fix if fitting_files(image_folder, names, missing) else ''}"
         )
     return [os.path.join(image_folder, name) for name in names]

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import is_hidden
@@ -131,13 +132,21 @@ def _images_of(file: Path) -> Path:
     tried = [root / one for root in roots for one in names]
     tried += [root / folder / one for root in roots for folder in _FOLDERS for one in names]
     tried += [file.parent, *(root / folder for root in roots for folder in _FOLDERS), file.parent.parent]
-    for folder in tried:
-        if (folder / name).is_file():
-            return folder
+    for written in (name, *_other_forms(name)):
+        for folder in tried:
+            if (folder / written).is_file():
+                return folder
     raise UserError(
         f"{file}: its first image, {name}, is neither beside it nor in {some([f'{one}/' for one in (*names, *_FOLDERS)], 4)}; "
         "give the annotation files and the image folders themselves"
     )
+
+
+def _other_forms(name: str) -> list[str]:
+    """Return the ends of a path as Windows, a web server or another machine writes it, the longest first. Their folder is the one that is meant; that the
+    names differ is an error of the reader, which names the correction."""
+    parts = [part for part in unquote(name).replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
 def _converted(folder: Path) -> CocoLayout | None:

@@ -15,6 +15,7 @@ from ssld.stage2_detect.data.check.annotations import check_rows
 from ssld.stage2_detect.data.check.images import check_images
 from ssld.stage2_detect.data.coco import CocoData, read_coco, require_boxes, require_format, require_masks
 from ssld.stage2_detect.data.coco_rows import ODD_NAME, clean_name
+from ssld.stage2_detect.data.image_names import fitting_files, missing_names
 
 Content = dict[str, Any]
 NAN = float("nan")
@@ -361,28 +362,59 @@ def test_the_hint_names_the_file_that_fits(
     hint = f"; did you mean {file!r}{look}?"
     assert (
         str(error.value)
-        == f"1 of the 6 images of {folder / 'data.json'} are missing; the first is {folder}/{name}{hint}"
+        == f"1 of the 6 images of {folder / 'data.json'} are missing; the first is {folder}/{name}{hint}; {COPY}"
     )
     check = check_rows("train", folder / "data.json", folder)
     check_images(check, quick=True)
     (fault,) = [one for one in check.findings if one.level == "fault"]
     assert fault.text.endswith(f"({name}): training stops{hint}")
-    assert fault.fix is None  # a row with a known correction is not left out
+    assert fault.fix == "writes the names of the files"
+    assert check.repair.image_values == {3: {"file_name": file}}
     assert not check.repair.drop_images
 
 
+COPY = "`ssld doctor --fix DIR` writes a copy with the names of the files"
+
+
 def test_the_hint_is_on_the_first_that_something_fits(read: Callable[..., CocoData], folder: Path) -> None:
-    """A cleaned copy then keeps all boxes."""
     (folder / "photo.JPG").touch()
     whole = content()
     whole["images"][1]["file_name"], whole["images"][3]["file_name"] = "gone.png", "photo.jpg"
     with pytest.raises(
-        UserError, match=r"2 of the 6 images .*gone\.png; did you mean 'photo\.JPG' for 'photo\.jpg'\?$"
+        UserError, match=r"2 of the 6 images .*gone\.png; did you mean 'photo\.JPG' for 'photo\.jpg'\?; `ssld doctor"
     ):
         read(whole)
     check = check_rows("train", folder / "data.json", folder)
     check_images(check, quick=True)
-    assert not check.repair.drop_images
+    (fault,) = [one for one in check.findings if one.level == "fault"]
+    assert fault.fix == "writes the names of the files, removes 1 image without one"
+    assert check.repair.image_values == {3: {"file_name": "photo.JPG"}}
+    assert check.repair.drop_images == {1: "not in the folder"}
+
+
+@pytest.mark.parametrize(
+    ("files", "names", "expected"),
+    [
+        # Exports of Windows, with absolute paths, of a web server, and of a folder above or below.
+        (["a/1.jpg", "b/1.jpg"], ["a\\1.jpg", "b\\1.jpg"], ["a/1.jpg", "b/1.jpg"]),
+        (["a/1.jpg", "b/1.jpg"], ["C:\\Users\\me\\img\\a\\1.jpg", "C:\\Users\\me\\img\\b\\1.jpg"], ["a/1.jpg", "b/1.jpg"]),
+        (["a/1.jpg", "2.jpg"], ["/data/local-files/?d=img/a/1.jpg", "/data/local-files/?d=img/2.jpg"], ["a/1.jpg", "2.jpg"]),
+        (["x 1.JPG", "2.jpg"], ["https://host/img/x%201.jpg", "2.jpg"], ["x 1.JPG", None]),
+        (["a/1.jpg", "b/2.jpg"], ["1.png", "img/2.jpg"], ["a/1.jpg", "b/2.jpg"]),
+        # One name fits two files, two names fit one file, or a file that the data set lists already.
+        (["a/1.jpg", "b/1.jpg", "2.jpg"], ["1.jpg", "./2.JPG"], None),
+        (["1.jpg"], ["a/1.jpg", "b/1.jpg"], None),
+        (["1.jpg"], ["a/1.jpg", "1.jpg"], None),
+    ],
+)  # fmt: skip
+def test_files_that_are_meant(
+    tmp_path: Path, files: list[str], names: list[str], expected: list[str | None] | None
+) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    found = fitting_files(tmp_path, names, missing_names(tmp_path, names))
+    assert found == {index: file for index, file in enumerate(expected or []) if file}
 
 
 def test_no_hint_where_two_files_would_fit(read: Callable[..., CocoData], folder: Path) -> None:
