@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from ssld.shared.errors import UserError
-from ssld.shared.files import is_hidden
+from ssld.shared.files import ends_of, is_hidden
 from ssld.shared.wording import some
 
 TRAIN, VAL, TEST = ("train", "training", "trainval"), ("val", "valid", "validation", "dev"), ("test", "testing")
@@ -132,9 +132,9 @@ def _images_of(file: Path) -> Path:
     tried = [root / one for root in roots for one in names]
     tried += [root / folder / one for root in roots for folder in _FOLDERS for one in names]
     tried += [file.parent, *(root / folder for root in roots for folder in _FOLDERS), file.parent.parent]
-    for written in (name, *_other_forms(name)):
+    for forms in ([name], _other_forms(name)):
         for folder in tried:
-            if (folder / written).is_file():
+            if any((folder / form).is_file() for form in forms):
                 return folder
     raise UserError(
         f"{file}: its first image, {name}, is neither beside it nor in {some([f'{one}/' for one in (*names, *_FOLDERS)], 4)}; "
@@ -143,10 +143,11 @@ def _images_of(file: Path) -> Path:
 
 
 def _other_forms(name: str) -> list[str]:
-    """Return the ends of a path as Windows, a web server or another machine writes it, the longest first. Their folder is the one that is meant; that the
-    names differ is an error of the reader, which names the correction."""
-    parts = [part for part in unquote(name).replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    return ["/".join(parts[start:]) for start in range(len(parts))]
+    """Return the ends of a path as Windows, a web server or another machine writes it, the longest first.
+
+    They find the folder that is meant; that its files have other names is an error of the reader, which names the correction.
+    """
+    return ends_of(unquote(name))
 
 
 def _converted(folder: Path) -> CocoLayout | None:

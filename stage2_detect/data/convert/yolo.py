@@ -109,7 +109,7 @@ def _image_files(layout: YoloLayout, split: str, tally: Tally) -> tuple[list[Pat
                 raise UserError(f"{missing[0]}: no image {missing[1]}")
         else:
             raise UserError(
-                f"{path}: is neither a folder nor a .txt list of images; without split {split}, name the others by --splits"
+                f"{layout.file}: {split}: {path} is neither a folder nor a .txt list of images; correct it, or take {split} out of the file"
             )
         for where, image in listed:
             if image in images:
