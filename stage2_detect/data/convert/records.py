@@ -224,11 +224,16 @@ def note_shared_images(data: SourceData) -> None:
             data.notes.append(f"{count(len(both), 'image')} of {other} in {one} too (first: {both[0]})")
 
 
-def drop_image(tally: Tally, image: Path, kind: str, classes: Iterable[str]) -> None:
-    """Count an image of an unsupported `kind`, and its objects, given by their classes."""
-    tally.drop("image", f"of a kind that is not read ({kind})", image)
+def drop_image(tally: Tally, image: Path, kind: str | None, classes: Iterable[str]) -> None:
+    """Count an image of an unsupported `kind`, or with None a damaged one, and its objects, given by their classes."""
+    cause, on = (
+        ("that cannot be read", "on images that cannot be read")
+        if kind is None
+        else (f"of a kind that is not read ({kind})", f"on images that are not read ({kind})")
+    )
+    tally.drop("image", cause, image)
     for name in classes:
-        tally.drop("box", f"on images that are not read ({kind})", image, group=name)
+        tally.drop("box", on, image, group=name)
 
 
 def unread_kind(image: Path) -> str | None:
@@ -259,19 +264,21 @@ def clip(corners: Corners, width: int, height: int) -> Corners:
 def size_of(path: Path, stated: tuple[int, int] | None = None, place: str = "") -> tuple[int, int]:
     """Return (width, height) of an image: the `stated` size if the image has it, upright or as stored; without one, the upright size.
 
-    Raises UserError for an unreadable image, and if the image has the stated size in neither form.
+    Raises UnreadableImage for a damaged image, and UserError if the image has the stated size in neither form.
     """
-    return size_of_bytes(path, str(path), stated, place)
+    return _size(path, str(path), stated, place)
 
 
-def size_of_bytes(
-    source: bytes | Path, name: str, stated: tuple[int, int] | None = None, place: str = ""
-) -> tuple[int, int]:
-    """Do the work of `size_of` for an image file or its bytes; `name` names it in errors."""
+def size_of_bytes(encoded: bytes, name: str, stated: tuple[int, int] | None = None, place: str = "") -> tuple[int, int]:
+    """Do the work of `size_of` for the bytes of an image; `name` names it in errors. Raises UserError for a damaged image too."""
     try:
-        header = image_header(source, name=name)
+        return _size(encoded, name, stated, place)
     except UnreadableImage as error:
         raise UserError(str(error)) from None
+
+
+def _size(source: bytes | Path, name: str, stated: tuple[int, int] | None, place: str) -> tuple[int, int]:
+    header = image_header(source, name=name)
     height, width = header.upright_size
     if stated is None:
         return width, height

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import list_files, list_images, read_text
+from ssld.shared.images import UnreadableImage
 from ssld.shared.tally import Tally
 from ssld.shared.wording import count, some
 from ssld.stage2_detect.data.convert.file_index import FileIndex
@@ -83,11 +84,14 @@ def _read_split(layout: YoloLayout, split: str, names: list[str], tally: Tally) 
         if not label:
             tally.change("image", NO_LABELS, image)
         kind = unread_kind(image)
-        if kind:
-            drop_image(tally, image, kind, [names[row.label] for row in rows])
-        else:
-            width, height = size_of(image)
+        try:
+            width, height = (0, 0) if kind else size_of(image)
+        except UnreadableImage:
+            kind, width = None, 0
+        if width:
             source_images.append(SourceImage(image, width, height, [_object(row, width, height) for row in rows]))
+        else:
+            drop_image(tally, image, kind, [names[row.label] for row in rows])
     searched = dict.fromkeys(str(folder) for image in images for folder in label_files.folders(image.parent))
     read = sum(label is not None for label in labels.values())
     return source_images, f"{count(read, 'label file')}, searched in {some(list(searched))}"

@@ -136,7 +136,6 @@ def test_boxes_refer_to_the_upright_image(yolo: Path, tmp_path: Path) -> None:
         ("labels/train/a.txt", "0 .5 nan .2 .2", "a.txt, line 1: value 3 is 'nan', not a number"),
         ("labels/train/a.txt", "wide .5 .5 .2 .2", "a.txt, line 1: the class is 'wide', not a number"),
         ("labels/train/c.txt", "0 .5 .5 .2 .2", "c.txt: no image in"),
-        ("images/train/c.png", "no image", "cannot read image"),
         ("data.yaml", "train: images/train\nnames: [a, a]", "two classes are called 'a'"),
         ("data.yaml", "train: images/train\nnames: [a, b]\nnc: 3", "nc is 3, but names has 2"),
         ("data.yaml", "train: images/train\nnames: {0: a, 2: b}", "the class numbers are not 0..1"),
@@ -198,6 +197,23 @@ def test_mostly_images_without_label_files(yolo: Path, tmp_path: Path, user_erro
         write(yolo / f"labels/train/{name}.txt", "")  # labeled, without objects
     assert main(line(yolo, tmp_path / "labeled")) == 0
     assert len(read(tmp_path / "labeled").images) == 5
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\x89PNG\r\n\x1a\n\0\0"])
+def test_damaged_images_are_left_out_and_counted(
+    yolo: Path, tmp_path: Path, user_error: Callable[..., str], content: bytes
+) -> None:
+    """As the readers of COCO files and of folders do, which go on without them."""
+    (yolo / "images/train/c.png").write_bytes(content)
+    write(yolo / "labels/train/c.txt", "1 .5 .5 .2 .2\n")
+    assert main(line(yolo, tmp_path / "out")) == 0
+    assert by_name(read(tmp_path / "out")).keys() == {"a", "b"}
+    entry = {"count": 1, "first": f"{yolo}/images/train/c.png"}
+    assert counted(tmp_path / "out")["image"]["dropped"] == {"that cannot be read": entry}
+    assert counted(tmp_path / "out")["box"]["dropped"] == {"on images that cannot be read": entry}
+    (yolo / "images/train/b.png").write_bytes(content)
+    message = user_error(main, line(yolo, tmp_path / "most"))
+    assert "2 of the 3 images would be left out: 2 that cannot be read (first: " in message
 
 
 def test_a_fixed_fault_needs_no_other_output(yolo: Path, tmp_path: Path, user_error: Callable[..., str]) -> None:
