@@ -186,13 +186,13 @@ def coco_content(data: SourceData, split: str, *, source: str, allow_loss: bool)
         if not data.certain or (len(far) > _MOST * total and not allow_loss):
             raise UserError(text)
         data.notes.append(text)
-    unlabeled = tally.changed("image", NO_LABELS)
-    if unlabeled > _MOST * len(images) and not allow_loss:
+    trained.check(f"{source}: split {split}", allow_loss=allow_loss, otherwise=ALLOW_LOSS)
+    unlabeled, listed = tally.changed("image", NO_LABELS), len(images) + tally.dropped("image")
+    if unlabeled > _MOST * listed and not allow_loss:
         raise UserError(
-            f"{source}: split {split}: {unlabeled:,} of the {count(len(images), 'image')} have no label file ({data.searched[split]}) and would be "
+            f"{source}: split {split}: {unlabeled:,} of the {count(listed, 'image')} have no label file ({data.searched[split]}) and would be "
             f"trained on as images without objects; move images that nobody has labeled to another folder, or {ALLOW_LOSS}"
         )
-    trained.check(f"{source}: split {split}", allow_loss=allow_loss, otherwise=ALLOW_LOSS)
     if not annotations:
         raise UserError(f"{source}: split {split}: no object is left: {tally.describe()}")
     if all(row["iscrowd"] for row in annotations):
