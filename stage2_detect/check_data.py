@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_data(arguments: Namespace) -> int:
     """Check the files, print the findings, write the cleaned copies; returns the exit code."""
     from ssld.stage2_detect.data.check.annotations import check_rows
-    from ssld.stage2_detect.data.check.images import check_images, check_unlisted
+    from ssld.stage2_detect.data.check.images import check_frames, check_images, check_unlisted
 
     data = _data(arguments)
     if arguments.parts:
@@ -62,6 +62,8 @@ def check_data(arguments: Namespace) -> int:
     ]
     facts = [check_images(check, quick=arguments.quick) for check in checks]
     check_unlisted(checks)
+    if len(checks) == 1:
+        check_frames(checks[0], facts[0])
     if len(checks) == 2:
         _compare_classes(*checks)
         _compare_images(checks[0], checks[1], facts[0], facts[1], near=arguments.near_duplicates)

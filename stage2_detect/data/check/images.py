@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from ssld.stage2_detect.data.orientation import fit_of, is_upright, orientation_
 
 NEAR_DUPLICATE_BITS = 3
 """largest number of differing bits, of 64, between the hashes of near-duplicates"""
+MANY_FRAMES = 0.1
+"""share of images that resemble the one before them by name, above which they are probably frames of a video"""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,24 @@ def near_duplicates(first: Sequence[int], second: Sequence[int]) -> list[tuple[i
         near = np.flatnonzero(structured & (np.bitwise_count(hashes ^ np.uint64(value)) <= NEAR_DUPLICATE_BITS))
         pairs += [(index, int(position)) for position in near]
     return pairs
+
+
+def check_frames(check: FileCheck, facts: dict[int, ImageFacts]) -> None:
+    """Warn of a random split if many images resemble the one before them by name, as frames of a video do: both sides would have the same scenes."""
+    names = {index: str(check.content["images"][index]["file_name"]) for index in facts}
+    order = sorted(facts, key=names.__getitem__)
+    alike = [
+        (one, other)
+        for one, other in pairwise(order)
+        if facts[one].digest != facts[other].digest and near_duplicates([facts[one].hash], [facts[other].hash])
+    ]
+    if len(alike) > max(1, MANY_FRAMES * len(order)):
+        example = " ~ ".join(names[index] for index in alike[0])
+        check.add(
+            "warning",
+            f"{len(alike):,} of its {count(len(order), 'image')} resemble the one before them ({example}): frames of videos? A random split "
+            "has neighbors on both sides, so that scores are too good; split by video, into two files",
+        )
 
 
 def check_unlisted(checks: Sequence[FileCheck]) -> None:

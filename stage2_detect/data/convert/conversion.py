@@ -24,6 +24,7 @@ from ssld.stage2_detect.data.convert.voc import read_voc
 from ssld.stage2_detect.data.convert.voc_layout import find_voc, is_voc
 from ssld.stage2_detect.data.convert.yolo import read_yolo
 from ssld.stage2_detect.data.orientation import Orientation
+from ssld.stage2_detect.layouts.others import other_tool
 from ssld.stage2_detect.layouts.yolo import find_yolo
 
 LOOKED_FOR = "neither YOLO (data.yaml, or images/ and labels/) nor Pascal VOC (XML files in Annotations/ or beside the images) nor Parquet files"
@@ -102,7 +103,9 @@ def _read(config: ConvertDataConfig, folder: Path) -> SourceData:
 
 
 def content_of(path: Path) -> str:
-    """Describe what is at a path whose format is unknown: `it holds a.txt, b.txt`."""
+    """Describe what is at a path whose format is unknown: the format of another tool, or `it holds a.txt, b.txt`."""
+    if other := other_tool(path):
+        return other
     names = sorted(one.name for one in path.iterdir() if not is_hidden(one.name)) if path.is_dir() else []
     return (
         f"it holds {some(names, 6)}" if names else "it is an empty folder" if path.is_dir() else "it is a single file"
