@@ -15,7 +15,10 @@ _HEAD = 1 << 16
 _MOST = 50
 """files of a folder that are looked at"""
 _TOOLS = (
-    ((b'"shapes"', b'"imagePath"'), "LabelMe's JSON, one file per image; convert it with labelme2coco"),
+    (
+        (b'"shapes"', b'"imagePath"'),
+        "LabelMe's JSON, one file per image; give the folder by --data, or convert it by `ssld convert-data`",
+    ),
     ((b'"_via_',), "VIA's project; export the annotations as COCO"),
     ((b'"regions"', b'"shape_attributes"'), "VIA's JSON; export the annotations as COCO"),
     ((b'"classTitle"', b'"geometryType"'), "Supervisely's JSON; export it as COCO"),

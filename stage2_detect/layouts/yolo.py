@@ -286,14 +286,15 @@ def _of_folders(folder: Path) -> YoloLayout | None:
 
 
 def _pair(folder: Path) -> tuple[Path, Path] | None:
-    """Return the folders of images and labels in a folder; None without both, and for labels in XML, which is another format."""
+    """Return the folders of images and labels in a folder; None without both, and for labels in XML or JSON, which are other formats."""
     inside = [one for one in _entries(folder) if one.is_dir()]
     images = [one for one in inside if one.name.lower() in _IMAGES]
     labels = [one for one in inside if one.name.lower() in _LABELS]
     if not images or not labels:
         return None
-    xml = any(list_files(one, (".xml",)) for one in labels) and not any(list_files(one, (".txt",)) for one in labels)
-    return None if xml else (images[0], labels[0])
+    other = any(list_files(one, (".xml", ".json")) for one in labels)
+    other = other and not any(list_files(one, (".txt",)) for one in labels)
+    return None if other else (images[0], labels[0])
 
 
 def _holds_images(folder: Path) -> bool:
