@@ -108,8 +108,8 @@ def _fits(folder: str | Path, names: Sequence[str]) -> list[list[str]]:
             indexes[-1][form(file)].append(file)
     lasts: list[dict[str, list[str]]] = [defaultdict(list), defaultdict(list)]
     for last, index in zip(lasts, indexes[1:], strict=True):
-        for form, several in index.items():
-            last[posixpath.basename(form)] += several
+        for written, several in index.items():
+            last[posixpath.basename(written)] += several
 
     def fits(name: str) -> list[str]:
         for form, index in zip(_FORMS, indexes, strict=True):
