@@ -50,6 +50,12 @@ class ImageFolder(PosixPath):
     """A path of which only images and files of images count: its digest does not cover other files."""
 
 
+def ends_of(path: str) -> list[str]:
+    """Return the relative paths that a path with either slash ends in, the longest first: `a/b/c`, `b/c` and `c` of `/a/b/c`."""
+    parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    return ["/".join(parts[start:]) for start in range(len(parts))]
+
+
 def is_hidden(path: str) -> bool:
     """Whether a posix path has a part that is hidden, or that file managers and operating systems create for themselves."""
     return any(

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_data(arguments: Namespace) -> int:
     """Check the files, print the findings, write the cleaned copies; returns the exit code."""
     from ssld.stage2_detect.data.check.annotations import check_rows
-    from ssld.stage2_detect.data.check.images import check_images, check_unlisted
+    from ssld.stage2_detect.data.check.images import check_frames, check_images, check_unlisted
 
     data = _data(arguments)
     if arguments.parts:
@@ -62,6 +62,8 @@ def check_data(arguments: Namespace) -> int:
     ]
     facts = [check_images(check, quick=arguments.quick) for check in checks]
     check_unlisted(checks)
+    if len(checks) == 1:
+        check_frames(checks[0], facts[0])
     if len(checks) == 2:
         _compare_classes(*checks)
         _compare_images(checks[0], checks[1], facts[0], facts[1], near=arguments.near_duplicates)
@@ -210,8 +212,10 @@ def _compare_classes(train: "FileCheck", val: "FileCheck") -> None:
     extra = [name for name in val_names if name not in train_names]
     if not missing and not extra:
         return
-    plain = {_plain(name): name for name in missing}
-    renamed = {name: plain[_plain(name)] for name in extra if _plain(name) in plain}
+    from ssld.stage2_detect.data.coco_rows import plain_name
+
+    plain = {plain_name(name): name for name in missing}
+    renamed = {name: plain[plain_name(name)] for name in extra if plain_name(name) in plain}
     stuck = [name for name in extra if name not in renamed and val.boxes_of[name]]
     words = [f"{name!r} is {other!r} in {train.file.name}" for name, other in list(renamed.items())[:3]]
     for title, names in (
@@ -240,11 +244,6 @@ def _compare_classes(train: "FileCheck", val: "FileCheck") -> None:
                 new = new + 1 if isinstance(new, int) else f"{new}_"
             ids.add(new)
             val.repair.new_categories.append({**row, "id": new, "name": name})
-
-
-def _plain(name: str) -> str:
-    """Return a name in lower case without spaces, dashes and underscores."""
-    return "".join(letter for letter in name.lower() if letter not in " -_")
 
 
 def _compare_images(
@@ -369,7 +368,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--data",
         metavar="PATH",
-        help="data set to check, instead of the files: data.yaml or folder (YOLO), folder (VOC, COCO, Roboflow), hub:ORG/NAME",
+        help="data set to check, instead of the files: data.yaml or folder (YOLO), folder (VOC, LabelMe, COCO, Roboflow), hub:ORG/NAME",
     )
     files: dict[str, Any] = {"type": Path, "nargs": "+", "action": "extend"}
     parser.add_argument(

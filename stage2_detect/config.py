@@ -333,7 +333,7 @@ class EvaluateConfig(RunDetectorConfig):
 
     alternatives: ClassVar[Alternatives] = (("data", "annotations"), ("data", "images"))
     data: str | None = None
-    """data set as in training: data.yaml or folder (YOLO), folder (Pascal VOC, COCO, Roboflow's exports), Parquet files or hub:ORG/NAME; null: the
+    """data set as in training: data.yaml or folder (YOLO), folder (VOC, LabelMe, COCO, Roboflow's exports), Parquet files or hub:ORG/NAME; null: the
     files of the next two settings"""
     split: str | None = None
     """name of the part of `data` to evaluate on; null: val, valid or validation, else test"""
@@ -383,11 +383,11 @@ class EvaluateConfig(RunDetectorConfig):
 
 
 class ConvertDataConfig(CommandConfig):
-    """Convert detection data in YOLO, Pascal VOC or Hugging Face layout to COCO JSON."""
+    """Convert detection data in the layout of YOLO, Pascal VOC, LabelMe or Hugging Face to COCO JSON."""
 
     source: str
-    """data to convert: data.yaml or folder (YOLO), folder with Annotations/ (Pascal VOC), Parquet file or folder of Parquet files, or
-    hub:ORG/NAME"""
+    """data to convert: data.yaml or folder (YOLO), folder with Annotations/ (Pascal VOC), folder of JSON files (LabelMe),
+    Parquet file or folder of Parquet files, or hub:ORG/NAME"""
     splits: list[str] = []
     """names of the splits to convert; empty: all"""
     classes: Path | None = None

@@ -1,4 +1,4 @@
-"""Convert detection data in YOLO, Pascal VOC or Hugging Face layout to checked COCO JSON.
+"""Convert detection data in the layout of YOLO, Pascal VOC, LabelMe or Hugging Face to checked COCO JSON.
 
     python stage2_detect/convert_data.py --source datasets/pets/data.yaml --output data/pets
 

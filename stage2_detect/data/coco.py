@@ -25,16 +25,18 @@ from ssld.shared.wording import count, printable
 from ssld.stage2_detect.data.annotation_cache import PackedShapes, read_cached
 from ssld.stage2_detect.data.coco_json import CocoTable, Convention, read_table
 from ssld.stage2_detect.data.coco_rows import Id as Id
-from ssld.stage2_detect.data.coco_rows import clean_name
-from ssld.stage2_detect.data.image_names import hint, missing_names, same_file
+from ssld.stage2_detect.data.coco_rows import alike_names, clean_name
+from ssld.stage2_detect.data.image_names import fitting_files, hint, missing_names, same_file
 from ssld.stage2_detect.data.orientation import Orientation, find_orientation
 from ssld.stage2_detect.data.segmentations import is_shape
 
 MIN_SIDE = 1e-5
 CROWD, FLAT, OUTSIDE, CLIPPED = "marked iscrowd", "without width or height", "outside the image", "clipped to the image"
 """reasons why training drops or changes boxes"""
-_SUSPECT = 0.1
-"""share of suspicious boxes above which the log questions the box format"""
+_SUSPECT, _BULK = 0.1, 0.5
+"""shares of suspicious boxes above which the log questions the box format, and above which training stops"""
+_ENOUGH = 20
+"""number of boxes from which a pattern in all of them is no chance"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,8 +78,8 @@ class CocoData:
     """kept, dropped and changed boxes by class, images, classes"""
     counts: Counter[str] = field(default_factory=Counter)
     """counts of boxes: `boxes` (kept), and in the file `crowd`, `degenerate` (a side <= 1e-5), `outside`, `clipped`; of images: `empty` (without
-    boxes), `empty_dropped`, `again` (files listed under a second id)"""
-    format_warnings: tuple[str, ...] = ()
+    boxes), `empty_dropped`, `again` (files listed under a second id), `parted` (entries of files whose entries have different boxes)"""
+    format_doubts: tuple["FormatDoubt", ...] = ()
     """reasons to suspect that the boxes are not x, y, width, height in pixels"""
     orientation: Orientation = field(default_factory=Orientation)
     """form (upright or as stored) in which the images are read"""
@@ -111,7 +113,11 @@ class CocoData:
             if not self.objects:
                 parts.append("no objects, so there will be no score")
         parts += [orientation] if (orientation := self.orientation.describe()) else []
-        return "; ".join([f"{self.file}: {', '.join(parts)}", *self.format_warnings])
+        alike = [
+            f"the classes {text} differ in capitals, spaces, dashes or underscores alone: one class?"
+            for text in alike_names(self.class_names)
+        ]
+        return "; ".join([f"{self.file}: {', '.join(parts)}", *(doubt.text for doubt in self.format_doubts), *alike])
 
 
 def read_coco(
@@ -181,6 +187,7 @@ def read_coco(
         whole = (image_id, paths[index], widths[index], heights[index])
         images.append(CocoImage(*whole, *arrays, row_ids, shapes, orientation.convention))
 
+    same = same_file(table.file_names)
     counts = Counter(
         boxes=len(kept),
         crowd=int(crowd.sum()),
@@ -189,7 +196,8 @@ def read_coco(
         clipped=int(((clipped != corners).any(1) & keep & ~degenerate & ~outside).sum()),
         empty=int((np.diff(bounds) == 0).sum()),
         empty_dropped=len(image_ids) - len(images),
-        again=sum(len(group) - 1 for group in same_file(table.file_names)),
+        again=sum(len(group) - 1 for group in same),
+        parted=entries_with_other_boxes(same, owners, table.labels_N, file_boxes),
     )
     tally = Tally()
     tally.keep("image", len(image_ids))
@@ -204,19 +212,47 @@ def read_coco(
         raise UserError(
             f"{file}: no image{' with a usable box' if image_ids else ''} in it{f': {lost}' if lost else ''}"
         )
-    warnings = tuple(format_warnings(validated, crowd, limits))
-    return CocoData(file, training, names, ids, images, tally, counts, warnings, orientation)
+    doubts = tuple(format_doubts(validated, crowd, limits))
+    return CocoData(file, training, names, ids, images, tally, counts, doubts, orientation)
 
 
 def require_boxes(data: CocoData, *, allow_loss: bool) -> CocoData:
     """Return `data` (read with training=True) if enough of its boxes are usable; raises UserError otherwise.
 
-    `allow_loss` accepts any share of dropped boxes below 1.
+    `allow_loss` accepts any share of dropped boxes below 1, boxes that look like another format, and entries of one file with different boxes.
     """
     if not data.tally.kept("box"):
         raise UserError(f"{data.file}: {loss_of(data.tally)}")
     data.tally.check(data.file, allow_loss=allow_loss)
+    require_format(data, allow_loss=allow_loss)
+    if not allow_loss and is_bulk(data.counts["parted"], data.tally.kept("image")):
+        raise UserError(
+            f"{data.file}: {parted_text(data.counts['parted'], data.tally.kept('image'))}; `ssld doctor --fix DIR` writes a copy with one entry "
+            "for each file"
+        )
     return data
+
+
+def require_format(data: CocoData, *, allow_loss: bool) -> None:
+    """Raise UserError if most boxes look like another format than x, y, width, height in pixels, unless `allow_loss`."""
+    doubt = next((one for one in data.format_doubts if one.bulk), None)
+    if doubt and not allow_loss:
+        raise UserError(
+            f"{data.file}: {doubt.text}; correct the file, or set data.allow_loss: true to use them as they are"
+        )
+
+
+def parted_text(parted: int, images: int) -> str:
+    """Return a clause on `counts["parted"]` of a file with this number of images."""
+    return (
+        f"{parted:,} of its {count(images, 'image')} are entries of a file that has further entries with other boxes: each would be trained on "
+        "without the boxes of the others"
+    )
+
+
+def is_bulk(number: int, total: int) -> bool:
+    """Whether a number is more than half of a total, which stops training as a large loss does."""
+    return number > _BULK * total
 
 
 def loss_of(tally: Tally) -> str | None:
@@ -274,27 +310,52 @@ def tally_boxes(
         tally.change("box", CLIPPED, f"annotation {annotation_ids[clipped[0]]!r}", len(clipped))
 
 
-def format_warnings(validated: ValidatedBoxes, crowd_N: np.ndarray, sizes_N2: np.ndarray) -> list[str]:
+@dataclass(frozen=True)
+class FormatDoubt:
+    """A reason to suspect that boxes are not x, y, width, height in pixels."""
+
+    text: str
+    bulk: bool
+    """whether it concerns so many boxes that training stops"""
+
+
+def format_doubts(validated: ValidatedBoxes, crowd_N: np.ndarray, sizes_N2: np.ndarray) -> list[FormatDoubt]:
     """Return reasons to suspect that boxes are not x, y, width, height in pixels of images of `sizes_N2`; each concerns over a tenth of them."""
+    corners_N4 = validated.corners_N4
     sound_N = ~(validated.degenerate_N | crowd_N)
-    over_N = sound_N & (np.abs(validated.corners_N4 - validated.clipped_N4) > 1).any(1)  # a pixel is rounding
-    first_N = (
-        sound_N
-        & (validated.corners_N4 >= 0).all(1)
-        & (validated.corners_N4[:, 2:] - validated.corners_N4[:, :2] <= 1).all(1)
-    )
-    first_N &= (validated.corners_N4[:, :2] <= 1).all(1) & (sizes_N2 > 2).all(1)
+    sides_N2 = corners_N4[:, 2:] - corners_N4[:, :2]
+    over_N = sound_N & (np.abs(corners_N4 - validated.clipped_N4) > 1).any(1)  # a pixel is rounding
+    first_N = sound_N & (corners_N4 >= 0).all(1) & (sides_N2 <= 1).all(1)
+    first_N &= (corners_N4[:, :2] <= 1).all(1) & (sizes_N2 > 2).all(1)
+    # Of corners the second is always the larger one; of x, y, width, height that is so for large objects alone.
+    like_corners = bool((sides_N2 > corners_N4[:, :2])[sound_N].all())
     total, over, first = (int(which_N.sum()) for which_N in (sound_N, over_N, first_N))
-    warnings = []
+    doubts = []
     if over > _SUSPECT * total:
-        warnings.append(
-            f"{over:,} of the {count(total, 'box')} reach over the border: corners (x1, y1, x2, y2) instead of x, y, width, height?"
-        )
+        text = f"{over:,} of the {count(total, 'box')} reach over the border: corners (x1, y1, x2, y2) instead of x, y, width, height?"
+        doubts.append(FormatDoubt(text, is_bulk(over, total) or (like_corners and total >= _ENOUGH)))
     if first > _SUSPECT * total:
-        warnings.append(
-            f"{first:,} of the {count(total, 'box')} have no number above 1: shares of the image instead of pixels?"
-        )
-    return warnings
+        text = f"{first:,} of the {count(total, 'box')} have no number above 1: shares of the image instead of pixels?"
+        doubts.append(FormatDoubt(text, is_bulk(first, total)))
+    return doubts
+
+
+def entries_with_other_boxes(
+    same: Sequence[Sequence[int]], owners_N: np.ndarray, labels_N: np.ndarray, boxes_N4: np.ndarray
+) -> int:
+    """Return how many images belong to a group of entries of one file whose boxes are not equal.
+
+    Args:
+        same: groups of positions of images (`same_file`).
+        owners_N, labels_N, boxes_N4: position of the image, class, and xywh of every box.
+    """
+    objects: dict[int, set[tuple[float, ...]]] = {index: set() for group in same for index in group}
+    if not objects:
+        return 0
+    for owner, label, box in zip(owners_N.tolist(), labels_N.tolist(), boxes_N4.tolist(), strict=True):
+        if owner in objects:
+            objects[owner].add((label, *box))
+    return sum(len(group) for group in same if any(objects[index] != objects[group[0]] for index in group))
 
 
 def require_masks(data: CocoData) -> CocoData:
@@ -353,8 +414,9 @@ def _paths(file: str, names: list[str], image_folder: str | Path | None) -> list
         raise UserError(f"image folder {image_folder} does not exist")
     if missing := missing_names(image_folder, names):
         first = names[missing[0]]
+        fix = "; `ssld doctor --fix DIR` writes a copy with the names of the files"
         raise UserError(
             f"{len(missing)} of the {len(names)} images of {file} are missing; the first is {printable(os.path.join(image_folder, first))}"
-            f"{hint(image_folder, [names[index] for index in missing])}"
+            f"{hint(image_folder, [names[index] for index in missing])}{fix if fitting_files(image_folder, names, missing) else ''}"
         )
     return [os.path.join(image_folder, name) for name in names]

@@ -17,8 +17,10 @@ import numpy as np
 from ssld.shared.errors import UserError
 from ssld.shared.files import atomically
 from ssld.shared.machine import without_collector
+from ssld.shared.wording import some
 from ssld.stage2_detect.data.coco_rows import Id as Id
 from ssld.stage2_detect.data.coco_rows import changes_of, validate_rows
+from ssld.stage2_detect.layouts.others import other_tool
 
 if TYPE_CHECKING:  # data are checked and converted without torch
     from ssld.stage2_detect.models.batch import Detections
@@ -118,17 +120,27 @@ def load_content(file: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
+        reason = (
+            f"is not text in UTF-8 (byte {error.start:,})"
+            if isinstance(error, UnicodeDecodeError)
+            else f"is not JSON: {error}"
+        )
+        raise UserError(f"{file} {reason}{_other(file)}") from error
     if not isinstance(data, dict):
-        raise UserError(f"{file} is not a COCO data set: expected an object, got a {type(data).__name__}")
+        raise UserError(f"{file} is not a COCO data set: expected an object, got a {type(data).__name__}{_other(file)}")
     for key in ("images", "annotations", "categories"):
         if key not in data:
             raise UserError(
-                f"{file} is not a COCO data set: it has no key {key!r} (it has: {', '.join(map(repr, data)) or 'none'})"
+                f"{file} is not a COCO data set: it has no key {key!r} (it has: {some([repr(one) for one in data], 8) or 'none'}){_other(file)}"
             )
         if not isinstance(data[key], list) or not all(isinstance(row, dict) for row in data[key]):
             raise UserError(f"{file} is not a COCO data set: {key!r} is not a list of objects")
     return data
+
+
+def _other(file: str | Path) -> str:
+    """Return the end of a message on a file that may be of another tool."""
+    return f"; {other}" if (other := other_tool(Path(file))) else ""
 
 
 def write_results(detections: "Mapping[Id, Detections]", category_ids: Sequence[Id], path: Path) -> None:

@@ -156,6 +156,19 @@ def clean_name(name: str) -> str:
     return " ".join("".join(" " if bad else letter for letter, bad in zip(name, odd, strict=True)).split())
 
 
+def plain_name(name: str) -> str:
+    """Return a name without capitals, spaces, dashes and underscores."""
+    return "".join(letter for letter in name.casefold() if letter not in " -_")
+
+
+def alike_names(names: Sequence[str]) -> list[str]:
+    """Describe the groups of names that differ in capitals, spaces, dashes or underscores alone: `'cat' and 'Cat'`."""
+    groups = defaultdict(list)
+    for name in names:
+        groups[plain_name(name)].append(repr(name))
+    return [" and ".join(group) for group in groups.values() if len(group) > 1]
+
+
 def is_id(value: Any) -> bool:
     """Whether a value is an integer or a string, and so a valid id."""
     return isinstance(value, int | str) and not isinstance(value, bool)

@@ -1,6 +1,7 @@
 """File names of a COCO file: missing files, suggestions for them, and names that belong to one photo.
 
-Names are compared exactly; no other form of a name is accepted. A hint names the file that would fit, and the user decides.
+Names are compared exactly; no other form of a name is accepted. A hint names the file that would fit, and the user decides: a cleaned copy has the
+names of the files (`fitting_files`).
 """
 
 import os
@@ -35,25 +36,30 @@ def hint(folder: str | Path, missing: Sequence[str]) -> str:
     """Return the end of a message on missing files: the existing file whose name is another form of a missing one; empty if there is none.
 
     Other forms: blanks and line breaks at the ends, slashes as backslashes, `%20` for a blank, letters composed differently (Unicode NFC and NFD) or
-    in another case, another image suffix, and another folder before the name. The closest form decides, and must fit exactly one file.
+    in another case, another image suffix, and other folders before the name. The closest form decides, and must fit exactly one file.
     """
-    try:
-        files = list_images(folder)
-    except OSError:
-        return ""
-    indexes: list[dict[str, list[str]]] = []
-    for form in _FORMS:
-        indexes.append(defaultdict(list))
-        for file in files:
-            indexes[-1][form(file)].append(file)
-    for name in missing:
-        fits = next((fit for form, index in zip(_FORMS, indexes, strict=True) if (fit := index.get(form(name)))), [])
-        if len(fits) == 1:
-            composed = unicodedata.normalize("NFC", fits[0]) == unicodedata.normalize("NFC", name)
+    fits = _fits(folder, missing)
+    for name, files in zip(missing, fits, strict=True):
+        if len(files) == 1:
+            composed = unicodedata.normalize("NFC", files[0]) == unicodedata.normalize("NFC", name)
             note = " (its letters are composed differently, as in Unicode NFC and NFD)" if composed else ""
             meant = "" if name == missing[0] else f" for {name!r}"
-            return f"; did you mean {fits[0]!r}{note}{meant}?"
+            return f"; did you mean {files[0]!r}{note}{meant}?"
     return ""
+
+
+def fitting_files(folder: str | Path, names: Sequence[str], missing: Sequence[int]) -> dict[int, str]:
+    """Return by position the file that is meant by each missing name that fits one, in the forms of `hint`.
+
+    Empty if a name fits several files, or if two names of the file would refer to one file: then the user has to decide.
+    """
+    fits = dict(zip(missing, _fits(folder, [names[index] for index in missing]), strict=True))
+    found = {index: files[0] for index, files in fits.items() if len(files) == 1}
+    meant: dict[str, str] = {}
+    clear = all(len(files) < 2 for files in fits.values())
+    for index, name in enumerate(map(posixpath.normpath, names)):
+        clear &= meant.setdefault(found.get(index, name), name) == name
+    return found if clear else {}
 
 
 def same_file(names: Sequence[str]) -> list[list[int]]:
@@ -89,6 +95,41 @@ def _files_in(folder: str) -> set[str]:
         return set()
 
 
+def _fits(folder: str | Path, names: Sequence[str]) -> list[list[str]]:
+    """Return for each name the files of a folder, relative to it, that it may mean, in the closest form that any file fits."""
+    try:
+        files = list_images(folder)
+    except OSError:
+        return [[] for _ in names]
+    indexes: list[dict[str, list[str]]] = []
+    for form in _FORMS:
+        indexes.append(defaultdict(list))
+        for file in files:
+            indexes[-1][form(file)].append(file)
+    lasts: list[dict[str, list[str]]] = [defaultdict(list), defaultdict(list)]
+    for last, index in zip(lasts, indexes[1:], strict=True):
+        for written, several in index.items():
+            last[posixpath.basename(written)] += several
+
+    def fits(name: str) -> list[str]:
+        for form, index in zip(_FORMS, indexes, strict=True):
+            if found := index.get(form(name)):
+                return found
+        for form, index in zip(
+            _FORMS[1:], indexes[1:], strict=True
+        ):  # the longest end of the path that is a file's whole path
+            parts = form(name).split("/")
+            for start in range(1, len(parts)):
+                if found := index.get("/".join(parts[start:])):
+                    return found
+        for form, last in zip(_FORMS[1:], lasts, strict=True):
+            if found := last.get(posixpath.basename(form(name))):
+                return found
+        return []
+
+    return [fits(name) for name in names]
+
+
 def _plain(name: str) -> str:
     return posixpath.normpath(unicodedata.normalize("NFC", unquote(name).strip().replace("\\", "/")))
 
@@ -102,10 +143,4 @@ def _stem(name: str) -> str:
     return stem if suffix in IMAGE_SUFFIXES else _folded(name)
 
 
-_FORMS: tuple[Callable[[str], str], ...] = (
-    _plain,
-    _folded,
-    _stem,
-    lambda name: posixpath.basename(_folded(name)),
-    lambda name: posixpath.basename(_stem(name)),
-)
+_FORMS: tuple[Callable[[str], str], ...] = (_plain, _folded, _stem)

@@ -14,7 +14,7 @@ from ssld.shared.files import require_images
 from ssld.shared.tally import Tally
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.batch_order import labeled_images, repeat_factors
-from ssld.stage2_detect.data.coco import CocoData, CocoImage, read_coco, require_boxes, require_masks
+from ssld.stage2_detect.data.coco import CocoData, CocoImage, read_coco, require_boxes, require_format, require_masks
 from ssld.stage2_detect.data.convert.parts import DataSet, find_data
 from ssld.stage2_detect.data.image_files import ImageFiles, records_of
 from ssld.stage2_detect.data.loaders import TrainLoader
@@ -124,6 +124,8 @@ def read_training_data(config: TrainConfig) -> TrainingData:
             else None
             for training, needed in ((False, True), (True, config.val_loss))
         )
+    if val:
+        require_format(val, allow_loss=settings.allow_loss)
     if config.model.has_masks:
         for part in (train, val, val_objects):
             if part:

@@ -12,9 +12,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote
 
 from ssld.shared.errors import UserError
-from ssld.shared.files import is_hidden
+from ssld.shared.files import ends_of, is_hidden
 from ssld.shared.wording import some
 
 TRAIN, VAL, TEST = ("train", "training", "trainval"), ("val", "valid", "validation", "dev"), ("test", "testing")
@@ -131,13 +132,22 @@ def _images_of(file: Path) -> Path:
     tried = [root / one for root in roots for one in names]
     tried += [root / folder / one for root in roots for folder in _FOLDERS for one in names]
     tried += [file.parent, *(root / folder for root in roots for folder in _FOLDERS), file.parent.parent]
-    for folder in tried:
-        if (folder / name).is_file():
-            return folder
+    for forms in ([name], _other_forms(name)):
+        for folder in tried:
+            if any((folder / form).is_file() for form in forms):
+                return folder
     raise UserError(
         f"{file}: its first image, {name}, is neither beside it nor in {some([f'{one}/' for one in (*names, *_FOLDERS)], 4)}; "
         "give the annotation files and the image folders themselves"
     )
+
+
+def _other_forms(name: str) -> list[str]:
+    """Return the ends of a path as Windows, a web server or another machine writes it, the longest first.
+
+    They find the folder that is meant; that its files have other names is an error of the reader, which names the correction.
+    """
+    return ends_of(unquote(name))
 
 
 def _converted(folder: Path) -> CocoLayout | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import UserError
-from ssld.shared.files import IMAGE_SUFFIXES, is_hidden, list_files, list_folders, read_text
+from ssld.shared.files import IMAGE_SUFFIXES, ends_of, is_hidden, list_files, list_folders, read_text
 from ssld.shared.wording import some
 
 SPLITS = ("train", "val", "valid", "validation", "test")
@@ -169,14 +169,35 @@ def _of_yaml(file: Path) -> YoloLayout:
         raise UserError(f"{file}: has none of the keys {', '.join(SPLITS)}")
     if not root.is_dir():
         beside = file.parent.resolve()
-        if not all(located(beside, place).exists() for several in places.values() for place in several):
+        here = _found_here(beside, places)
+        if not any(
+            located(beside, here.get(place, place)).exists() for several in places.values() for place in several
+        ):
             raise UserError(f"{file}: path: {root} is not a folder")
         notes.append(f"{file}: path: {root} does not exist; the folders beside the file are read")
         root = beside
+    here = _found_here(root, places)
+    for key, several in places.items():
+        notes += [
+            f"{file}: {key}: {place} does not exist; {root / here[place]} is read" for place in several if place in here
+        ]
+        places[key] = [here.get(place, place) for place in several]
     for key, value in content.items():
         if key not in places and key != "path" and isinstance(value, str) and value and located(root, value).is_dir():
             notes.append(f"{file}: {key}: is no split ({', '.join(SPLITS)}) and is not read")
     return YoloLayout(file, root, _names(content, file, root), places, notes)
+
+
+def _found_here(root: Path, places: dict[str, list[str]]) -> dict[str, str]:
+    """Return for each place that does not exist the longest end of its path that does: `train/images` for `/content/pets/train/images`.
+
+    A folder or list that several places would mean is left out: splits must not become one.
+    """
+    all_places = {place for several in places.values() for place in several}
+    lost = {place for place in all_places if not located(root, place).exists()}
+    found = {place: next((end for end in ends_of(place) if (root / end).exists()), "") for place in sorted(lost)}
+    meant = [(root / found[place] if place in lost else located(root, place)).resolve() for place in all_places]
+    return {place: end for place, end in found.items() if end and meant.count((root / end).resolve()) == 1}
 
 
 def _names(content: dict[str, Any], file: Path, root: Path) -> list[str]:
@@ -265,14 +286,15 @@ def _of_folders(folder: Path) -> YoloLayout | None:
 
 
 def _pair(folder: Path) -> tuple[Path, Path] | None:
-    """Return the folders of images and labels in a folder; None without both, and for labels in XML, which is another format."""
+    """Return the folders of images and labels in a folder; None without both, and for labels in XML or JSON, which are other formats."""
     inside = [one for one in _entries(folder) if one.is_dir()]
     images = [one for one in inside if one.name.lower() in _IMAGES]
     labels = [one for one in inside if one.name.lower() in _LABELS]
     if not images or not labels:
         return None
-    xml = any(list_files(one, (".xml",)) for one in labels) and not any(list_files(one, (".txt",)) for one in labels)
-    return None if xml else (images[0], labels[0])
+    other = any(list_files(one, (".xml", ".json")) for one in labels)
+    other = other and not any(list_files(one, (".txt",)) for one in labels)
+    return None if other else (images[0], labels[0])
 
 
 def _holds_images(folder: Path) -> bool:

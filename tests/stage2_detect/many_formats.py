@@ -92,4 +92,17 @@ def parquet(root: Path) -> Path:
     return root
 
 
-FORMATS = {function.__name__: function for function in (roboflow_coco, coco_folders, yolo, yolo_file, voc, parquet)}
+def labelme(root: Path) -> Path:
+    for part, name in (("train", "train"), ("valid", "val")):
+        for number in range(BOXES[part]):
+            _image(root / name / f"{number}.png", part, number)
+            shape = {"label": NAMES[number % 2], "points": [[30.0, 5.0], [10.0, 15.0]], "shape_type": "rectangle"}
+            content = {"version": "5.5.0", "shapes": [shape], "imagePath": f"{number}.png", "imageData": None}
+            sides = {"imageHeight": SIZE[1], "imageWidth": SIZE[0]}
+            write(root / name / f"{number}.json", json.dumps(content | sides))
+    return root
+
+
+FORMATS = {
+    function.__name__: function for function in (roboflow_coco, coco_folders, yolo, yolo_file, voc, parquet, labelme)
+}

@@ -184,6 +184,27 @@ def test_near_duplicates() -> None:
     assert difference_hash(ramp) == 2**64 - 1
 
 
+def test_frames_of_a_video_are_a_warning_without_an_evaluation_file(data: DataSet) -> None:
+    draw = np.random.default_rng(6)
+    scenes = [draw.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(2)]
+    for number, file in enumerate(sorted((data.folder / "train").iterdir())):
+        pixels = np.asarray(Image.fromarray(scenes[number // 6]).resize((64, 64))).copy()
+        pixels[20:24, 4 * number : 4 * number + 4] = 255  # something small moves
+        Image.fromarray(pixels).save(file)
+    assert len(list((data.folder / "train").iterdir())) == 12
+
+    def frames(*flags: str, val: bool = False) -> list[str]:
+        return [text for text in texts(data.check(*flags, val=val)[1], "warning") if "frames of videos?" in text]
+
+    (warning,) = frames()
+    assert warning.startswith("10 of its 12 images resemble the one before them (0.png ~ 1.png)")
+    assert not frames(val=True)  # already split
+    assert not frames("--quick")
+    for file in (data.folder / "train").iterdir():
+        Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((64, 64)).save(file)
+    assert not frames()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -163,28 +163,53 @@ def test_no_cleaned_copy_if_category_ids_are_shifted(data: DataSet, capsys: pyte
 
 
 def test_no_copy_is_left_if_the_second_cannot_be_written(data: DataSet, capsys: pytest.CaptureFixture[str]) -> None:
-    (data.folder / "val" / "2.png").rename(data.folder / "val" / "2.PNG")
+    for number in range(3):
+        (data.folder / "val" / f"{number}.png").unlink()
     places = ["--annotations", str(data.folder / "train.json"), "--images", str(data.folder / "train")]
     places += ["--val_annotations", str(data.folder / "val.json"), "--val_images", str(data.folder / "val")]
     assert main([*places, "--fix", str(data.folder / "clean")]) == 2
     printed = capsys.readouterr()
-    assert "1 image of 5 not in" in printed.out
-    assert "did you mean '2.PNG'?" in printed.err
+    assert "3 images of 5 not in" in printed.out
+    assert "3 of the 5 images would be left out" in printed.err
     assert not list(data.folder.glob("clean/*"))
 
 
-def test_boxes_of_suspicious_format_are_left_unchanged(data: DataSet, tmp_path: Path) -> None:
+def test_a_cleaned_copy_has_the_names_of_the_files(data: DataSet, tmp_path: Path) -> None:
+    given = read_coco(data.folder / "train.json", data.folder / "train", training=True)
     content = data.read()
-    for row in content["annotations"]:
+    for row in content["images"]:
+        row["file_name"] = f"..\\..\\media\\upload\\1\\{row['file_name']}"
+    data.write(content)
+    code, findings, _ = data.check("--fix", str(tmp_path / "clean"))
+    assert code == 1
+    (fault,) = [one for one in findings if one["level"] == "fault"]
+    assert fault["fix"] == "writes the names of the files"
+    assert not any("without annotations" in one["text"] for one in findings)
+    clean = read_coco(tmp_path / "clean" / "train.json", data.folder / "train", training=True)
+    assert [(one.path, one.annotation_ids) for one in clean.images] == [
+        (one.path, one.annotation_ids) for one in given.images
+    ]
+
+
+def test_boxes_of_suspicious_format_are_left_unchanged(data: DataSet, tmp_path: Path) -> None:
+    question = "corners (x1, y1, x2, y2) instead of x, y, width, height?"
+    content = data.read()
+    for row in content["annotations"][::3]:
         x, y, width, height = row["bbox"]
         row["bbox"] = [x, y, x + width, y + height]
     data.write(content)
     code, findings, _ = data.check("--fix", str(tmp_path / "clean"))
     assert code == 0
-    assert any(
-        text.endswith("corners (x1, y1, x2, y2) instead of x, y, width, height?") for text in texts(findings, "warning")
-    )
+    assert any(text.endswith(question) for text in texts(findings, "warning"))
     assert json.loads((tmp_path / "clean" / "train.json").read_text()) == content
+    for row in (row for index, row in enumerate(content["annotations"]) if index % 3):
+        x, y, width, height = row["bbox"]
+        row["bbox"] = [x, y, x + width, y + height]
+    data.write(content)
+    code, findings, _ = data.check("--fix", str(tmp_path / "none"))  # most of them: no copy that training would refuse
+    assert code == 2
+    assert any(text.endswith(f"{question}: training stops") for text in texts(findings, "fault"))
+    assert not list(tmp_path.glob("none/*"))
 
 
 def test_a_cleaned_copy_has_the_values_that_training_reads(data: DataSet, tmp_path: Path) -> None:

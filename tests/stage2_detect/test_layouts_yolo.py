@@ -257,6 +257,36 @@ def test_a_root_of_another_machine(
     assert "path: /content/set is not a folder" in user_error(main, line(root / "data.yaml", tmp_path / "o"))
 
 
+@pytest.mark.parametrize(
+    "places",
+    [
+        "train: /content/pets-1/train/images\nval: /content/pets-1/valid/images\ntest: /content/pets-1/test/images",
+        "train: pets-1/train/images\nval: pets-1/valid/images",
+        "train: C:\\Users\\me\\pets-1\\train\\images\nval: C:\\Users\\me\\pets-1\\valid\\images",
+        "path: /content/pets-1\ntrain: train/images\nval: valid/images\ntest: test/images",
+        "path: /datasets\ntrain: pets-1/train/images\nval: pets-1/valid/images",
+    ],
+)
+def test_folders_of_another_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str], places: str) -> None:
+    """As Roboflow's Python package and notebooks write them; a part called test may be missing."""
+    root = tmp_path / "set"
+    build(root, "{}/images", "{}/labels")
+    (root / "val").rename(root / "valid")
+    write(root / "data.yaml", f"{places}\nnames: [wide, tall]\n")
+    assert main(line(root, tmp_path / "out", "--splits", '["train", "val"]')) == 0
+    check(tmp_path / "out", "train", "a", "b")
+    check(tmp_path / "out", "val", "c")
+    assert "does not exist; " in capsys.readouterr().out
+
+
+def test_folders_of_another_machine_that_may_be_one_are_refused(tmp_path: Path, user_error: Callable[..., str]) -> None:
+    build(tmp_path / "set", "images", "labels")
+    for number, (train, val) in enumerate((("/a/train/images", "/a/val/images"), ("images", "/a/val/images"))):
+        write(tmp_path / "set" / "data.yaml", f"train: {train}\nval: {val}\nnames: [wide, tall]\n")
+        message = user_error(main, line(tmp_path / "set", tmp_path / str(number)))
+        assert "/images is neither a folder nor a .txt list of images; correct it, or take " in message
+
+
 def test_images_listed_twice_or_in_two_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "set"
     build(root, "images/{}", "labels/{}")
@@ -334,8 +364,7 @@ def test_a_split_that_is_not_there(tmp_path: Path, user_error: Callable[..., str
     write(root / "data.yaml", "train: ../train/images\nval: ../val/images\ntest: ../test/images\nnames: [wide, tall]\n")
     message = user_error(main, line(root, tmp_path / "out"))
     assert (
-        "test/images: is neither a folder nor a .txt list of images; without split test, name the others by --splits"
-        in message
+        "test/images is neither a folder nor a .txt list of images; correct it, or take test out of the file" in message
     )
     assert main(line(root, tmp_path / "out", "--splits", '["train", "val"]')) == 0
     check(tmp_path / "out", "train", "a", "b")

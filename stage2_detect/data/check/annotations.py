@@ -15,7 +15,18 @@ from ssld.shared.errors import UserError
 from ssld.shared.tally import Tally
 from ssld.shared.wording import count, some
 from ssld.stage2_detect.data.check.findings import Finding, Level, Repair, first_ids
-from ssld.stage2_detect.data.coco import CROWD, FLAT, OUTSIDE, format_warnings, loss_of, tally_boxes, validate_boxes
+from ssld.stage2_detect.data.coco import (
+    CROWD,
+    FLAT,
+    OUTSIDE,
+    entries_with_other_boxes,
+    format_doubts,
+    is_bulk,
+    loss_of,
+    parted_text,
+    tally_boxes,
+    validate_boxes,
+)
 from ssld.stage2_detect.data.coco_json import Convention, load_content, stated_orientation
 from ssld.stage2_detect.data.coco_rows import (
     CATEGORY_TYPE,
@@ -40,6 +51,7 @@ from ssld.stage2_detect.data.coco_rows import (
     Kind,
     Oddity,
     ValidatedRows,
+    alike_names,
     changes_of,
     id_of,
     row_name,
@@ -55,6 +67,7 @@ FEW = 10
 MANY_CROWDS = 0.25
 """share of crowd regions in a class above which they are probably single objects that a tool marked as crowd"""
 
+_APART = "each entry is trained on without the boxes of the others"
 _FIXES: dict[tuple[Kind, str], str] = {
     ("image", NO_ID): "removes them",
     ("image", TWICE): "keeps one of several equal rows; removes different images with one id, and their boxes",
@@ -171,7 +184,7 @@ def check_rows(name: str, file: Path, folder: Path, *, masks: bool = False, allo
         check.add("fault", f"{text}: training stops", "sets it from the sizes of the images")
         check.repair.orientation = "upright"  # unless the images show otherwise
     accept_changes(check.repair, rows)
-    first_of = _check_names(check)
+    first_of = _check_names(check, allow_loss=allow_loss)
     _check_boxes(check, first_of, masks=masks, allow_loss=allow_loss)
     return check
 
@@ -227,7 +240,7 @@ def _repair_images_given_twice(check: FileCheck, again: Iterable[int]) -> None:
         check.repair.drop_images |= dict.fromkeys(group[1:], "") if equal else dict.fromkeys(group, TWICE)
 
 
-def _check_names(check: FileCheck) -> dict[int, int]:
+def _check_names(check: FileCheck, *, allow_loss: bool) -> dict[int, int]:
     """Report images listed twice and copies of one photo; returns {position of a repeated image: position of the first}."""
     positions = list(check.image_of.values())
     names = [str(check.rows.file_names[position]) for position in positions]
@@ -237,11 +250,11 @@ def _check_names(check: FileCheck) -> dict[int, int]:
     first_of = {positions[one]: positions[group[0]] for group in again for one in group[1:]}
     if again:
         text = f"{count(len(again), 'image')} listed more than once, under other ids ({some([names[group[0]] for group in again])})"
-        check.add(
-            "warning",
-            f"{text}: each entry is trained on without the boxes of the others",
-            "merges their boxes under the first id",
-        )
+        groups = [[positions[one] for one in group] for group in again]
+        parted = entries_with_other_boxes(groups, check.rows.owners_N, check.rows.labels_N, check.rows.boxes_N4)
+        stops = check.name == "train" and not allow_loss and is_bulk(parted, len(positions))
+        effect = f"{parted_text(parted, len(positions))}: training stops" if stops else _APART
+        check.add("fault" if stops else "warning", f"{text}: {effect}", "merges their boxes under the first id")
         check.repair.drop_images |= dict.fromkeys(first_of, "")
         owners = check.rows.owners_N.tolist()
         for index, owner in enumerate(owners):
@@ -284,12 +297,14 @@ def _check_boxes(check: FileCheck, first_of: dict[int, int], *, masks: bool, all
             examples = first_ids([ids[position] for position in positions])
             check.add(level, f"{count(len(positions), 'box')} {cause} ({examples}): {effect}", fix)
 
-    warnings = format_warnings(validated, crowd_N, sizes_N2)
-    for text in warnings:
-        check.add("warning", text)
+    doubts = format_doubts(validated, crowd_N, sizes_N2)
+    stops = ": training stops" if check.name == "train" else ": the scores would be worthless"
+    for doubt in doubts:
+        stopping = doubt.bulk and not allow_loss
+        check.add("fault" if stopping else "warning", f"{doubt.text}{stops if stopping else ''}")
     dropped = "training drops them" if check.name == "train" else "never detected, so missed in every score"
     # With a suspicious box format the copy keeps all boxes unchanged.
-    leaves_out, clips = (None, None) if warnings else ("removes them", "clips them")
+    leaves_out, clips = (None, None) if doubts else ("removes them", "clips them")
     report(validated.degenerate_N & ~crowd_N, "warning", FLAT, dropped, leaves_out)
     report(validated.outside_N & ~crowd_N, "warning", OUTSIDE, dropped, leaves_out)
     report(clipped_N, "note", "reaching over the border", "training clips them", clips)
@@ -316,9 +331,9 @@ def _check_boxes(check: FileCheck, first_of: dict[int, int], *, masks: bool, all
         report(shapeless_N, "fault" if masks else "warning", "without a usable segmentation", effect, None)
     for mask_N, cause in ((validated.degenerate_N, FLAT), (validated.outside_N, OUTSIDE), (again_N, "")):
         for position in np.flatnonzero(mask_N & ~crowd_N):
-            if not (warnings and cause):
+            if not (doubts and cause):
                 check.repair.drop_annotations[int(rows[position])] = cause
-    for position in np.flatnonzero(clipped_N & ~again_N) if not warnings else ():
+    for position in np.flatnonzero(clipped_N & ~again_N) if not doubts else ():
         left, top, right, bottom = (round(float(value), 3) for value in validated.clipped_N4[position])
         box = [left, top, round(right - left, 3), round(bottom - top, 3)]
         area = {} if annotations[rows[position]].get("segmentation") else {"area": box[2] * box[3]}
@@ -372,8 +387,11 @@ def _measure(check: FileCheck, used_I: np.ndarray, sides_N2: np.ndarray, owners_
         examples = some([str(rows[index]["file_name"]) for index in empty])
         text = f"{count(len(empty), 'image')} without objects ({examples})"
         effect = ": trained on as negatives; data.keep_empty: false skips them" if check.name == "train" else ""
-        check.add("note", f"{text}{effect}")
+        most = is_bulk(len(empty), len(check.image_of))
+        check.add("warning" if most else "note", f"{text}{effect}{'; are they labeled at all?' if most else ''}")
     names = list(dict.fromkeys(check.class_of.values()))
+    for alike in alike_names(names):
+        check.add("warning", f"the classes {alike} differ in capitals, spaces, dashes or underscores alone: one class?")
     none = [name for name in names if not check.boxes_of[name]]
     few = [f"{name} {check.boxes_of[name]}" for name in names if 0 < check.boxes_of[name] < FEW]
     if none and check.boxes_of:

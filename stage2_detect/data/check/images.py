@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ from ssld.shared.images import ImageHeader, UnreadableImage, image_header, open_
 from ssld.shared.machine import cores
 from ssld.shared.wording import count, some
 from ssld.stage2_detect.data.check.annotations import FileCheck
-from ssld.stage2_detect.data.image_names import hint, missing_names
+from ssld.stage2_detect.data.image_names import fitting_files, hint, missing_names
 from ssld.stage2_detect.data.orientation import fit_of, is_upright, orientation_of
 
 NEAR_DUPLICATE_BITS = 3
 """largest number of differing bits, of 64, between the hashes of near-duplicates"""
+MANY_FRAMES = 0.1
+"""share of images that resemble the one before them by name, above which they are probably frames of a video"""
 
 
 @dataclass(frozen=True)
@@ -35,31 +38,51 @@ class ImageFacts:
 
 def check_images(check: FileCheck, *, quick: bool = False) -> dict[int, ImageFacts]:
     """Read and check all images of a file, or with `quick` only whether the files exist; returns {position of the image: facts}."""
-    rows = check.content["images"]
-    paths = {index: check.folder / rows[index]["file_name"] for index in check.image_of.values()}
-    listed = list(paths)
-    missing = [listed[one] for one in missing_names(check.folder, (rows[index]["file_name"] for index in listed))]
-    if missing:
-        names = some([rows[index]["file_name"] for index in missing])
-        fitting = hint(check.folder, [rows[index]["file_name"] for index in missing])
-        if len(missing) == len(paths):
-            text = f"none of its {count(len(paths), 'image')} is in {check.folder} ({names})"
-            check.add("fault", f"{text}{fitting or ': is that their folder?'}")
-        else:
-            text = f"{count(len(missing), 'image')} of {len(paths):,} not in {check.folder} ({names}): training stops"
-            check.add("fault", f"{text}{fitting}", None if fitting else "removes them")
-            if not fitting:
-                check.repair.drop_images |= dict.fromkeys(missing, "not in the folder")
-    present = [index for index in paths if index not in set(missing)]
+    names = {index: check.content["images"][index]["file_name"] for index in check.image_of.values()}
+    missing, fitting = _check_missing(check, names)
+    present = {
+        index: fitting.get(index, name) for index, name in names.items() if index in fitting or index not in missing
+    }
     if quick:
         return {}
     with ThreadPoolExecutor(cores()) as pool:
-        results = dict(zip(present, pool.map(read_facts, (paths[index] for index in present)), strict=True))
+        results = dict(
+            zip(present, pool.map(read_facts, (check.folder / name for name in present.values())), strict=True)
+        )
     facts = {index: one for index, one in results.items() if isinstance(one, ImageFacts)}
     _check_unreadable(check, {index: one for index, one in results.items() if isinstance(one, str)}, len(present))
     _check_sizes(check, facts)
     _check_copies(check, facts)
     return facts
+
+
+def _check_missing(check: FileCheck, names: dict[int, str]) -> tuple[set[int], dict[int, str]]:
+    """Report missing images; returns their positions, and the files that are meant by those whose name is another form of a file's."""
+    listed = list(names)
+    positions = missing_names(check.folder, names.values())
+    missing = [listed[one] for one in positions]
+    if not missing:
+        return set(), {}
+    texts = [names[index] for index in missing]
+    question = hint(check.folder, texts)
+    fitting = {listed[one]: file for one, file in fitting_files(check.folder, list(names.values()), positions).items()}
+    left = [index for index in missing if index not in fitting]
+    if fitting:
+        fix: str | None = "writes the names of the files" + (
+            f", removes {count(len(left), 'image')} without one" if left else ""
+        )
+    else:
+        fix = None if question or len(missing) == len(names) else "removes them"
+    if len(missing) == len(names):
+        text = f"none of its {count(len(names), 'image')} is in {check.folder} ({some(texts)}){question or ': is that their folder?'}"
+    else:
+        text = f"{count(len(missing), 'image')} of {len(names):,} not in {check.folder} ({some(texts)}): training stops{question}"
+    check.add("fault", text, fix)
+    for index, file in fitting.items():
+        check.repair.image_values.setdefault(index, {})["file_name"] = file
+    if fix:
+        check.repair.drop_images |= dict.fromkeys(left, "not in the folder")
+    return set(missing), fitting
 
 
 def read_facts(path: Path) -> ImageFacts | str:
@@ -99,10 +122,29 @@ def near_duplicates(first: Sequence[int], second: Sequence[int]) -> list[tuple[i
     return pairs
 
 
+def check_frames(check: FileCheck, facts: dict[int, ImageFacts]) -> None:
+    """Warn of a random split if many images resemble the one before them by name, as frames of a video do: both sides would have the same scenes."""
+    names = {index: str(check.content["images"][index]["file_name"]) for index in facts}
+    order = sorted(facts, key=names.__getitem__)
+    alike = [
+        (one, other)
+        for one, other in pairwise(order)
+        if facts[one].digest != facts[other].digest and near_duplicates([facts[one].hash], [facts[other].hash])
+    ]
+    if len(alike) > max(1, MANY_FRAMES * len(order)):
+        example = " ~ ".join(names[index] for index in alike[0])
+        check.add(
+            "warning",
+            f"{len(alike):,} of its {count(len(order), 'image')} resemble the one before them ({example}): frames of videos? A random split "
+            "has neighbors on both sides, so that scores are too good; split by video, into two files",
+        )
+
+
 def check_unlisted(checks: Sequence[FileCheck]) -> None:
     """Note images in the folders of a data set that none of its files lists."""
     listed = {
-        check.folder / check.content["images"][index]["file_name"]
+        check.folder
+        / (check.repair.image_values.get(index, {}).get("file_name") or check.content["images"][index]["file_name"])
         for check in checks
         for index in check.image_of.values()
     }

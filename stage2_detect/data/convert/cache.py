@@ -18,7 +18,7 @@ from typing import Any
 from ssld.shared.errors import UserError
 from ssld.shared.files import file_sha256, list_files, user_cache, write_atomically
 
-VERSION = 1
+VERSION = 2
 """version of the written files; increase it whenever a reader or the conversion changes its result"""
 _RECORD = "data.json"
 

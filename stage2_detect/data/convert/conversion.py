@@ -12,6 +12,7 @@ from ssld.stage2_detect.config import ConvertDataConfig
 from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.data.coco_json import with_orientation
 from ssld.stage2_detect.data.convert.hub import files_by_split, is_hub, read_hub
+from ssld.stage2_detect.data.convert.labelme import is_labelme, labelme_files, read_labelme
 from ssld.stage2_detect.data.convert.records import (
     Content,
     SourceData,
@@ -24,9 +25,13 @@ from ssld.stage2_detect.data.convert.voc import read_voc
 from ssld.stage2_detect.data.convert.voc_layout import find_voc, is_voc
 from ssld.stage2_detect.data.convert.yolo import read_yolo
 from ssld.stage2_detect.data.orientation import Orientation
+from ssld.stage2_detect.layouts.others import other_tool
 from ssld.stage2_detect.layouts.yolo import find_yolo
 
-LOOKED_FOR = "neither YOLO (data.yaml, or images/ and labels/) nor Pascal VOC (XML files in Annotations/ or beside the images) nor Parquet files"
+LOOKED_FOR = (
+    "neither YOLO (data.yaml, or images/ and labels/) nor Pascal VOC (XML files in Annotations/ or beside the images) nor Parquet files "
+    "nor LabelMe's JSON"
+)
 
 
 class Conversion(NamedTuple):
@@ -45,6 +50,8 @@ def find_splits(source: str) -> list[str] | None:
         return list(layout.places)
     if is_voc(path):
         return list(find_voc(path.resolve(), []).splits)
+    if is_labelme(path):
+        return list(labelme_files(path))
     return list(files_by_split(path)) if is_hub(source) else None
 
 
@@ -94,6 +101,8 @@ def _read(config: ConvertDataConfig, folder: Path) -> SourceData:
             voc_inclusive=config.voc_inclusive,
             voc_difficult=config.voc_difficult,
         )
+    if is_labelme(path):
+        return read_labelme(path, classes=config.classes, splits=config.splits)
     if is_hub(source):
         return read_hub(
             source, pending=folder, classes=config.classes, splits=config.splits, box_format=config.box_format
@@ -102,7 +111,9 @@ def _read(config: ConvertDataConfig, folder: Path) -> SourceData:
 
 
 def content_of(path: Path) -> str:
-    """Describe what is at a path whose format is unknown: `it holds a.txt, b.txt`."""
+    """Describe what is at a path whose format is unknown: the format of another tool, or `it holds a.txt, b.txt`."""
+    if other := other_tool(path):
+        return other
     names = sorted(one.name for one in path.iterdir() if not is_hidden(one.name)) if path.is_dir() else []
     return (
         f"it holds {some(names, 6)}" if names else "it is an empty folder" if path.is_dir() else "it is a single file"

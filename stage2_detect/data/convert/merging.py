@@ -15,6 +15,7 @@ from ssld.shared.errors import UserError
 from ssld.shared.tally import Tally
 from ssld.shared.wording import count, some
 from ssld.stage2_detect.data.coco_json import CocoTable, Convention, read_table, with_orientation
+from ssld.stage2_detect.data.coco_rows import plain_name
 from ssld.stage2_detect.data.image_names import missing_names
 from ssld.stage2_detect.data.orientation import Orientation, find_orientation
 
@@ -90,7 +91,7 @@ def _class_names(files: Sequence[Path], tables: Sequence[CocoTable]) -> list[str
     spelled: dict[str, dict[str, Path]] = defaultdict(dict)
     for file, table in zip(files, tables, strict=True):
         for name in table.class_names:
-            spelled["".join(letter for letter in name.casefold() if letter not in " -_")].setdefault(name, file)
+            spelled[plain_name(name)].setdefault(name, file)
     for known in spelled.values():
         (one, first), *others = known.items()
         # One file may have both names: then they are two classes.

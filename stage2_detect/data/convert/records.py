@@ -31,10 +31,11 @@ Corners = tuple[float, float, float, float]
 DIGITS = 3
 _OVER = 1.0
 """distance in pixels beyond the border that rounding does not explain"""
-_MANY = 0.1
-"""share of boxes beyond the border above which the box format is probably wrong"""
+_MANY, _MOST = 0.1, 0.5
+"""shares of boxes beyond the border above which the box format is probably wrong: of an uncertain format, and of one that is defined"""
 ALLOW_LOSS = "set allow_loss: true to convert the rest"
 LISTED_AGAIN = "listed more than once, read once"
+NO_LABELS = "without a label file, read as an image without objects"
 _RUN_FILES = {
     "config.yaml",
     "environment",
@@ -103,7 +104,8 @@ class SourceData:
         class_names: classes in order.
         splits: images by split.
         notes: lines for the log.
-        hint: end of the message if many boxes reach far beyond their images; empty if the box format is certain.
+        hint: end of the message if many boxes reach far beyond their images.
+        certain: whether the format defines its boxes: then most of them, in place of a tenth, have to reach beyond their images for an error.
         tallies: by split, rows that its reader dropped or changed.
         searched: by split, the files that were searched for objects: "of 3 XML files in FOLDER".
         crowd: reason why objects are ignored, as a cause in the tally.
@@ -115,6 +117,7 @@ class SourceData:
     splits: dict[str, list[SourceImage]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     hint: str = ""
+    certain: bool = False
     tallies: dict[str, Tally] = field(default_factory=dict)
     searched: dict[str, str] = field(default_factory=dict)
     crowd: str = "marked iscrowd"
@@ -135,8 +138,8 @@ class Content(NamedTuple):
 def coco_content(data: SourceData, split: str, *, source: str, allow_loss: bool) -> Content:
     """Convert a split to the content of a COCO file; adds the boxes dropped and changed to the reader's tally.
 
-    Raises UserError for large losses unless `allow_loss`, if no object remains to train or evaluate on, and, with `data.hint`, if more than a tenth
-    of the boxes reach far beyond their images.
+    Raises UserError for large losses and for a majority of images without a label file unless `allow_loss`, if no object remains to train or evaluate
+    on, and if many boxes reach far beyond their images: more than a tenth of them, or more than half in a format that defines its boxes.
     """
     images, tally = data.splits[split], data.tallies[split]
     if not tally.dropped("box") and not any(image.objects for image in images):
@@ -178,11 +181,18 @@ def coco_content(data: SourceData, split: str, *, source: str, allow_loss: bool)
     for each in (tally, trained):
         each.keep("image", len(images))
     total = len(annotations) + tally.dropped("box")
-    if data.hint and len(far) > max(1, _MANY * total):
-        raise UserError(
-            f"{far[0]}: the box reaches out of its image, as do {len(far) - 1} others of {total}; {data.hint}"
-        )
+    if len(far) > max(1, _MANY * total):
+        text = f"{far[0]}: the box reaches out of its image, as do {len(far) - 1:,} others of {total:,}; {data.hint}"
+        if not data.certain or (len(far) > _MOST * total and not allow_loss):
+            raise UserError(text)
+        data.notes.append(text)
     trained.check(f"{source}: split {split}", allow_loss=allow_loss, otherwise=ALLOW_LOSS)
+    unlabeled, listed = tally.changed("image", NO_LABELS), len(images) + tally.dropped("image")
+    if unlabeled > _MOST * listed and not allow_loss:
+        raise UserError(
+            f"{source}: split {split}: {unlabeled:,} of the {count(listed, 'image')} have no label file ({data.searched[split]}) and would be "
+            f"trained on as images without objects; move images that nobody has labeled to another folder, or {ALLOW_LOSS}"
+        )
     if not annotations:
         raise UserError(f"{source}: split {split}: no object is left: {tally.describe()}")
     if all(row["iscrowd"] for row in annotations):
@@ -214,11 +224,16 @@ def note_shared_images(data: SourceData) -> None:
             data.notes.append(f"{count(len(both), 'image')} of {other} in {one} too (first: {both[0]})")
 
 
-def drop_image(tally: Tally, image: Path, kind: str, classes: Iterable[str]) -> None:
-    """Count an image of an unsupported `kind`, and its objects, given by their classes."""
-    tally.drop("image", f"of a kind that is not read ({kind})", image)
+def drop_image(tally: Tally, image: Path, kind: str | None, classes: Iterable[str]) -> None:
+    """Count an image of an unsupported `kind`, or with None a damaged one, and its objects, given by their classes."""
+    cause, on = (
+        ("that cannot be read", "on images that cannot be read")
+        if kind is None
+        else (f"of a kind that is not read ({kind})", f"on images that are not read ({kind})")
+    )
+    tally.drop("image", cause, image)
     for name in classes:
-        tally.drop("box", f"on images that are not read ({kind})", image, group=name)
+        tally.drop("box", on, image, group=name)
 
 
 def unread_kind(image: Path) -> str | None:
@@ -249,19 +264,21 @@ def clip(corners: Corners, width: int, height: int) -> Corners:
 def size_of(path: Path, stated: tuple[int, int] | None = None, place: str = "") -> tuple[int, int]:
     """Return (width, height) of an image: the `stated` size if the image has it, upright or as stored; without one, the upright size.
 
-    Raises UserError for an unreadable image, and if the image has the stated size in neither form.
+    Raises UnreadableImage for a damaged image, and UserError if the image has the stated size in neither form.
     """
-    return size_of_bytes(path, str(path), stated, place)
+    return _size(path, str(path), stated, place)
 
 
-def size_of_bytes(
-    source: bytes | Path, name: str, stated: tuple[int, int] | None = None, place: str = ""
-) -> tuple[int, int]:
-    """Do the work of `size_of` for an image file or its bytes; `name` names it in errors."""
+def size_of_bytes(encoded: bytes, name: str, stated: tuple[int, int] | None = None, place: str = "") -> tuple[int, int]:
+    """Do the work of `size_of` for the bytes of an image; `name` names it in errors. Raises UserError for a damaged image too."""
     try:
-        header = image_header(source, name=name)
+        return _size(encoded, name, stated, place)
     except UnreadableImage as error:
         raise UserError(str(error)) from None
+
+
+def _size(source: bytes | Path, name: str, stated: tuple[int, int] | None, place: str) -> tuple[int, int]:
+    header = image_header(source, name=name)
     height, width = header.upright_size
     if stated is None:
         return width, height

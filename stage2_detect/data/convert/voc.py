@@ -10,6 +10,7 @@ from typing import Literal
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import IMAGE_SUFFIXES
+from ssld.shared.images import UnreadableImage
 from ssld.shared.tally import Tally
 from ssld.shared.wording import count
 from ssld.stage2_detect.data.convert.file_index import FileIndex
@@ -153,7 +154,11 @@ class _Reader:
             place = f"{entry.xml}, line {size.line}"
             width, height = (int(finite_number(size.text_of(key) or "0", place, key)) for key in ("width", "height"))
             stated = (width, height) if width and height else None  # some tools write 0 for an unknown size
-        width, height = size_of(image, stated, place)
+        try:
+            width, height = size_of(image, stated, place)
+        except UnreadableImage:
+            drop_image(self._tally, image, None, [self._names[label] for label in labels])
+            return None
         objects = [self._object(one, label, entry.xml) for one, label in zip(root.all("object"), labels, strict=True)]
         return SourceImage(image, width, height, objects, unsized=stated is None)
 

@@ -12,6 +12,7 @@ from xml.parsers import expat
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import decode_text
+from ssld.stage2_detect.layouts.others import other_tool
 
 _DECLARATION = re.compile(r"\A\s*<\?xml\b[^>]*\?>")
 _ENCODING = re.compile(rb"\A\s*<\?xml\b[^>]*?\bencoding\s*=\s*[\"']\s*([\w.:-]+)\s*[\"']", re.ASCII)
@@ -49,8 +50,9 @@ def read_annotation(file: Path) -> Element:
     """Read the `annotation` element of a VOC file. Raises UserError for another root element, and for objects or boxes where VOC has none."""
     root = parse_xml(file)
     if root.name != "annotation":
+        other = other_tool(file)
         raise UserError(
-            f"{file}, line {root.line}: begins with <{root.name}>, and Pascal VOC with <annotation>: is it another XML format?"
+            f"{file}, line {root.line}: begins with <{root.name}>, and Pascal VOC with <annotation>: {other or 'is it another XML format?'}"
         )
     for element, parents in _below(root, (root,)):
         inside = [parent.name for parent in parents]

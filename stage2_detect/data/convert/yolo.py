@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import list_files, list_images, read_text
+from ssld.shared.images import UnreadableImage
 from ssld.shared.tally import Tally
 from ssld.shared.wording import count, some
 from ssld.stage2_detect.data.convert.file_index import FileIndex
 from ssld.stage2_detect.data.convert.records import (
     LISTED_AGAIN,
+    NO_LABELS,
     SourceData,
     SourceImage,
     SourceObject,
@@ -61,7 +63,8 @@ def read_yolo(layout: YoloLayout, *, classes: Path | None, splits: list[str]) ->
     unknown = [split for split in splits if split not in layout.places]
     if unknown:
         raise UserError(f"{layout.file}: has no split {unknown[0]!r} (it has {', '.join(layout.places)})")
-    data = SourceData("YOLO", names, notes=list(layout.notes), orientation="upright")
+    data = SourceData("YOLO", names, notes=list(layout.notes), orientation="upright", certain=True)
+    data.hint = "is it center, width and height, not two corners or the upper left corner?"
     for split in splits or layout.places:
         tally = data.tallies[split] = Tally()
         data.splits[split], data.searched[split] = _read_split(layout, split, names, tally)
@@ -79,13 +82,16 @@ def _read_split(layout: YoloLayout, split: str, names: list[str], tally: Tally) 
     for image, label in labels.items():
         rows = _rows(label, names) if label else []
         if not label:
-            tally.change("image", "without a label file, read as an image without objects", image)
+            tally.change("image", NO_LABELS, image)
         kind = unread_kind(image)
-        if kind:
-            drop_image(tally, image, kind, [names[row.label] for row in rows])
-        else:
-            width, height = size_of(image)
+        try:
+            width, height = (0, 0) if kind else size_of(image)
+        except UnreadableImage:
+            kind, width = None, 0
+        if width:
             source_images.append(SourceImage(image, width, height, [_object(row, width, height) for row in rows]))
+        else:
+            drop_image(tally, image, kind, [names[row.label] for row in rows])
     searched = dict.fromkeys(str(folder) for image in images for folder in label_files.folders(image.parent))
     read = sum(label is not None for label in labels.values())
     return source_images, f"{count(read, 'label file')}, searched in {some(list(searched))}"
@@ -107,7 +113,7 @@ def _image_files(layout: YoloLayout, split: str, tally: Tally) -> tuple[list[Pat
                 raise UserError(f"{missing[0]}: no image {missing[1]}")
         else:
             raise UserError(
-                f"{path}: is neither a folder nor a .txt list of images; without split {split}, name the others by --splits"
+                f"{layout.file}: {split}: {path} is neither a folder nor a .txt list of images; correct it, or take {split} out of the file"
             )
         for where, image in listed:
             if image in images:

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.data.check.annotations import check_rows
 from ssld.stage2_detect.data.check.images import check_images
-from ssld.stage2_detect.data.coco import CocoData, read_coco, require_boxes, require_masks
+from ssld.stage2_detect.data.coco import CocoData, read_coco, require_boxes, require_format, require_masks
 from ssld.stage2_detect.data.coco_rows import ODD_NAME, clean_name
+from ssld.stage2_detect.data.image_names import fitting_files, missing_names
 
 Content = dict[str, Any]
 NAN = float("nan")
@@ -360,28 +362,59 @@ def test_the_hint_names_the_file_that_fits(
     hint = f"; did you mean {file!r}{look}?"
     assert (
         str(error.value)
-        == f"1 of the 6 images of {folder / 'data.json'} are missing; the first is {folder}/{name}{hint}"
+        == f"1 of the 6 images of {folder / 'data.json'} are missing; the first is {folder}/{name}{hint}; {COPY}"
     )
     check = check_rows("train", folder / "data.json", folder)
     check_images(check, quick=True)
     (fault,) = [one for one in check.findings if one.level == "fault"]
     assert fault.text.endswith(f"({name}): training stops{hint}")
-    assert fault.fix is None  # a row with a known correction is not left out
+    assert fault.fix == "writes the names of the files"
+    assert check.repair.image_values == {3: {"file_name": file}}
     assert not check.repair.drop_images
 
 
+COPY = "`ssld doctor --fix DIR` writes a copy with the names of the files"
+
+
 def test_the_hint_is_on_the_first_that_something_fits(read: Callable[..., CocoData], folder: Path) -> None:
-    """A cleaned copy then keeps all boxes."""
     (folder / "photo.JPG").touch()
     whole = content()
     whole["images"][1]["file_name"], whole["images"][3]["file_name"] = "gone.png", "photo.jpg"
     with pytest.raises(
-        UserError, match=r"2 of the 6 images .*gone\.png; did you mean 'photo\.JPG' for 'photo\.jpg'\?$"
+        UserError, match=r"2 of the 6 images .*gone\.png; did you mean 'photo\.JPG' for 'photo\.jpg'\?; `ssld doctor"
     ):
         read(whole)
     check = check_rows("train", folder / "data.json", folder)
     check_images(check, quick=True)
-    assert not check.repair.drop_images
+    (fault,) = [one for one in check.findings if one.level == "fault"]
+    assert fault.fix == "writes the names of the files, removes 1 image without one"
+    assert check.repair.image_values == {3: {"file_name": "photo.JPG"}}
+    assert check.repair.drop_images == {1: "not in the folder"}
+
+
+@pytest.mark.parametrize(
+    ("files", "names", "expected"),
+    [
+        # Exports of Windows, with absolute paths, of a web server, and of a folder above or below.
+        (["a/1.jpg", "b/1.jpg"], ["a\\1.jpg", "b\\1.jpg"], ["a/1.jpg", "b/1.jpg"]),
+        (["a/1.jpg", "b/1.jpg"], ["C:\\Users\\me\\img\\a\\1.jpg", "C:\\Users\\me\\img\\b\\1.jpg"], ["a/1.jpg", "b/1.jpg"]),
+        (["a/1.jpg", "2.jpg"], ["/data/local-files/?d=img/a/1.jpg", "/data/local-files/?d=img/2.jpg"], ["a/1.jpg", "2.jpg"]),
+        (["x 1.JPG", "2.jpg"], ["https://host/img/x%201.jpg", "2.jpg"], ["x 1.JPG", None]),
+        (["a/1.jpg", "b/2.jpg"], ["1.png", "img/2.jpg"], ["a/1.jpg", "b/2.jpg"]),
+        # One name fits two files, two names fit one file, or a file that the data set lists already.
+        (["a/1.jpg", "b/1.jpg", "2.jpg"], ["1.jpg", "./2.JPG"], None),
+        (["1.jpg"], ["a/1.jpg", "b/1.jpg"], None),
+        (["1.jpg"], ["a/1.jpg", "1.jpg"], None),
+    ],
+)  # fmt: skip
+def test_files_that_are_meant(
+    tmp_path: Path, files: list[str], names: list[str], expected: list[str | None] | None
+) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    found = fitting_files(tmp_path, names, missing_names(tmp_path, names))
+    assert found == {index: file for index, file in enumerate(expected or []) if file}
 
 
 def test_no_hint_where_two_files_would_fit(read: Callable[..., CocoData], folder: Path) -> None:
@@ -434,11 +467,93 @@ def test_boxes_of_another_format_are_suspected(
     for number, row in enumerate(whole["annotations"]):
         row |= {"bbox": boxes[number % len(boxes)], "iscrowd": 0, "segmentation": []}
     assert (doubt or "instead of") in read(whole).describe() or not doubt
-    assert bool(read(whole).format_warnings) == bool(doubt)
+    data = read(whole)
+    assert bool(data.format_doubts) == bool(doubt)
     check = check_rows("train", folder / "data.json", folder)
+    faults = [one.text for one in check.findings if one.level == "fault"]
+    assert faults == ([f"{doubt}: training stops"] if doubt else [])
+    for checked in (require_boxes, require_format):  # of training and of evaluation images
+        if doubt:
+            with pytest.raises(UserError, match=re.escape(f"data.json: {doubt}; correct the file")):
+                checked(data, allow_loss=False)
+        checked(data, allow_loss=bool(doubt))
+    check = check_rows("train", folder / "data.json", folder, allow_loss=True)
     warnings = [one.text for one in check.findings if one.level == "warning" and "given twice" not in one.text]
     assert warnings == ([doubt] if doubt else [])
     assert any("bbox" in values for values in check.repair.annotation_values.values()) == (boxes[0][2] == 60.4)
+
+
+def test_some_boxes_over_the_border_stop_training_only_if_all_look_like_corners(
+    read: Callable[..., CocoData], folder: Path
+) -> None:
+    def levels(boxes: list[list[int]]) -> list[str]:
+        whole = content()
+        whole["annotations"] = [
+            {"id": number, "image_id": 1 + number % 6, "category_id": 1, "bbox": box, "iscrowd": 0}
+            for number, box in enumerate(boxes)
+        ]
+        data = read(whole)
+        found = [
+            one for one in check_rows("train", folder / "data.json", folder).findings if "border: corners" in one.text
+        ]
+        assert [doubt.bulk for doubt in data.format_doubts] == [one.level == "fault" for one in found]
+        return [one.level for one in found]
+
+    over = [[20, 15, 50, 40]] * 5
+    assert levels([*over, *[[2, 3, 9, 8]] * 16]) == ["fault"]  # every second corner is beyond the first
+    assert levels([*over, *[[2, 3, 9, 8]] * 4, *[[30, 20, 9, 8]] * 12]) == ["warning"]  # sides smaller than the corner
+    assert levels([*over, *[[2, 3, 9, 8]] * 8]) == ["warning"]  # too few to tell
+    assert levels([*over, *[[2, 3, 9, 8]] * 46]) == []
+
+
+def test_entries_of_one_file_with_other_boxes_stop_training_in_bulk(
+    read: Callable[..., CocoData], folder: Path
+) -> None:
+    def levels(names: list[str], boxes: list[tuple[int, int]]) -> list[str]:
+        """Images of these names, and boxes given by (image, x)."""
+        rows = [{"id": index, "file_name": name, "width": 64, "height": 48} for index, name in enumerate(names)]
+        annotations = [
+            {"id": index, "image_id": owner, "category_id": 1, "bbox": [x, 5, 20, 20]}
+            for index, (owner, x) in enumerate(boxes)
+        ]
+        data = read({"images": rows, "annotations": annotations, "categories": [{"id": 1, "name": "a"}]})
+        found = [one for one in check_rows("train", folder / "data.json", folder).findings if "listed more" in one.text]
+        if any(one.level == "fault" for one in found):
+            with pytest.raises(UserError, match="are entries of a file that has further entries with other"):
+                require_boxes(data, allow_loss=False)
+        else:
+            require_boxes(data, allow_loss=False)
+        require_boxes(data, allow_loss=True)
+        return [one.level for one in found]
+
+    # A table with a row per box, converted with an image per row.
+    assert levels(["1.png", "1.png", "./1.png", "2.png"], [(0, 1), (1, 2), (2, 3), (3, 4)]) == ["fault"]
+    # Images repeated with the same boxes, to be seen more often.
+    assert levels(["1.png", "1.png", "1.png", "2.png"], [(0, 1), (1, 1), (2, 1), (3, 4)]) == ["warning"]
+    assert levels(["1.png", "1.png", "2.png", "3.png"], [(0, 1), (1, 2), (2, 3), (3, 4)]) == ["warning"]
+    assert levels(["1.png", "2.png"], [(0, 1), (1, 2)]) == []
+
+
+def test_classes_that_differ_in_spelling_alone_are_questioned(read: Callable[..., CocoData], folder: Path) -> None:
+    for names, expected in ((["traffic light", "Traffic_Light"], 1), (["wide", "tall"], 0)):
+        whole = content()
+        whole["categories"] = [{"id": index, "name": name} for index, name in enumerate(names, 1)]
+        question = f"the classes {names[0]!r} and {names[1]!r} differ in capitals, spaces, dashes or underscores alone"
+        assert read(whole).describe().count(question) == expected
+        findings = check_rows("train", folder / "data.json", folder).findings
+        assert [one.level for one in findings if question in one.text] == ["warning"] * expected
+
+
+def test_mostly_images_without_objects_are_a_warning(folder: Path) -> None:
+    for owners, level in ((1, "warning"), (3, "note")):
+        whole = content()
+        for row in whole["annotations"]:
+            row["image_id"] = 1 + row["id"] % owners
+        (folder / "data.json").write_text(json.dumps(whole))
+        findings = check_rows("train", folder / "data.json", folder).findings
+        found = [one for one in findings if "without objects" in one.text]
+        assert [one.level for one in found] == [level]
+        assert found[0].text.endswith("are they labeled at all?") == (level == "warning")
 
 
 def test_a_large_share_of_crowds_is_a_warning(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from converted_data import write
-from many_formats import BOX, BOXES, FORMATS, NAMES, parquet, picture, roboflow_coco, yolo, yolo_file
+from many_formats import BOX, BOXES, FORMATS, NAMES, coco, parquet, picture, roboflow_coco, yolo, yolo_file
 from PIL import Image
 
 from ssld.shared.errors import UserError
@@ -224,3 +224,20 @@ def test_images_in_no_usual_place(tmp_path: Path) -> None:
     (root / "elsewhere" / "_annotations.coco.json").unlink()
     with pytest.raises(UserError, match=r"train.json: its first image, 0.png, is neither beside it nor in train/"):
         found(root / "train.json")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["images\\", "../../media/upload/1/", "C:\\work\\export\\images\\", "https://host/d/"]
+)
+def test_names_of_another_machine_lead_to_their_folder(tmp_path: Path, prefix: str) -> None:
+    """As Label Studio writes them; the reader names the correction."""
+    root = tmp_path / "export"
+    write(root / "result.json", json.dumps(coco("train", prefix=prefix)))
+    (root / "images").mkdir()
+    for number in range(4):
+        picture("train", number).save(root / "images" / f"{number}.png")
+    part = found(root).train
+    with pytest.raises(
+        UserError, match=r"4 of the 4 images .*did you mean '(images/)?0.png'\?; `ssld doctor --fix DIR`"
+    ):
+        read_coco(part.annotations, part.images, training=True)

@@ -85,7 +85,7 @@ def test_voc_from_an_independent_writer(tiny_coco: Any, tmp_path: Path) -> None:
         ("Annotations/a.xml", "<annotation><object><name>a</name></object></annotation>", "has no bndbox"),
         ("ImageSets/Main/train.txt", "a\nz\n", "train.txt, line 2: there is no Annotations/z.xml"),
         ("ImageSets/Main/train.txt", "a 1\n", "train.txt, line 1: has 2 columns"),
-        ("JPEGImages/a.png", "", "cannot read image"),
+        ("JPEGImages/a.png", "", "would be left out: 1 that cannot be read (first: "),
     ],
 )
 def test_voc_faults(

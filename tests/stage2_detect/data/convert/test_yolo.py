@@ -136,7 +136,6 @@ def test_boxes_refer_to_the_upright_image(yolo: Path, tmp_path: Path) -> None:
         ("labels/train/a.txt", "0 .5 nan .2 .2", "a.txt, line 1: value 3 is 'nan', not a number"),
         ("labels/train/a.txt", "wide .5 .5 .2 .2", "a.txt, line 1: the class is 'wide', not a number"),
         ("labels/train/c.txt", "0 .5 .5 .2 .2", "c.txt: no image in"),
-        ("images/train/c.png", "no image", "cannot read image"),
         ("data.yaml", "train: images/train\nnames: [a, a]", "two classes are called 'a'"),
         ("data.yaml", "train: images/train\nnames: [a, b]\nnc: 3", "nc is 3, but names has 2"),
         ("data.yaml", "train: images/train\nnames: {0: a, 2: b}", "the class numbers are not 0..1"),
@@ -155,6 +154,66 @@ def test_yolo_faults(
     assert message in user_error(main, line(yolo, tmp_path / "out"))
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left <= {".lock", "config.yaml", "environment.json", "error.json"}
+
+
+def test_rows_of_another_format(
+    yolo: Path, tmp_path: Path, user_error: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Corners, or the upper left corner, in place of the center: boxes of 8 x 8 pixels on a grid, in an image of 40 x 20."""
+    question = "is it center, width and height, not two corners or the upper left corner?"
+    places = [(x, y) for x in (1, 11, 21, 31) for y in (1, 5, 10)]
+
+    def convert(name: str, *row: Callable[[int, int], float]) -> list[str]:
+        rows = [" ".join(f"{value(x, y):.6f}" for value in row) for x, y in places]
+        write(yolo / "labels/train/a.txt", "\n".join(f"0 {text}" for text in rows))
+        return line(yolo, tmp_path / name)
+
+    corners = convert(
+        "corners", lambda x, y: x / 40, lambda x, y: y / 20, lambda x, y: (x + 8) / 40, lambda x, y: (y + 8) / 20
+    )
+    assert "a.txt, line 1: the box reaches out of its image, as do " in (message := user_error(main, corners))
+    assert message.endswith(question)
+    assert main([*corners[:3], str(tmp_path / "anyway"), "--allow_loss", "true"]) == 0
+    assert question in capsys.readouterr().out
+    upper_left = convert("left", lambda x, y: x / 40, lambda x, y: y / 20, lambda x, y: 8 / 40, lambda x, y: 8 / 20)
+    assert main(upper_left) == 0  # a warning: six of twelve reach over the border, by three pixels
+    assert question in capsys.readouterr().out
+    centers = convert(
+        "center", lambda x, y: (x + 4) / 40, lambda x, y: (y + 4) / 20, lambda x, y: 8 / 40, lambda x, y: 8 / 20
+    )
+    assert main(centers) == 0
+    assert question not in capsys.readouterr().out
+
+
+def test_mostly_images_without_label_files(yolo: Path, tmp_path: Path, user_error: Callable[..., str]) -> None:
+    """Photos that nobody has labeled would be trained on as images without objects."""
+    for name in "cde":
+        shutil.copy(yolo / "images/train/a.png", yolo / f"images/train/{name}.png")
+    assert "4 of the 5 images have no label file (1 label file, searched in" in user_error(
+        main, line(yolo, tmp_path / "out")
+    )
+    assert main(line(yolo, tmp_path / "anyway", "--allow_loss", "true")) == 0
+    for name in "cde":
+        write(yolo / f"labels/train/{name}.txt", "")  # labeled, without objects
+    assert main(line(yolo, tmp_path / "labeled")) == 0
+    assert len(read(tmp_path / "labeled").images) == 5
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\x89PNG\r\n\x1a\n\0\0"])
+def test_damaged_images_are_left_out_and_counted(
+    yolo: Path, tmp_path: Path, user_error: Callable[..., str], content: bytes
+) -> None:
+    """As the readers of COCO files and of folders do, which go on without them."""
+    (yolo / "images/train/c.png").write_bytes(content)
+    write(yolo / "labels/train/c.txt", "1 .5 .5 .2 .2\n")
+    assert main(line(yolo, tmp_path / "out")) == 0
+    assert by_name(read(tmp_path / "out")).keys() == {"a", "b"}
+    entry = {"count": 1, "first": f"{yolo}/images/train/c.png"}
+    assert counted(tmp_path / "out")["image"]["dropped"] == {"that cannot be read": entry}
+    assert counted(tmp_path / "out")["box"]["dropped"] == {"on images that cannot be read": entry}
+    (yolo / "images/train/b.png").write_bytes(content)
+    message = user_error(main, line(yolo, tmp_path / "most"))
+    assert "2 of the 3 images would be left out: 2 that cannot be read (first: " in message
 
 
 def test_a_fixed_fault_needs_no_other_output(yolo: Path, tmp_path: Path, user_error: Callable[..., str]) -> None:

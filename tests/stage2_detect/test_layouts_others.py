@@ -1,0 +1,65 @@
+"""Data sets of tools that are not read: the message says what they are and which export to choose."""
+
+import gzip
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from converted_data import save, write
+
+from ssld.shared.errors import UserError
+from ssld.stage2_detect.data.coco import read_coco
+from ssld.stage2_detect.data.convert.parts import find_data
+from ssld.stage2_detect.data_config import DetectionDataConfig
+
+REGION = {"shape_attributes": {"name": "rect", "x": 1, "y": 2, "width": 3, "height": 4}, "region_attributes": {}}
+RESULT = {"x": 1, "y": 2, "width": 3, "height": 4, "rotation": 0, "rectanglelabels": ["cat"], "original_width": 40}
+FILES: dict[str, tuple[str, Any, str]] = {
+    "via": ("via.json", {"a.png12": {"filename": "a.png", "size": 12, "regions": [REGION]}}, "VIA's JSON; export"),
+    "via project": ("via.json", {"_via_settings": {}, "_via_img_metadata": {}}, "VIA's project; export"),
+    "supervisely": ("ds/ann/a.png.json", {"objects": [{"classTitle": "cat", "geometryType": "rectangle"}]}, "Supervisely's"),
+    "label studio": ("project.json", [{"image": "/data/upload/1/a.png", "label": [RESULT]}], "Label Studio's JSON; export"),
+    "fiftyone": ("metadata.json", {"name": "pets", "sample_fields": []}, "FiftyOne's own format; export it as COCO"),
+    "cvat": ("annotations.xml", "<annotations><image id='0' name='a.png'/></annotations>", "CVAT's own XML; export it as COCO 1.0"),
+    "table": ("train.csv", "image_id,bbox\na,[1 2 3 4]\n", "is a table, whose columns have no fixed meaning; write COCO JSON"),
+}  # fmt: skip
+
+
+def text_of(content: Any) -> str:
+    return content if isinstance(content, str) else json.dumps(content)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_tool_is_named(tmp_path: Path, name: str) -> None:
+    file, content, expected = FILES[name]
+    root = tmp_path / "export"
+    save(root / "images" / "a.png")
+    write(root / file, text_of(content))
+    for path in (root, root / file):
+        with pytest.raises(UserError) as caught:
+            find_data(DetectionDataConfig(source=str(path)))
+        assert expected in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"export.*(is not JSON|is not a COCO data set)") as caught:
+        read_coco(root / file, root, training=True)
+    assert expected in str(caught.value)
+
+
+def test_packed_files_and_other_texts(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "export.zip", "w") as archive:
+        archive.writestr("train/_annotations.coco.json", "{}")
+    (tmp_path / "train.json").write_bytes(gzip.compress(b"{}"))
+    (tmp_path / "latin.json").write_bytes('{"images": "Käse"}'.encode("latin-1"))
+    write(tmp_path / "comma.json", '{"images": [],}')
+    with pytest.raises(UserError, match=r"export\.zip is packed; unpack it"):
+        find_data(DetectionDataConfig(source=str(tmp_path / "export.zip")))
+    for name, expected in (
+        ("train.json", "is not text in UTF-8 (byte 1); train.json is packed; unpack it"),
+        ("latin.json", "latin.json is not text in UTF-8 (byte 13)"),
+        ("comma.json", "comma.json is not JSON: Expecting property name"),
+    ):
+        with pytest.raises(UserError) as caught:
+            read_coco(tmp_path / name, tmp_path, training=True)
+        assert expected in str(caught.value)
