@@ -18,9 +18,7 @@ def line(
     config = Stage2OptimConfig.model_validate({"lr": 0.1, "reference_batch": 8, "warmup_steps": 0, **optim})
     schedule = Schedule.of(config, 10, steps)
     run = SimpleNamespace(path=folder, changed=changed)
-    state: Any = SimpleNamespace(
-        run=run, steps=steps, resumed=f"step_{step:08d}" if step else "", length_before=before
-    )
+    state: Any = SimpleNamespace(run=run, steps=steps, resumed=f"step_{step:08d}" if step else "", length_before=before)
     lines = TrainingState.describe_start(state, step, 0.1, schedule.factor(step))
     assert lines[:1] == ([f"resumed from step_{step:08d}"] if step else [])
     return lines[1] if lines[1:] else None
