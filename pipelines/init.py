@@ -44,7 +44,7 @@ from ssld.pipelines.scaffold.stage1 import proposes_stage_1
 from ssld.pipelines.scaffold.starts import STAGE_1, Init, Start, choose_starts, find_init, read_starts
 from ssld.pipelines.scaffold.suggest import Facts, Networks, detector_batch, networks_of, shapes, untrained
 from ssld.pipelines.scaffold.trials import keep_rates, trials
-from ssld.pipelines.scaffold.weights import available
+from ssld.pipelines.scaffold.weights import available, check_file
 from ssld.shared.config.command import exit_code
 from ssld.shared.config.settings import underscored
 from ssld.shared.errors import STOPPED, Stopped, UserError
@@ -401,6 +401,9 @@ def _check_arguments(arguments: Namespace) -> None:
         raise UserError(f"{arguments.unlabeled}: no such folder")
     if arguments.unlabeled and not list_images(arguments.unlabeled):
         raise UserError(f"{arguments.unlabeled}: no images in it")
+    for role in ("backbone", "teacher"):
+        if getattr(arguments, role):
+            check_file(role, getattr(arguments, role))
 
 
 def _check_unwritten(files: Iterable[Path]) -> None:

@@ -1,6 +1,5 @@
 """Settings of the stage-1 commands, one class per command. Does not import torch, so that the runner checks them quickly."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -73,11 +72,7 @@ class DistillConfig(Stage1Config):
     """Train a student from a teacher's soft labels on labeled and unlabeled images, without any human label in the loss."""
 
     recipes: ClassVar[Path | None] = RECIPES
-    other_names: ClassVar[Mapping[str, str]] = {
-        **TrainingConfig.other_names,
-        "images": "data.train",
-        "imgsz": "data.image_size",
-    }
+    other_names: ClassVar[dict[str, str]] = {**TrainingConfig.other_names, "images": "data.train"}
     short_forms: ClassVar[ShortForms] = {"student": "model", "teacher": "model"}
     batch_size: ChosenBatchSize = Field(_NONE)
     """global batch size: images per optimizer step, over all processes and accumulated passes; null: 256 on a GPU, 32 on a CPU, at most all images"""

@@ -74,19 +74,23 @@ def check_files(networks: Networks, roles: tuple[str, ...]) -> None:
     for role, flag in zip(roles, ("arch", "teacher_arch"), strict=False):
         text, arch = getattr(networks, role), getattr(networks, flag)
         kind = kind_of(text)
-        if kind == "path":
-            raise UserError(f"--{role} {text}: no such file")
-        if kind == "file":
-            try:
-                refuse_damaged(Path(text))
-            except UserError as error:
-                raise UserError(f"--{role} {error}") from None
-            if arch is None and not names_architecture(Path(text)):
-                raise UserError(f"--{role} {text}: does not name its architecture; add --{flag} with its timm name")
+        check_file(role, text)
+        if kind == "file" and arch is None and not names_architecture(Path(text)):
+            raise UserError(f"--{role} {text}: does not name its architecture; add --{flag} with its timm name")
         if kind in ("file", "folder", "random"):
             given[role] = (text, arch)
     if faults := faults_apart(given):
         raise UserError(*faults)
+
+
+def check_file(role: str, text: str) -> None:
+    """Raise UserError if a reference is a path of nothing, or a file that cannot be weights by its first bytes."""
+    if kind_of(text) == "path":
+        raise UserError(f"--{role} {text}: no such file")
+    try:
+        refuse_damaged(Path(text))
+    except UserError as error:
+        raise UserError(f"--{role} {error}") from None
 
 
 def faults_apart(given: Mapping[str, tuple[str, str | None]]) -> list[str]:

@@ -274,6 +274,24 @@ def test_what_few_evaluation_photos_cannot_tell_is_said(photos: Path, capfd: pyt
     assert "\nevaluation: on 30 photos, a random part of the 40 annotated ones\n" in capfd.readouterr().out
 
 
+def test_an_earlier_rate_of_the_machine_is_a_lower_bound(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where not one step of the trial ended, the sum is not unknown: it is more than the stages take that ran here before."""
+
+    def slow(settings: Settings, trained: Trained, limit: float) -> Rate:
+        return Rate(start=10.0, step=1.0, images=32, val_images=8, files=10**6, model=10**6, checkpoint=10**6)
+
+    line = ["--images", "photos", "--annotations", "all.json", "--minutes", "4"]
+    monkeypatch.setattr(init, "trials", lambda facts, files: nullcontext(slow))
+    assert init.main([*line, "--output", "first.yaml"]) == 0
+    monkeypatch.setattr(init, "trials", lambda facts, files: nullcontext(lambda *given: None))
+    assert init.main([*line, "--output", "second.yaml"]) == 0
+    found = re.search(r"sum +more than (\d+) (s|min) of 4 min", capfd.readouterr().out)
+    assert found
+    assert 60 <= int(found[1]) * (60 if found[2] == "min" else 1) <= 240
+
+
 def test_the_time_is_told_and_kept(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """`init`, a dry run and the doctor tell the same time; another pipeline of this machine knows the rates, those of other sizes are unknown."""
     line = ["--images", "photos", "--annotations", "all.json"]
