@@ -84,18 +84,18 @@ class ImageDetections:
         return len(self.names)
 
     @overload
-    def __getitem__(self, index: int) -> tuple[str, float, list[float]]: ...
+    def __getitem__(self, index: int | np.integer[Any]) -> tuple[str, float, list[float]]: ...
 
     @overload
-    def __getitem__(self, index: "slice | Sequence[bool] | Sequence[int] | np.ndarray") -> "ImageDetections": ...
+    def __getitem__(self, index: slice | Sequence[int] | np.ndarray | torch.Tensor) -> "ImageDetections": ...
 
     def __getitem__(
-        self, index: "int | slice | Sequence[bool] | Sequence[int] | np.ndarray"
+        self, index: int | np.integer[Any] | slice | Sequence[int] | np.ndarray | torch.Tensor
     ) -> "tuple[str, float, list[float]] | ImageDetections":
         """Return one detection as (class name, score, box), or the chosen ones as `ImageDetections`.
 
         Args:
-            index: a number; or a slice, a list or array of bool, one for each detection, or one of their numbers.
+            index: a number; or a slice, or a list or array of bool, one for each detection, or of numbers.
 
         Raises:
             IndexError: a number beyond the last detection, or bools of another length.

@@ -105,7 +105,7 @@ def test_detections_are_a_sequence() -> None:
     assert objects[np.argmax(scores_N)] == listed[0]
     sure = objects.scores_N > scores_N[4]
     cats = [name == "cat" for name in objects.names]
-    for index, numbers in (
+    choices: list[tuple[Any, list[int]]] = [
         (slice(2), [0, 1]),
         (slice(None, None, 3), [0, 3, 6]),
         (sure, [0, 1, 2, 3]),
@@ -114,7 +114,8 @@ def test_detections_are_a_sequence() -> None:
         ([5, -1, 0], [5, 6, 0]),
         ([], []),
         (slice(9, 12), []),
-    ):
+    ]
+    for index, numbers in choices:
         chosen: Any = objects[index]
         assert isinstance(chosen, ImageDetections)
         assert list(chosen) == [listed[number] for number in numbers]
@@ -125,9 +126,10 @@ def test_detections_are_a_sequence() -> None:
     nothing = objects[[]]
     assert len(nothing[nothing.scores_N > 0.5]) == len(nothing[:2]) == 0
     assert len(nothing[[name == "cat" for name in nothing.names]]) == 0
-    for wrong in (7, [True, False], [9]):
+    wrongs: list[Any] = [7, [True, False], [9]]
+    for wrong in wrongs:
         with pytest.raises(IndexError):
-            objects[wrong]  # type: ignore[call-overload]
+            objects[wrong]
     for shape in (True, np.zeros((2, 2), int)):
         with pytest.raises(TypeError, match="a number, a slice or a list"):
             objects[shape]
