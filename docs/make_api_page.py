@@ -32,7 +32,7 @@ This page is written by `python docs/make_api_page.py` from the docstrings.
 FUNCTIONS = ("load_detector", "build_detector", "train", "distill", "register_loss", "load_backbone")
 RESULTS: tuple[tuple[type, tuple[str, ...]], ...] = (
     (LoadedDetector, ("predict",)),
-    (ImageDetections, ("draw",)),
+    (ImageDetections, ("draw", "to_supervision")),
     (NewDetector, ("forward", "unit_scale", "save")),
     (ImageBatch, ("to",)),
     (Targets, ("to",)),

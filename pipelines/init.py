@@ -33,7 +33,6 @@ from ssld.pipelines.config import ReportConfig
 from ssld.pipelines.folder import inside_folder_of
 from ssld.pipelines.runner.cost import disk_text, steps_text, total_text
 from ssld.pipelines.runner.estimate import Costs
-from ssld.pipelines.runner.plan import names_architecture
 from ssld.pipelines.runner.stages import Stage
 from ssld.pipelines.scaffold.augment import choose_augment
 from ssld.pipelines.scaffold.command_line import parser
@@ -42,26 +41,17 @@ from ssld.pipelines.scaffold.pipeline_file import pipeline_text
 from ssld.pipelines.scaffold.pool import Pool, divide_pool, some_photos, unlisted
 from ssld.pipelines.scaffold.split import split_content
 from ssld.pipelines.scaffold.stage1 import proposes_stage_1
-from ssld.pipelines.scaffold.starts import (
-    STAGE_1,
-    Init,
-    Start,
-    absence,
-    choose_starts,
-    download_of,
-    find_init,
-    read_starts,
-)
+from ssld.pipelines.scaffold.starts import STAGE_1, Init, Start, choose_starts, find_init, read_starts
 from ssld.pipelines.scaffold.suggest import Facts, Networks, detector_batch, networks_of, shapes, untrained
 from ssld.pipelines.scaffold.trials import keep_rates, trials
+from ssld.pipelines.scaffold.weights import available, check_file
 from ssld.shared.config.command import exit_code
 from ssld.shared.config.settings import underscored
 from ssld.shared.errors import STOPPED, Stopped, UserError
 from ssld.shared.files import fits_a_list, list_images, write_atomically
 from ssld.shared.machine import cores
-from ssld.shared.models.downloads import find_downloads_apart, kind_of
 from ssld.shared.terminal import say
-from ssld.shared.wording import count, duration, printable
+from ssld.shared.wording import FEW_IMAGES, count, duration, printable
 
 MINUTES = 60.0
 """time that a pipeline fits if the user gives none"""
@@ -139,7 +129,7 @@ def _init(arguments: Namespace) -> int:
         networks = networks[:1]  # no detector has the sizes of the others
     try:
         with trials(facts, files) as trial:
-            fitting = fit(facts, shapes(facts, networks), minutes, trial)
+            fitting = fit(facts, shapes(facts, networks), minutes, trial, absent=choice.absent)
     except Stopped as error:
         say(str(error), sys.stderr)
         return STOPPED
@@ -168,6 +158,7 @@ class _Choice:
         init: the detector of the start `coco`.
         distills: whether there is stage 1.
         why: line on whether stage 1 is proposed; empty where the starts are given.
+        absent: a detector that would have been proposed for the start `coco`, if its weights were within reach.
     """
 
     networks: list[Networks]
@@ -175,6 +166,7 @@ class _Choice:
     init: Init | None
     distills: bool
     why: str
+    absent: Init | None
 
 
 def _choose(arguments: Namespace, *, detector: bool, gpu: bool) -> _Choice:
@@ -197,10 +189,11 @@ def _choose(arguments: Namespace, *, detector: bool, gpu: bool) -> _Choice:
     init = find_init(arguments.init, given, gpu=gpu) if detector else None
     if given and not {"imagenet", *STAGE_1} & set(given):
         networks = untrained(networks)
-    networks, init, given = _available(networks, init, given, distills=distills, own=bool(arguments.backbone))
+    found = available(networks, init, given, distills=distills, own=bool(arguments.backbone))
+    networks, init, given = found.networks, found.init, found.starts
     backbone, arch = networks[0].backbone, networks[0].arch
     starts = choose_starts(given, init, backbone, arch, distills=distills) if detector else ()
-    return _Choice(networks, starts, init, distills, why)
+    return _Choice(networks, starts, init, distills, why, found.absent)
 
 
 @dataclass(frozen=True)
@@ -281,44 +274,6 @@ def _check_moving(facts: Facts) -> None:
         )
 
 
-def _available(
-    networks: list[Networks], init: Init | None, given: tuple[Start, ...] | None, *, distills: bool, own: bool
-) -> tuple[list[Networks], Init | None, tuple[Start, ...] | None]:
-    """Return the networks whose weights are on this machine or can be downloaded, likewise the detector to start from; and the starts.
-
-    Where no network is and the user wants none, the detector is the only start. Raises UserError if nothing is left, or a file is not usable.
-    """
-    roles = ("backbone", "teacher") if distills else ("backbone",) if given is None or "imagenet" in given else ()
-    for role, flag in zip(roles, ("arch", "teacher_arch"), strict=False):
-        text, arch = getattr(networks[0], role), getattr(networks[0], flag)
-        if kind_of(text) == "path":
-            raise UserError(f"--{role} {text}: no such file")
-        if kind_of(text) == "file" and arch is None and not names_architecture(Path(text)):
-            raise UserError(f"--{role} {text}: does not name its architecture; add --{flag} with its timm name")
-    texts = {getattr(one, role): role for one in networks for role in roles}
-    remote = download_of(init) if init and not init.here else {}
-    found = find_downloads_apart({text: text for text in texts} | remote)
-    if init and not init.here and not any(one.possible for one in found if one.text.startswith(f"{init.reference}: ")):
-        if not init.optional:
-            raise UserError(absence(init))
-        say(absence(init))
-        init = None
-    missing = {text: one for text in texts for one in found if one.text.startswith(f"{text}: ")}
-    impossible = [text for text, one in missing.items() if not one.possible]
-    left = [one for one in networks if not any(getattr(one, role) in impossible for role in roles)]
-    if not left and init and init.here and given is None and not distills and not own:
-        say(f"{impossible[0]} is not on this machine: the detector starts from {init.reference} alone")
-        return networks[:1], init, ("coco",)
-    if not left:
-        flags = {"backbone": "--backbone FILE --arch NAME", "teacher": "--teacher FILE --teacher_arch NAME"}
-        lines = [f"{missing[text].text.removeprefix(f'{text}: ')}: {flags[texts[text]]}" for text in impossible]
-        raise UserError(*lines)
-    for text, download in missing.items():
-        if download.possible and any(text in (one.backbone, one.teacher) for one in left):
-            say(download.text.removeprefix(f"{text}: "))
-    return left, init, given
-
-
 def _tell(fitting: Fit, stages: list[Stage], costs: Costs, minutes: float) -> None:
     """Print the choice, the time of each stage, and what more time would change."""
     chosen, facts = fitting.settings, fitting.facts
@@ -332,15 +287,29 @@ def _tell(fitting: Fit, stages: list[Stage], costs: Costs, minutes: float) -> No
     say(f"chosen: {own}{size if facts.detectors else ''}{fitting.reason}")
     if facts.detectors:
         say(f"augmentation: {facts.augment}, {facts.augment_reason}")
+        say(_evaluation(facts))
     width = max(len(stage.name) for stage in stages)
+    known = 0.0
     for stage in stages:
         time = costs.times.get(stage.name)
         if time is None and isinstance(stage.config, ReportConfig):
             time = REPORT_SECONDS
+        known += time or 0.0
         disk = disk_text(costs.disk[stage.name]) if stage.name in costs.disk else ""
         say("; ".join(text for text in (f"  {stage.name:<{width}}  {_about(time)}", steps_text(stage), disk) if text))
-    say(f"  {'sum':<{width}}  {_about(fitting.seconds)} of {minutes:g} min; {total_text(costs.disk)}")
+    total = _about(fitting.seconds)
+    if fitting.seconds is None and known > REPORT_SECONDS:  # an earlier trial of this machine knows a part
+        total = f"more than {duration(known)}"
+    say(f"  {'sum':<{width}}  {total} of {minutes:g} min; {total_text(costs.disk)}")
     say(f"the trial took {duration(fitting.tried)}; more time: {fitting.more}")
+
+
+def _evaluation(facts: Facts) -> str:
+    """Say on how many photos AP is measured, and what so few cannot tell."""
+    photos = count(facts.val_count, "photo")
+    part = f", a random part of the {facts.images + facts.val_count} annotated ones" if facts.split else ""
+    few = f"; below {FEW_IMAGES} AP is a rough number, and no difference between detectors is claimed"
+    return f"evaluation: on {photos}{part}{few * (facts.val_count < FEW_IMAGES)}"
 
 
 def _about(seconds: float | None) -> str:
@@ -432,6 +401,9 @@ def _check_arguments(arguments: Namespace) -> None:
         raise UserError(f"{arguments.unlabeled}: no such folder")
     if arguments.unlabeled and not list_images(arguments.unlabeled):
         raise UserError(f"{arguments.unlabeled}: no images in it")
+    for role in ("backbone", "teacher"):
+        if getattr(arguments, role):
+            check_file(role, getattr(arguments, role))
 
 
 def _check_unwritten(files: Iterable[Path]) -> None:

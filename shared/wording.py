@@ -1,15 +1,17 @@
 """Numbers, lists, suggestions and untrusted text in sentences."""
 
 import difflib
+import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 FEW_IMAGES = 30
 """Number of evaluated images below which no difference is claimed: an interval over so few images is too narrow to be relied on."""
 # Control characters, invisible ones that turn or join text, halves of characters, and what else ends a line.
 _UNPRINTED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-_MOST_KNOWN = 24
+_MOST_KNOWN, _SIMILAR = 40, 8
 
 
 def count(number: int, what: str, plural: str | None = None) -> str:
@@ -47,18 +49,26 @@ RENAMED = {"--look_alikes": "--near_duplicates", "pictures": "images"}
 """New name of each flag and value that an earlier version had under another name."""
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Return the end of an error line about an unknown word: the nearest known word, or a list of known words."""
+def did_you_mean(word: str, known: Sequence[str], others: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return the end of an error line about an unknown word: the nearest known word; else all of them, or the most similar ones of many.
+
+    Args:
+        others: other names of known words, such as those of other programs, and the known words.
+    """
+    others = {name: now for name, now in (RENAMED | dict(others)).items() if now in known}
     longer = [
         name for name in known if name.startswith(f"{word}_")
     ]  # `samples` is nearer to `samples_per_image` than to `sampling`
     inner = [name for name in known if name.endswith(f".{word.lstrip('-')}")]  # `--lr` is `--optim.lr`
-    renamed = [name for name in (RENAMED.get(word),) if name in known]
-    near = [word][: word in known] or renamed or longer[:1] or inner[:1] or _alike(word, known)
+    renamed = [others[name] for name in (word,) if name in others]
+    alike = [others.get(name, name) for name in _alike(word, [*known, *others])]
+    near = [word][: word in known] or renamed or longer[:1] or inner[:1] or alike or _parts(word, known)
     if near:
         return f"; did you mean {near[0]!r}?"
-    more = f" and {len(known) - _MOST_KNOWN} more" if len(known) > _MOST_KNOWN else ""
-    return f"; known: {', '.join(sorted(known)[:_MOST_KNOWN])}{more}"
+    if len(known) <= _MOST_KNOWN:
+        return f"; known: {', '.join(sorted(known))}"
+    similar = sorted(known, key=lambda name: (-_similarity(word, name), name))[:_SIMILAR]
+    return f"; the most similar of {len(known)}: {', '.join(similar)}"
 
 
 def _alike(word: str, known: Sequence[str]) -> list[str]:
@@ -67,6 +77,20 @@ def _alike(word: str, known: Sequence[str]) -> list[str]:
         return difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     flags = {name[2:]: name for name in known if name.startswith("--")}
     return [flags[name] for name in difflib.get_close_matches(word[2:], flags, n=1, cutoff=0.7)]
+
+
+def _parts(word: str, known: Sequence[str]) -> list[str]:
+    """Return the shortest known flag of which `word` is a part, if one is: `--epochs` of `--train_epochs`, `--out` of `--output`."""
+    part = word.removeprefix("--")
+    if part == word or len(part) < 3:
+        return []
+    found = [name for name in known if name.startswith(word) or re.search(rf"[._]{re.escape(part)}(_|$)", name)]
+    return sorted(found, key=lambda name: (len(name), name))[:1]
+
+
+def _similarity(word: str, name: str) -> float:
+    """Return the similarity, 0 to 1, of a word and the last part of a name."""
+    return difflib.SequenceMatcher(None, word.lstrip("-"), name.lstrip("-").rpartition(".")[2]).ratio()
 
 
 def verdict(low: float, high: float, images: int | None, *, identical: bool = False) -> str:

@@ -73,6 +73,7 @@ class DistillConfig(Stage1Config):
     """Train a student from a teacher's soft labels on labeled and unlabeled images, without any human label in the loss."""
 
     recipes: ClassVar[Path | None] = RECIPES
+    other_names: ClassVar[dict[str, str]] = {**TrainingConfig.other_names, "images": "data.train"}
     short_forms: ClassVar[ShortForms] = {"student": "model", "teacher": "model"}
     batch_size: ChosenBatchSize = Field(_NONE)
     """global batch size: images per optimizer step, over all processes and accumulated passes; null: 256 on a GPU, 32 on a CPU, at most all images"""

@@ -1,5 +1,6 @@
 """Settings of the stage-2 commands. Does not import torch, so that the runner can check them quickly."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -121,6 +122,16 @@ class TrainConfig(TrainingConfig):
         *TrainingConfig.alternatives,
         *(("data.source", f"data.{name}") for name in FILES),
     )
+    other_names: ClassVar[Mapping[str, str]] = {
+        **TrainingConfig.other_names,
+        "images": "data.train_images",
+        "annotations": "data.train_annotations",
+        "weights": "backbone",
+        "pretrained": "backbone",
+        "freeze": "model.freeze_stages",
+        "imgsz": "resize.short_side",
+        "img_size": "resize.short_side",
+    }
     # For a run whose teacher finds nothing, or collapses.
     may_change_before_the_end: ClassVar[frozenset[str]] = TrainingConfig.may_change_before_the_end | {
         f"moving_teacher.{key}" for key in ("score_threshold", "weight", "ema_decay", "collapse")

@@ -23,6 +23,8 @@ class PredictConfig(RunDetectorConfig):
         "source": "images",
         "weights": "model",
         "conf": "threshold",
+        "score": "threshold",
+        "save": "write",
         "imgsz": "short_side",
     }
 

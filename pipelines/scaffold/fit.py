@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from itertools import count as counted
 
 from ssld.pipelines.runner.estimate import FORWARD_SHARE, Rate
+from ssld.pipelines.scaffold.starts import Init, absence
 from ssld.pipelines.scaffold.suggest import (
+    RESNET50,
     Facts,
     Settings,
     Shape,
@@ -125,7 +127,12 @@ class _Trials:
 
 
 def fit(
-    facts: Facts, shapes: list[Shape], minutes: float, trial: Trial, clock: Callable[[], float] = time.monotonic
+    facts: Facts,
+    shapes: list[Shape],
+    minutes: float,
+    trial: Trial,
+    clock: Callable[[], float] = time.monotonic,
+    absent: Init | None = None,
 ) -> Fit:
     """Choose the most expensive shape at which enough steps fit, and the lengths.
 
@@ -133,6 +140,7 @@ def fit(
         shapes: shapes to choose from, in any order.
         minutes: time for the whole pipeline, the trials included.
         clock: seconds, from any start.
+        absent: a detector trained on COCO whose weights are out of reach; a note says where to put them, if its training might fit too.
 
     Raises:
         UserError: even the cheapest shape does not fit; names the fewest minutes. Before any trial where not even the starts of the commands fit.
@@ -161,10 +169,14 @@ def fit(
         known[best] = new
     lengths = lengths_of(facts, rates, minutes)
     if lengths is None:
-        fewest = fewest_minutes(facts, _scaled(rates, shape, ordered[-1]))
+        cheapest = _scaled(rates, shape, ordered[-1])
+        fewest = fewest_minutes(facts, cheapest)
         raise UserError(
             f"--minutes {minutes:g}: too short for {_what(facts)} on this machine; by a trial it takes {fewest} minutes at least"
+            f"{_without_moving(facts, cheapest)}"
         )
+    if absent and _might_fit(facts, absent, ordered[-1], _scaled(rates, shape, ordered[-1]), minutes):
+        notes.append(absence(absent))
     return Fit(
         facts,
         _settings(facts, shape, lengths),
@@ -186,8 +198,26 @@ def _check_starts(facts: Facts, minutes: float) -> None:
     if lengths_of(facts, rates, minutes) is None:
         raise UserError(
             f"--minutes {minutes:g}: too short for {_what(facts)}: the starts of the commands and the report leave no time for a step; "
-            f"give more than {fewest_minutes(facts, rates)}; a trial then tells how many"
+            f"give more than {fewest_minutes(facts, rates)}; a trial then tells how many{_without_moving(facts, rates, 'more than ')}"
         )
+
+
+def _without_moving(facts: Facts, rates: dict[Trained, Rate], more: str = "") -> str:
+    """Return the end of a line on a time that is too short: the fewest minutes without the moving teacher, if there is one."""
+    if facts.moving is None:
+        return ""
+    fewest = fewest_minutes(replace(facts, moving=None, moving_images=0), rates)
+    return f"; without --moving_teacher yes {more}{count(fewest, 'minute')}"
+
+
+def _might_fit(facts: Facts, init: Init, cheapest: Shape, rates: dict[Trained, Rate], minutes: float) -> bool:
+    """Whether a detector from `init` might fit beside the others, by the rate of theirs at the cheapest shape and the rough weights of networks."""
+    if "detector" not in rates:
+        return False
+    rate = rates["detector"]
+    coco = replace(rate, step=rate.step * max(1.0, RESNET50 / cheapest.networks.weight))
+    both = replace(facts, starts=("coco", *facts.starts), init=init)
+    return lengths_of(both, rates | {"coco": coco}, minutes) is not None
 
 
 def _what(facts: Facts) -> str:
@@ -331,7 +361,10 @@ def _reason(facts: Facts, ordered: list[Shape], shape: Shape, rates: dict[Traine
         return "the largest that is proposed for these photos"
     larger = ordered[place - 1]
     lengths = lengths_of(facts, _scaled(rates, shape, larger), minutes)
-    left = f"leaves time for {count(_steps(facts, lengths), 'step')} only" if lengths else "does not fit"
+    steps = _steps(facts, lengths) if lengths else 0
+    left = f"leaves time for {count(steps, 'step')} only" if lengths else "does not fit"
+    if steps >= min(ENOUGH, _wanted(facts)):
+        left = "would need another trial"
     return f"the next larger, {' and '.join(_differences(shape, larger))}, {left}"
 
 
@@ -346,9 +379,11 @@ def _more(
     if more is None:
         return f"--minutes {longer:g} would change nothing"
     parts = _differences(shape, best)
-    pairs = {"detector's": (lengths.steps, more.steps)} if facts.detectors else {}
-    pairs |= {"stage 1's": (lengths.distill_steps, more.distill_steps)} if facts.unlabeled else {}
-    parts += [f"{new / old:.2g} times the {whose} steps" for whose, (old, new) in pairs.items() if new != old]
+    each = " of each detector" if facts.detectors > 1 else " of the detector" if facts.unlabeled else ""
+    pairs = {each: (lengths.steps, more.steps)} if facts.detectors else {}
+    pairs |= {" of stage 1": (lengths.distill_steps, more.distill_steps)} if facts.unlabeled else {}
+    about = "about " * (best != shape)  # by the rate of this shape
+    parts += [f"{about}{new:,} steps{whose} instead of {old:,}" for whose, (old, new) in pairs.items() if new != old]
     return f"--minutes {longer:g}: {', '.join(parts) or 'no change; these are the most steps that are proposed for so many photos'}"
 
 

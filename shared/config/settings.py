@@ -193,13 +193,19 @@ class Parser(ArgumentParser):
     """whose keys its flags are"""
 
     def error(self, message: str) -> typing.NoReturn:
-        known = list(self._option_string_actions)
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
         unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
         if message.startswith("unrecognized arguments") and unknown:
-            others = self.config_type.other_names if self.config_type else {}
-            keys = {flag: others.get(flag.removeprefix("--")) for flag in unknown}
-            lines = (f"{f}: unknown flag{did_you_mean(f'--{key}' if key else f, known)}" for f, key in keys.items())
-            raise UserError(*lines)
+            names = self.config_type.other_names if self.config_type else {}
+            others = {f"--{name}": f"--{key}" for name, key in names.items()}
+            hints = {flag: did_you_mean(flag, known, others) for flag in unknown}
+            more = "; --help all lists them" if self.config_type else ""
+            raise UserError(*(f"{f}: unknown flag{hint}{more * (' of ' in hint)}" for f, hint in hints.items()))
+        if message.startswith("unrecognized arguments: "):
+            word = message.removeprefix("unrecognized arguments: ")
+            raise UserError(f"{word}: no flag before it; give it as --NAME {word} (--help lists the flags)")
+        if wrong := re.fullmatch(r"argument (\S+): invalid (float|int) value: '(.*)'", message):
+            raise UserError(f"{wrong[1]} {wrong[3]}: has to be a {'whole ' * (wrong[2] == 'int')}number")
         if message.startswith("the following arguments are required"):
             self.print_usage(sys.stderr)
         raise UserError(message)

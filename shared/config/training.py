@@ -1,5 +1,6 @@
 """Settings that training has in both stages. Does not import torch."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -62,6 +63,15 @@ class TrainingConfig(ComputeConfig):
         {"steps", "train_epochs", "train_images", "save_every", "keep_checkpoints", "evaluate_every"}
         | {"accumulate", "auto_batch", "val_batch_size"}  # for a run that ran out of memory; its batch stays
     )
+    other_names: ClassVar[Mapping[str, str]] = {
+        "learning_rate": "optim.lr",
+        "batch": "batch_size",
+        "bs": "batch_size",
+        "epochs": "train_epochs",
+        "gpu": "device",
+        "gpus": "device",
+        "amp": "precision",
+    }
     # For a run whose loss was not finite.
     may_change_before_the_end: ClassVar[frozenset[str]] = frozenset(
         {"precision", "optim.lr", "optim.clip_grad_norm"}

@@ -49,6 +49,7 @@ class TrainingState:
         best: highest score of an evaluation so far.
         stale: evaluations since then.
         resumed: name of the checkpoint that was loaded, empty without one.
+        length_before: steps of the whole run when that checkpoint was written; None where an earlier version wrote it.
         progress: clock and bar; the loop starts it and counts its steps.
     """
 
@@ -68,6 +69,7 @@ class TrainingState:
     best: float = float("-inf")
     stale: int = 0
     resumed: str = ""
+    length_before: int | None = None
 
     def __post_init__(self) -> None:
         # Not a method of this object: a circle would keep the run's lock after an error.
@@ -97,6 +99,7 @@ class TrainingState:
             step, self.resumed = int(state["step"]), newest.name
             self.best = self.best if state["best"] is None else state["best"]
             self.stale = int(state.get("stale", 0))
+            self.length_before = state.get("length")
         if step > self.steps:
             raise UserError(f"{beyond_the_end(self.run.path, step, self.steps)}; give another --output")
         self.run.cut_metrics(step)
@@ -113,7 +116,8 @@ class TrainingState:
             factor: that of the schedule on the rate of the next step.
         """
         lines = [f"resumed from {self.resumed}"] if self.resumed else []
-        if any(line.startswith(LENGTHS) for line in self.run.changed) and 0 < step < self.steps:
+        other = any(line.startswith(LENGTHS) for line in self.run.changed) and self.length_before != self.steps
+        if other and 0 < step < self.steps:
             logged = [line["lr"] for line in read_metrics(self.run.path) if "lr" in line and line["step"] <= step]
             before = f", after {logged[-1]:.3g}" if logged else ""
             share = f"{factor:.0%} of the full rate"
@@ -225,6 +229,7 @@ class TrainingState:
                 "watch": self.watch.state(),
                 "best": self.best if self.best > float("-inf") else None,
                 "stale": self.stale,
+                "length": self.steps,
             }
             save_checkpoint(self.run.checkpoints, step, parts | {"optimizer": tensors}, state)
 

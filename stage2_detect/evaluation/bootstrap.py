@@ -21,7 +21,7 @@ import torch
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import file_sha256
 from ssld.shared.run_dir import input_digest, read_result
-from ssld.shared.wording import count, verdict
+from ssld.shared.wording import FEW_IMAGES, count, verdict
 from ssld.stage2_detect.data.coco import CocoData, Id
 from ssld.stage2_detect.evaluation.analysis import (
     IGNORED,
@@ -174,9 +174,11 @@ def bootstrap_metrics(
     drawn = draw_ap(matches)
     metrics: dict[str, Any] = {"intervals": {name: interval(value_B) for name, value_B in drawn.items()}}
     texts = [f"{name} {100 * low:.1f} to {100 * high:.1f}" for name, (low, high) in metrics["intervals"].items()]
-    lines = [f"95 % intervals over the images: {', '.join(texts)}"]
+    images = len(matches.objects_IK)
+    few = f"; too narrow to be relied on, since there are only {count(images, 'image')}" * (images < FEW_IMAGES)
+    lines = [f"95 % intervals over the images: {', '.join(texts)}{few}"]
     if others is not None and file is not None:
-        images, objects = len(matches.objects_IK), int(matches.objects_IK.sum())
+        objects = int(matches.objects_IK.sum())
         compared: dict[str, Any] = {
             "file": str(file),
             "sha256": file_sha256(file),

@@ -5,9 +5,9 @@ Legend: N detections of an image.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -33,9 +33,14 @@ GivenImage = str | Path | Image.Image | np.ndarray
 RGB."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageDetections:
-    """Detections of one image, best first. Iterating yields (class name, score, box) of each."""
+    """Detections of one image, best first: a sequence of (class name, score, box), whose NumPy arrays have the same order.
+
+    best = detections[0]  # ("cat", 0.97, [x1, y1, x2, y2])
+    sure = detections[detections.scores_N > 0.8]
+    cats = detections[[name == "cat" for name in detections.names]]
+    """
 
     boxes_N4: np.ndarray
     """float32 (x1, y1, x2, y2) in pixels"""
@@ -77,6 +82,43 @@ class ImageDetections:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int | np.integer[Any]) -> tuple[str, float, list[float]]: ...
+
+    @overload
+    def __getitem__(self, index: slice | Sequence[int] | np.ndarray | torch.Tensor) -> "ImageDetections": ...
+
+    def __getitem__(
+        self, index: int | np.integer[Any] | slice | Sequence[int] | np.ndarray | torch.Tensor
+    ) -> "tuple[str, float, list[float]] | ImageDetections":
+        """Return one detection as (class name, score, box), or the chosen ones as `ImageDetections`.
+
+        Args:
+            index: a number; or a slice, or a list or array of bool, one for each detection, or of numbers.
+
+        Raises:
+            IndexError: a number beyond the last detection, or bools of another length.
+            TypeError: an array of another shape.
+        """
+        if isinstance(index, int | np.integer) and not isinstance(index, bool):
+            return self.names[index], float(self.scores_N[index]), self.boxes_N4[index].tolist()
+        if not isinstance(index, slice):
+            index = np.asarray(index)
+            if index.ndim != 1:
+                raise TypeError(f"detections[...] takes a number, a slice or a list, not an array {list(index.shape)}")
+            index = index if index.size or index.dtype == bool else index.astype(np.int64)  # [] is one of floats
+        chosen = np.arange(len(self))[index].tolist()
+        masks = None if self.masks is None else [self.masks[number] for number in chosen]
+        names = [self.names[number] for number in chosen]
+        return replace(
+            self,
+            boxes_N4=self.boxes_N4[chosen],
+            scores_N=self.scores_N[chosen],
+            labels_N=self.labels_N[chosen],
+            names=names,
+            masks=masks,
+        )
 
     def __iter__(self) -> Iterator[tuple[str, float, list[float]]]:
         return iter(zip(self.names, self.scores_N.tolist(), self.boxes_N4.tolist(), strict=True))
@@ -137,8 +179,8 @@ def predict(
         ValueError: a `batch_size`, `tile` or `overlap` out of range.
         TypeError: `images` is not a list, or an array of another type or shape.
     """
-    if isinstance(images, str | Path | Image.Image):
-        raise TypeError("predict takes a list of images")
+    if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+        raise TypeError("predict takes a list of images: predict([image])[0] are the detections of one")
     if batch_size < 1 or (tile is not None and tile < 1) or not 0 <= overlap < 1:
         raise ValueError(
             f"batch_size {batch_size}, tile {tile}, overlap {overlap}: at least 1, at least 1 pixel, and from 0 to below 1"

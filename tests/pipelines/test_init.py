@@ -10,20 +10,18 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from safetensors.numpy import save_file
 
 from ssld.pipelines import init, run
 from ssld.pipelines.checks import data as checked_data
 from ssld.pipelines.checks.settings import settings_lines
 from ssld.pipelines.runner.estimate import Rate
 from ssld.pipelines.runner.stages import build_stages, read_pipeline
-from ssld.pipelines.scaffold import pool
+from ssld.pipelines.scaffold import pool, weights
 from ssld.pipelines.scaffold.split import split_content
 from ssld.pipelines.scaffold.suggest import (
     Settings,
     Trained,
 )
-from ssld.shared.models.downloads import Download
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect import check_data
 from ssld.stage2_detect.config import TrainConfig
@@ -52,8 +50,8 @@ WITH_STAGE_1 = [
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The content as files; torch is not imported, since that takes seconds per process."""
     monkeypatch.setattr(init, "ask_torch", lambda: CPU)
-    for module in (init, run):  # timm's names, which nothing here reads
-        monkeypatch.setattr(module, "downloads" if module is run else "find_downloads_apart", lambda references: [])
+    for module, name in ((weights, "find_downloads_apart"), (weights, "faults_apart"), (run, "downloads")):
+        monkeypatch.setattr(module, name, lambda references: [])  # timm's names and networks, which nothing here reads
     monkeypatch.setattr(init, "trials", lambda facts, files: nullcontext(quick_machine))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for module in (checked_data, init):
@@ -267,39 +265,31 @@ def test_stage_1_is_left_out_where_nothing_says_that_it_helps(photos: Path, capf
     assert stages["ssld"]["set"]["optim"]["lr"] == 5e-4
 
 
-def test_weights_files_of_ones_own(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Their architectures reach every stage; without one, a line says what is missing before anything is read."""
-    tensors = {"w": np.zeros(2, np.float32)}
-    for name in ("small", "large"):
-        save_file(tensors, f"{name}.safetensors")
-    line = ["--images", "photos", "--annotations", "all.json", "--unlabeled", "more photos", "--distill", "yes"]
-    line += ["--backbone", "small.safetensors", "--teacher", "large.safetensors", "--output", "mine.yaml"]
-    assert init.main([*line, "--teacher_arch", "resnet50"]) == 2
-    message = "error: --backbone small.safetensors: does not name its architecture; add --arch with its timm name\n"
-    assert capfd.readouterr().err == message
-    assert init.main([*line, "--arch", "resnet18", "--teacher_arch", "resnet50"]) == 0
-    stages = stages_of("mine.yaml")
-    distill, first, plain = stages["ssld"], stages["detector_ssld"], stages["detector_imagenet"]
-    assert isinstance(distill, DistillConfig)
-    assert isinstance(first, TrainConfig)
-    assert isinstance(plain, TrainConfig)
-    assert distill.teacher
-    assert (distill.student.arch, distill.teacher.arch) == ("resnet18", "resnet50")
-    assert (first.backbone, first.arch) == ("runs/ssld/student.safetensors", None)
-    assert (plain.backbone, plain.arch) == ("small.safetensors", "resnet18")
+def test_what_few_evaluation_photos_cannot_tell_is_said(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = ["--images", "photos", "--annotations", "all.json"]
+    assert init.main([*line, "--output", "few.yaml"]) == 0
+    few = "on 8 photos, a random part of the 40 annotated ones; below 30 AP is a rough number, and no difference"
+    assert f"\nevaluation: {few}" in capfd.readouterr().out
+    assert init.main([*line, "--val_share", "0.75", "--output", "many.yaml"]) == 0
+    assert "\nevaluation: on 30 photos, a random part of the 40 annotated ones\n" in capfd.readouterr().out
 
 
-def test_without_weights_and_network_nothing_is_written(
+def test_an_earlier_rate_of_the_machine_is_a_lower_bound(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def offline(references: dict[str, str]) -> list[Download]:
-        return [Download(f"{key}: {text}: not on this machine", possible=False) for key, text in references.items()]
+    """Where not one step of the trial ended, the sum is not unknown: it is more than the stages take that ran here before."""
 
-    monkeypatch.setattr(init, "find_downloads_apart", offline)
-    assert init.main(["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml"]) == 2
-    error = capfd.readouterr().err
-    assert error == "error: timm:resnet18d.ra2_in1k: not on this machine: --backbone FILE --arch NAME\n"
-    assert not list(photos.glob("mine*"))
+    def slow(settings: Settings, trained: Trained, limit: float) -> Rate:
+        return Rate(start=10.0, step=1.0, images=32, val_images=8, files=10**6, model=10**6, checkpoint=10**6)
+
+    line = ["--images", "photos", "--annotations", "all.json", "--minutes", "4"]
+    monkeypatch.setattr(init, "trials", lambda facts, files: nullcontext(slow))
+    assert init.main([*line, "--output", "first.yaml"]) == 0
+    monkeypatch.setattr(init, "trials", lambda facts, files: nullcontext(lambda *given: None))
+    assert init.main([*line, "--output", "second.yaml"]) == 0
+    found = re.search(r"sum +more than (\d+) (s|min) of 4 min", capfd.readouterr().out)
+    assert found
+    assert 60 <= int(found[1]) * (60 if found[2] == "min" else 1) <= 240
 
 
 def test_the_time_is_told_and_kept(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from ssld.pipelines.runner import trial
 from ssld.pipelines.runner.estimate import Rate
 from ssld.pipelines.runner.launch import Outcome, Signals
 from ssld.pipelines.runner.stages import Stage
-from ssld.pipelines.scaffold import augment, starts
+from ssld.pipelines.scaffold import augment, starts, weights
 from ssld.pipelines.scaffold.split import split_content
 from ssld.pipelines.scaffold.suggest import (
     Settings,
@@ -148,7 +148,7 @@ def test_without_network_and_files_one_line_says_how(
     def looked(references: dict[str, str]) -> list[Download]:
         return [Download(f"{key}: x", possible=possible) for key, text in references.items() if text.startswith("url:")]
 
-    monkeypatch.setattr(init, "find_downloads_apart", looked)
+    monkeypatch.setattr(weights, "find_downloads_apart", looked)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     assert init.main(LINE) == 0
     assert list(written()["stages"]) == ["detector", "ap", "report"]
@@ -174,7 +174,9 @@ def test_coco_weights_alone_where_the_backbones_are_missing(
     cached: Path, monkeypatch: pytest.MonkeyPatch, capfd: Output
 ) -> None:
     monkeypatch.setattr(
-        init, "find_downloads_apart", lambda references: [Download(f"{key}: no", possible=False) for key in references]
+        weights,
+        "find_downloads_apart",
+        lambda references: [Download(f"{key}: no", possible=False) for key in references],
     )
     assert init.main(LINE) == 0
     assert written()["stages"]["detector"]["set"]["init"] == f"coco:{NAME}"

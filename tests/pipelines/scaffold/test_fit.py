@@ -156,10 +156,10 @@ def test_too_little_time_names_the_fewest_minutes(facts: Facts) -> None:
 def test_it_says_why_and_what_more_time_would_buy() -> None:
     small = Machine(1.0).fit(DETECTOR, 8)
     assert small.reason.startswith("the next larger, ")
-    assert small.reason.endswith(" only")
+    assert small.reason.endswith((" only", " would need another trial"))
     assert small.more.startswith("--minutes 24: ")
     assert f" px instead of {small.settings.short_side}" in small.more
-    assert "times the detector's steps" in small.more
+    assert re.search(rf" steps instead of {small.settings.steps:,}$", small.more)
     large = Machine(1.0).fit(DETECTOR, 5000)
     assert large.reason == "the largest that is proposed for these photos"
     assert "no change" in large.more
@@ -168,6 +168,47 @@ def test_it_says_why_and_what_more_time_would_buy() -> None:
 def test_what_more_time_buys_is_what_more_time_gives() -> None:
     small, large = (Machine(1.0, fixed=0.8).fit(DETECTOR, minutes) for minutes in (8, 24))
     assert f"{large.settings.short_side} px instead of {small.settings.short_side}" in small.more
+    steps = re.search(r"([\d,]+) steps instead of ([\d,]+)", small.more)
+    assert steps
+    told, before = (int(text.replace(",", "")) for text in steps.groups())
+    assert before == small.settings.steps
+    assert told == pytest.approx(large.settings.steps, rel=0.15)  # by the rates of another size
+
+    at_one_size = [Machine(1.0, fixed=0.8).fit(replace(BOTH, unlabeled_images=9000), minutes) for minutes in (240, 720)]
+    old, new = (fitting.settings for fitting in at_one_size)
+    assert at_one_size[0].more == (
+        f"--minutes 720: {new.steps:,} steps of each detector instead of {old.steps:,}, "
+        f"{new.distill_steps:,} steps of stage 1 instead of {old.distill_steps:,}"
+    )
+
+
+def test_too_little_time_for_a_moving_teacher_says_what_fits_without_it() -> None:
+    with pytest.raises(UserError) as error:
+        Machine(0.5).fit(MOVING, 2)
+    found = re.search(r"it takes (\d+) minutes at least; without --moving_teacher yes (\d+) minutes$", str(error.value))
+    assert found
+    fewest, without = map(int, found.groups())
+    assert without < fewest
+    assert Machine(0.5).fit(DETECTOR, without).seconds
+    with pytest.raises(UserError, match="too short"):
+        Machine(0.5).fit(DETECTOR, without - 1)
+    with pytest.raises(
+        UserError, match=r"a trial then tells how many; without --moving_teacher yes more than 1 minute"
+    ):
+        Machine(0.5).fit(MOVING, 0.2)
+
+
+def test_absent_coco_weights_are_named_where_they_might_fit() -> None:
+    absent = replace(COCO, here=False)
+
+    def notes(minutes: float) -> tuple[str, ...]:
+        machine = Machine(1.0)
+        return fit(DETECTOR, shapes(DETECTOR, NETWORKS), minutes, machine, lambda: machine.now, absent).notes
+
+    least = next(minutes for minutes in range(2, 100) if Machine(1.0).fit(WITH_COCO, minutes).facts.init)
+    assert notes(least - 4) == ()
+    (line,) = notes(least + 4)
+    assert line.startswith("COCO weights, which may be the better start, are not on this machine")
 
 
 @pytest.mark.parametrize("facts", [DETECTOR, BOTH, WITH_COCO], ids=["detector", "both", "coco"])

@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 from ssld.shared.config.settings import (
     CommandConfig,
     Config,
-    did_you_mean,
     differences,
     dump,
     dump_yaml,
@@ -413,20 +412,6 @@ def test_a_switch_may_stand_alone(flags: list[str], values: dict[str, Any]) -> N
 def test_a_value_is_missing_elsewhere() -> None:
     with pytest.raises(UserError, match="expected one argument"):
         parse_config(_Switches, ["--output", "o", "--name", "--loud"], program="test.py")
-
-
-def test_known_names_are_not_cut_short() -> None:
-    names = [f"name{number:02d}" for number in range(24)]
-    assert did_you_mean("zebra", names) == f"; known: {', '.join(names)}"
-    assert did_you_mean("zebra", [*names, "other"]).endswith(", name23 and 1 more")
-    assert did_you_mean("--lr", ["--help", "--optim.lr"]) == "; did you mean '--optim.lr'?"
-    assert did_you_mean("--steps", ["-h", "--help", "--redo"]) == "; known: --help, --redo, -h"  # alike in their dashes
-    assert did_you_mean("--outptu", ["-h", "--help", "--output"]) == "; did you mean '--output'?"
-
-
-def test_a_longer_name_that_begins_alike_is_nearest() -> None:
-    assert did_you_mean("samples", ["sampling", "samples_per_image"]) == "; did you mean 'samples_per_image'?"
-    assert did_you_mean("sampels", ["sampling", "samples"]) == "; did you mean 'samples'?"
 
 
 def test_a_recipe_is_found_by_its_name_in_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

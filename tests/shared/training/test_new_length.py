@@ -10,13 +10,15 @@ from ssld.stage2_detect.config import Stage2OptimConfig
 from ssld.stage2_detect.training.schedule import Schedule
 
 
-def line(folder: Path, step: int, steps: int, changed: list[str], **optim: Any) -> str | None:
+def line(
+    folder: Path, step: int, steps: int, changed: list[str], before: int | None = None, **optim: Any
+) -> str | None:
     """The line of a run at lr 0.1 whose schedule is `optim`."""
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": at, "lr": 0.001}) + "\n" for at in (50, 100)))
     config = Stage2OptimConfig.model_validate({"lr": 0.1, "reference_batch": 8, "warmup_steps": 0, **optim})
     schedule = Schedule.of(config, 10, steps)
     run = SimpleNamespace(path=folder, changed=changed)
-    state: Any = SimpleNamespace(run=run, steps=steps, resumed=f"step_{step:08d}" if step else "")
+    state: Any = SimpleNamespace(run=run, steps=steps, resumed=f"step_{step:08d}" if step else "", length_before=before)
     lines = TrainingState.describe_start(state, step, 0.1, schedule.factor(step))
     assert lines[:1] == ([f"resumed from step_{step:08d}"] if step else [])
     return lines[1] if lines[1:] else None
@@ -46,3 +48,9 @@ def test_other_starts_have_no_such_line(tmp_path: Path) -> None:
         (200, 200, ["steps: 300 -> 200"]),
     ):
         assert line(tmp_path, step, steps, changed, schedule="cosine") is None
+
+
+def test_the_same_length_in_another_unit_is_no_other_length(tmp_path: Path) -> None:
+    changed = ["steps: 200 -> null", "train_epochs: null -> 20"]
+    assert line(tmp_path, 100, 200, changed, before=200, schedule="cosine") is None
+    assert line(tmp_path, 100, 200, changed, before=100, schedule="cosine")

@@ -178,6 +178,7 @@ def test_few_images_give_no_verdict(tmp_path: Path) -> None:
         )
         assert metrics["compared"]["AP"]["low"] > 0
         assert lines[1].endswith(end)
+        assert lines[0].endswith("too narrow to be relied on, since there are only 29 images") is (images == 29)
 
 
 def test_stored_detections_read_back(tmp_path: Path) -> None:

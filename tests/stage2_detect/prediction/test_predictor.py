@@ -15,6 +15,7 @@ from ssld.shared.errors import UserError
 from ssld.stage2_detect import predict
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.models.batch import Detections
+from ssld.stage2_detect.prediction.predictor import ImageDetections
 
 ROOT = Path(__file__).resolve().parents[3]
 Call = Callable[..., int]
@@ -87,6 +88,51 @@ def test_the_readmes_example(detector_file: Path, photos: Path, capsys: pytest.C
     capsys.readouterr()
     exec(code.replace('"photo.jpg"', repr(str(files[np.argmax(counts)]))), {})
     assert len(capsys.readouterr().out.splitlines()) == max(counts) > 0
+
+
+def test_detections_are_a_sequence() -> None:
+    """Choices by number, slice and list are those of a list of the same objects, in every field."""
+    draw = np.random.default_rng(0)
+    labels_N = draw.integers(0, 3, 7)
+    names = [("cat", "dog", "cow")[label] for label in labels_N]
+    masks = [{"number": number} for number in range(7)]
+    scores_N = np.sort(draw.random(7, dtype=np.float32))[::-1].copy()
+    objects = ImageDetections(
+        draw.random((7, 4), dtype=np.float32), scores_N, labels_N, names, masks, ("cat", "dog", "cow")
+    )
+    listed = list(objects)
+    assert [objects[number] for number in range(-7, 7)] == listed + listed
+    assert objects[np.argmax(scores_N)] == listed[0]
+    sure = objects.scores_N > scores_N[4]
+    cats = [name == "cat" for name in objects.names]
+    choices: list[tuple[Any, list[int]]] = [
+        (slice(2), [0, 1]),
+        (slice(None, None, 3), [0, 3, 6]),
+        (sure, [0, 1, 2, 3]),
+        (torch.from_numpy(sure), [0, 1, 2, 3]),
+        (cats, [number for number in range(7) if names[number] == "cat"]),
+        ([5, -1, 0], [5, 6, 0]),
+        ([], []),
+        (slice(9, 12), []),
+    ]
+    for index, numbers in choices:
+        chosen: Any = objects[index]
+        assert isinstance(chosen, ImageDetections)
+        assert list(chosen) == [listed[number] for number in numbers]
+        assert chosen.masks == [masks[number] for number in numbers]
+        assert chosen.labels_N.tolist() == labels_N[numbers].tolist()
+        assert chosen.boxes_N4.shape == (len(numbers), 4)
+        assert chosen.class_names == objects.class_names
+    nothing = objects[[]]
+    assert len(nothing[nothing.scores_N > 0.5]) == len(nothing[:2]) == 0
+    assert len(nothing[[name == "cat" for name in nothing.names]]) == 0
+    wrongs: list[Any] = [7, [True, False], [9]]
+    for wrong in wrongs:
+        with pytest.raises(IndexError):
+            objects[wrong]
+    for shape in (True, np.zeros((2, 2), int)):
+        with pytest.raises(TypeError, match="a number, a slice or a list"):
+            objects[shape]
 
 
 def test_chosen_detections_keep_their_masks() -> None:

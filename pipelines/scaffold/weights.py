@@ -1,0 +1,125 @@
+"""Weights of a new pipeline: which are on this machine or within reach of the network, and whether files hold what their flags say.
+
+Does not import torch; the networks of files are built in a process of their own.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssld.pipelines.runner.plan import names_architecture
+from ssld.pipelines.scaffold.starts import Init, Start, absence, download_of
+from ssld.pipelines.scaffold.suggest import Networks
+from ssld.shared.errors import UserError
+from ssld.shared.models.damage import refuse_damaged
+from ssld.shared.models.downloads import Download, find_downloads_apart, kind_of
+from ssld.shared.terminal import say
+
+_FLAGS = {"backbone": "--backbone FILE --arch NAME", "teacher": "--teacher FILE --teacher_arch NAME"}
+
+
+@dataclass(frozen=True)
+class Available:
+    """What is left of networks and starts, and the detector that was proposed but is out of reach, if there is one."""
+
+    networks: list[Networks]
+    init: Init | None
+    starts: tuple[Start, ...] | None
+    absent: Init | None = None
+
+
+def available(
+    networks: list[Networks], init: Init | None, given: tuple[Start, ...] | None, *, distills: bool, own: bool
+) -> Available:
+    """Return the networks whose weights are on this machine or can be downloaded, likewise the detector to start from; and the starts.
+
+    Where no network is and the user wants none, the detector is the only start. Raises UserError if nothing is left, or a file is not usable.
+    """
+    roles = ("backbone", "teacher") if distills else ("backbone",) if given is None or "imagenet" in given else ()
+    check_files(networks[0], roles)
+    texts = {getattr(one, role): role for one in networks for role in roles}
+    remote = download_of(init) if init and not init.here else {}
+    found = find_downloads_apart({text: text for text in texts} | remote)
+    absent = None
+    if init and not init.here and not any(one.possible for one in found if one.text.startswith(f"{init.reference}: ")):
+        if not init.optional:
+            raise UserError(absence(init))
+        init, absent = None, init
+    missing = {text: one for text in texts for one in found if one.text.startswith(f"{text}: ")}
+    impossible = [text for text, one in missing.items() if not one.possible]
+    left = [one for one in networks if not any(getattr(one, role) in impossible for role in roles)]
+    if not left and init and init.here and given is None and not distills and not own:
+        say(f"{impossible[0]} is not on this machine: the detector starts from {init.reference} alone")
+        return Available(networks[:1], init, ("coco",))
+    if not left:
+        raise UserError(*(_impossible(text, texts[text], missing[text]) for text in impossible))
+    for text, download in missing.items():
+        if download.possible and any(text in (one.backbone, one.teacher) for one in left):
+            say(download.text.removeprefix(f"{text}: "))
+    return Available(left, init, given, absent)
+
+
+def _impossible(text: str, role: str, download: Download) -> str:
+    """Return the error line about weights that cannot be had: a name that timm does not have, or the flags for a file in their place."""
+    line = download.text.removeprefix(f"{text}: ")
+    return f"--{role} {line}" if "timm has no" in line else f"{line}: {_FLAGS[role]}"
+
+
+def check_files(networks: Networks, roles: tuple[str, ...]) -> None:
+    """Raise UserError, in the words of the user's flags, for a file or a name of `--backbone` or `--teacher` that no training could use."""
+    given = {}
+    for role, flag in zip(roles, ("arch", "teacher_arch"), strict=False):
+        text, arch = getattr(networks, role), getattr(networks, flag)
+        kind = kind_of(text)
+        check_file(role, text)
+        if kind == "file" and arch is None and not names_architecture(Path(text)):
+            raise UserError(f"--{role} {text}: does not name its architecture; add --{flag} with its timm name")
+        if kind in ("file", "folder", "random"):
+            given[role] = (text, arch)
+    if faults := faults_apart(given):
+        raise UserError(*faults)
+
+
+def check_file(role: str, text: str) -> None:
+    """Raise UserError if a reference is a path of nothing, or a file that cannot be weights by its first bytes."""
+    if kind_of(text) == "path":
+        raise UserError(f"--{role} {text}: no such file")
+    try:
+        refuse_damaged(Path(text))
+    except UserError as error:
+        raise UserError(f"--{role} {error}") from None
+
+
+def faults_apart(given: Mapping[str, tuple[str, str | None]]) -> list[str]:
+    """Call `faults_of` in a process of its own; no process where nothing is given."""
+    if not given:
+        return []
+    script = (
+        "import json, sys; from ssld.pipelines.scaffold.weights import faults_of; "
+        "print('RESPONSE' + json.dumps(faults_of(json.loads(sys.argv[1]))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, json.dumps(given)], capture_output=True, text=True, check=False
+    )
+    response = next((line for line in done.stdout.splitlines() if line.startswith("RESPONSE")), None)
+    return list(json.loads(response.removeprefix("RESPONSE"))) if response else []
+
+
+def faults_of(given: Mapping[str, tuple[str, str | None]]) -> list[str]:
+    """Build the network of each reference with its weights, and return a line for each that fails. Imports torch.
+
+    Args:
+        given: (reference, timm name of the network or None) by role; a `backbone` has to give maps of features, as a detector needs them.
+    """
+    from ssld.shared.models.backbones import load_backbone
+
+    faults = []
+    for role, (text, arch) in given.items():
+        try:
+            load_backbone(text, arch=arch, features_only=role == "backbone")
+        except UserError as error:
+            faults += [f"--{role} {line}" for line in str(error).splitlines()]
+    return faults
