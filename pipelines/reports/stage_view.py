@@ -431,7 +431,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _curation(run: Path, values: Mapping[str, Any], budget: Budget) -> list[Embedded]:
-    """Return the two plots of a curation."""
+    """Return the two plots of a curation, or the one of prototypes."""
     numbers = ", ".join(f"{label(key)} {number(key, value)}" for key, value in values.items() if isinstance(value, int))
     examples = [row for row in read_json(run / "outcome.json").get("examples", []) if row["images"]]
     rows = "; ".join(f"{' '.join(row['title'].split())}: {count(len(row['images']), 'image')}" for row in examples)
@@ -442,6 +442,11 @@ def _curation(run: Path, values: Mapping[str, Any], budget: Budget) -> list[Embe
             f"Images kept per class, and scores of the pool and of the kept images: {numbers}.",
         ),
         ("examples.png", "Examples", f"Rows of images that were kept or left out. {rows}"),
+        (
+            "prototypes.png",
+            "Prototypes",
+            f"Rows of the images nearest to some prototypes, with their probability: {numbers}.",
+        ),
     )
     embedded = []
     for file, title, alt in plots:

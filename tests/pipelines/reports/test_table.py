@@ -101,8 +101,8 @@ def test_differences_beside_the_gain_have_their_interval_and_their_control(tmp_p
     """Three rows: the gain is b over a; c was compared with a as well, d with a run that no row has, e with other detections of a."""
     write_result(tmp_path / "a", {"AP": 0.3}, digest="of a")
     for name, file, digest in (("b", "a", "of a"), ("c", "a", "of a"), ("d", "x", "of x"), ("e", "a", "older a")):
-        interval = {"difference": 0.1, "low": 0.04, "high": 0.2}
-        compared = {"file": f"runs/{file}/detections.json", "sha256": digest, "images": 64, "AP": interval}
+        measured = {"difference": 0.1, "low": 0.04, "high": 0.2}
+        compared = {"file": f"runs/{file}/detections.json", "sha256": digest, "images": 64, "AP": measured}
         write_result(
             tmp_path / name,
             {"AP": 0.4, "compared": compared, "at_threshold": {"right": 500, "missed": 9}},
