@@ -7,6 +7,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -380,7 +381,7 @@ def test_the_card(exported: Path, detector_file: Path) -> None:
         "| read, data.val_annotations | ",
         f"| training finished | {time.strftime('%Y')}-",
         f"| versions | Python {platform.python_version()}, ",
-        f", torch {torch.__version__}".partition("+")[0],
+        f", torch {version('torch')}",
         "| interval | none: one training, evaluated once;",
         "| size in evaluation | short side 64, long side at most 64 |",
         "- the backbone, random:test_resnet",
