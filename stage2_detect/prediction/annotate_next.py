@@ -8,7 +8,6 @@ import html
 import io
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -242,7 +241,6 @@ def about_page(config: AuditConfig, loaded: "LoadedDetector", chosen: Chosen, lo
         f"Boxes of {config.model}{f' (content hash {detector})' if detector else ''} with a score of at least {config.least:g}.",
         f"Of {config.images} left out: {count(len(chosen.copy_of), 'near-duplicate')} of listed photos"
         + (f"; {lost}." if lost else "."),
-        f"Written {time.strftime('%Y-%m-%d %H:%M')}.",
     ]
     return " ".join(printable(part) for part in parts)
 
