@@ -8,7 +8,7 @@ others). Stages that have not run or not finished are marked as such. The page l
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,20 +22,18 @@ from ssld.pipelines.folder import inside, rebased, shown
 from ssld.pipelines.reports.blocks import StageFolder, blocks_of, read_evaluations, stage_folders, stage_views
 from ssld.pipelines.reports.budget import Budget
 from ssld.pipelines.reports.charts import COLORS, Chart, precision_recall
+from ssld.pipelines.reports.gains import MEASURES, capitalized, gains, signed
 from ssld.pipelines.reports.photos import ComparedPhotos, Evaluation, Photos, compare
-from ssld.pipelines.reports.provenance import alone, compared, start
+from ssld.pipelines.reports.provenance import alone, brought, compared, start
 from ssld.pipelines.reports.stage_view import MINUS, StageView, mean_curve, percent, read_json
 from ssld.pipelines.reports.table import (
-    CLAIMS,
     COLUMNS,
-    FEW_OBJECTS,
     NONE,
-    Interval,
     Row,
-    few_objects_text,
+    evaluated,
+    further,
     gain,
     intervals_note,
-    objects_of,
     read_record,
     table_rows,
 )
@@ -58,49 +56,7 @@ _OWN_FILES = (
 MANY_CLASSES = 20
 """more classes are folded on the page"""
 _EXTREMES = 5  # classes with the largest and the smallest differences, of many
-_MEASURES = (("detector AP", 2), ("top-1", 0))  # (title, index into a row's values)
 _COLUMN_ORDER = (2, 3, 0, 1)  # of a row's values on the page: AP first, which a phone would cut off behind the others
-
-
-@dataclass(frozen=True)
-class Gain:
-    """Gain of one row of the table over another by one measure, in percentage points, and over the other rows.
-
-    Attributes:
-        interval: 95 % interval as fractions; None if it was not measured.
-        note: reason why a difference over several runs has no interval, or None.
-    """
-
-    measure: str
-    points: float
-    interval: Interval | None
-    better: str
-    base: str
-    others: list[tuple[str, float]]
-    note: str | None = None
-
-    @property
-    def text(self) -> str:
-        """Points as text, with sign."""
-        return signed(self.points)
-
-    @property
-    def interval_text(self) -> str:
-        """Interval as text, in points with sign, and its basis."""
-        if self.interval is None:
-            return self.note or "no interval measured"
-        low, high = (signed(100 * bound) for bound in (self.interval.low, self.interval.high))
-        return f"95 % interval {low} to {high} ({self.interval.basis})"
-
-    @property
-    def verdict(self) -> str:
-        """`good` or `bad` if a gain or a loss is claimed, else `none`."""
-        return CLAIMS.get(self.interval.verdict, "none") if self.interval else "none"
-
-    @property
-    def heading(self) -> str:
-        """Conclusion where no difference is claimed."""
-        return capitalized(self.interval.verdict) if self.interval else "Not compared"
 
 
 @dataclass(frozen=True)
@@ -128,7 +84,7 @@ class Comparison:
     """Detectors of several rows side by side: AP of each class, and the difference between the two rows of `table.gain`.
 
     Attributes:
-        classes: (class, AP in each row, and last the difference if there is one), all as text.
+        classes: (class, its number of objects, AP in each row, and last the difference if there is one), all as text.
         extremes: of many classes, those with the largest and smallest difference; else empty.
     """
 
@@ -189,7 +145,8 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
     stages = stage_views(folders, evaluations, photos, first=_compared_stages(table))
     rows = table_rows(table, runs) if table else []
     difference = gain(table, runs) if table else None
-    objects = objects_of(table, runs) if table else None
+    more = further(table, runs) if table else {}
+    size = evaluated(table, runs) if table else None
     one = alone(table, runs) if table else None
     filled = [0, *(n + 1 for n in _COLUMN_ORDER if any(row.values[n] is not None for row in rows))]
     environment = Environment(
@@ -199,7 +156,9 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(count=count, duration=duration, percent=percent, signed=signed, MINUS=MINUS)
+    environment.globals.update(
+        count=count, duration=duration, percent=percent, signed=signed, capitalized=capitalized, MINUS=MINUS
+    )
     return environment.get_template(_TEMPLATE).render(
         title=title,
         runs=runs,
@@ -207,20 +166,23 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
         few_images=FEW_IMAGES,
         written=time.strftime("%Y-%m-%d %H:%M"),
         columns=[COLUMNS[n] for n in filled],
-        rows=[[row.cells()[n] for n in filled] for row in rows],
-        gain=[_gain_cells(difference)[n] for n in filled] if difference else None,
-        gains=gains(table, rows, difference) if table and difference else [],
+        rows=[[_cells(row, lambda value: percent(max(value, 0)))[n] for n in filled] for row in rows],
+        differences=[
+            [_cells(row, signed_percent)[n] for n in filled]
+            for row in ([difference] if difference else []) + list(more.values())
+        ],
+        gains=gains(table, rows, difference, more, _brought(table, more, runs)) if table else [],
         compared=" ".join(one) if one else compared(table, runs) if table else None,
         starts={name: start(row, runs) for name, row in table.rows.items()} if table else {},
         triples=triples if triples and (triples.gained or triples.lost) else None,
         table_gain=table.gain if table else None,
         photos=photos.embedded,
-        few_objects=capitalized(few_objects_text(objects)) if objects is not None and objects < FEW_OBJECTS else None,
+        size=size,
         intervals_note=capitalized(intervals_note(table)) if table else None,
         seeds=max((len(stages) for row in table.rows.values() for stages in (row.classifier, row.detector)), default=1)
         if table
         else 1,
-        bars=[bars for title, column in _MEASURES if (bars := _bars(title, rows, column))],
+        bars=[bars for title, column in MEASURES if (bars := _bars(title, rows, column))],
         comparison=_comparison_if_any(table, runs) if table else None,
         stages=stages,
         blocks=blocks_of(folders, stages),
@@ -232,45 +194,25 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
     )
 
 
-def gains(table: TableConfig, rows: list[Row], difference: Row) -> list[Gain]:
-    """Return the gain between the two rows of `table.gain` by each measure that both have, and over up to two other rows."""
-    if table.gain is None:
-        return []
-    better, base = table.gain
-    result = []
-    for measure, column in _MEASURES:
-        points, interval = difference.values[column], difference.intervals[column]
-        if points is None:
-            continue
-        values = {row.name: value for row in rows if (value := row.values[column]) is not None}
-        others = [name for name in values if name not in table.gain]
-        over = [(name, 100 * (values[better] - values[name])) for name in others] if len(others) <= 2 else []
-        result.append(Gain(measure, 100 * points, interval, better, base, over, difference.notes[column]))
-    return result
+def signed_percent(value: float) -> str:
+    """Format a fraction in percent, with a sign and without the percent sign."""
+    return signed(100 * value)
 
 
-def _gain_cells(difference: Row) -> list[tuple[str, str | None]]:
-    """Return (text, interval or None) of each cell of the row of differences."""
-    pairs = zip(difference.values, difference.intervals, strict=True)
+def _cells(row: Row, text: Callable[[float], str]) -> list[tuple[str, str | None]]:
+    """Return (text, 95 % interval or None) of each cell of a row."""
+    pairs = zip(row.values, row.intervals, strict=True)
     cells = [
-        (
-            NONE if value is None else signed(100 * value),
-            f"{signed(100 * i.low)} to {signed(100 * i.high)}" if i else None,
-        )
+        (NONE, None) if value is None else (text(value), f"{text(i.low)} to {text(i.high)}" if i else None)
         for value, i in pairs
     ]
-    return [(difference.name, None), *cells]
+    return [(row.name, None), *cells]
 
 
-def capitalized(text: str) -> str:
-    """Return text with a capital first letter."""
-    return text[:1].upper() + text[1:]
-
-
-def signed(points: float) -> str:
-    """Format points with one decimal and a sign, none for zero."""
-    text = f"{points:+.1f}".replace("-", MINUS)
-    return text if text[1:] != "0.0" else "0.0"
+def _brought(table: TableConfig, more: Iterable[tuple[str, str]], runs: Path) -> dict[tuple[str, str], str | None]:
+    """Return what the first row of each compared pair had and the second had not, in words."""
+    pairs = [*([table.gain] if table.gain else []), *more]
+    return {pair: brought(table.rows[pair[0]], table.rows[pair[1]], runs) for pair in pairs}
 
 
 def _bars(measure: str, rows: list[Row], column: int) -> Bars | None:
@@ -313,8 +255,16 @@ def _comparison(table: TableConfig, runs: Path) -> Comparison | None:
     compared = dict(list(results.items())[:COLORS])
     if len(compared) < 2:
         return None
+    analyses = {name: read_json(runs / table.rows[name].detector[0] / "analysis.json") for name in compared}
+    objects = {row["class"]: row["objects"] for row in next(iter(analyses.values())).get("classes") or []}
     classes = [
-        (label, [percent(per_class.get(label)) for per_class in compared.values()])
+        (
+            label,
+            [
+                f"{objects[label]:,}" if label in objects else NONE,
+                *(percent(one.get(label)) for one in compared.values()),
+            ],
+        )
         for label in next(iter(compared.values()))
     ]
     extremes: list[tuple[str, list[str]]] = []
@@ -329,7 +279,7 @@ def _comparison(table: TableConfig, runs: Path) -> Comparison | None:
             known_rows = [n for n, difference in enumerate(differences) if difference is not None]
             ranked = sorted(known_rows, key=lambda n: -(differences[n] or 0.0))
             extremes = [classes[n] for n in dict.fromkeys([*ranked[:_EXTREMES], *ranked[-_EXTREMES:]])]
-    means = {name: mean_curve(read_json(runs / table.rows[name].detector[0] / "analysis.json")) for name in compared}
+    means = {name: mean_curve(analysis) for name, analysis in analyses.items()}
     known = {name: mean for name, mean in means.items() if mean is not None}
     known = known if any(any(mean[1]) for mean in known.values()) else {}
     chart = None

@@ -118,6 +118,21 @@ class Tally:
             for what in kinds
         }
 
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> "Tally":
+        """Return the counts of a `record()`, without classes. Raises one of MALFORMED for anything else."""
+        tally = cls()
+        for what, entry in record.items():
+            tally.keep(str(what), int(entry["kept"]))
+            for add, key in ((tally.drop, "dropped"), (tally.change, "changed"), (tally.skip, "skipped")):
+                for cause, one in entry.get(key, {}).items():
+                    add(str(what), str(cause), one["first"], int(one["count"]))
+        return tally
+
+    def describe_kept(self) -> str:
+        """Describe what was kept, such as `72 images, 945 boxes`."""
+        return ", ".join(_count(number, what) for what, number in self._kept.items())
+
     def bulk_loss(self) -> str | None:
         """Describe a bulk loss in the sentence that training stops with; None where there is none.
 

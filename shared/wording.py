@@ -9,6 +9,8 @@ from typing import Any
 
 FEW_IMAGES = 30
 """Number of evaluated images below which no difference is claimed: an interval over so few images is too narrow to be relied on."""
+WEAK_AP50 = 0.5
+"""AP50 below which a label audit says that most contradictions are the detector's own mistakes: a guess, at which half of the precision is missing"""
 # Control characters, invisible ones that turn or join text, halves of characters, and what else ends a line.
 _UNPRINTED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _MOST_KNOWN, _SIMILAR = 40, 8
@@ -105,6 +107,19 @@ def verdict(low: float, high: float, images: int | None, *, identical: bool = Fa
     if images is not None and images < FEW_IMAGES:
         return f"evaluated on {count(images, 'image')}: too few to tell"
     return "no difference measured" if low <= 0 <= high else "better" if low > 0 else "worse"
+
+
+def weakness(AP50: float | None) -> str | None:
+    """Say that a detector with a low AP50 (a fraction) contradicts right labels too; None for a better one, and where it is not measured.
+
+    What a label audit lists are contradictions, and the lower the AP50, the more of them are the detector's own mistakes.
+    """
+    if AP50 is None or AP50 >= WEAK_AP50:
+        return None
+    return (
+        f"AP50 of this detector on these images is {100 * AP50:.1f}: so weak a detector contradicts right labels too, "
+        "and most of what is listed are its own mistakes"
+    )
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -49,7 +49,7 @@ def _predict(config: PredictConfig) -> None:
     from ssld.shared.wording import count
     from ssld.stage2_detect.detector_file import load_named
     from ssld.stage2_detect.prediction.files import DrawingsAndCrops, Parts, counts, table_text, write_yolo
-    from ssld.stage2_detect.prediction.label_tools import write_label_files
+    from ssld.stage2_detect.prediction.label_tools import without_odd_names, write_label_files
     from ssld.stage2_detect.prediction.part_runs import PartProgress, left_to_do, tell_read
     from ssld.stage2_detect.prediction.steps import (
         Runner,
@@ -116,9 +116,9 @@ def _predict(config: PredictConfig) -> None:
                 write_atomically(files[-1], json.dumps(content, allow_nan=False))
             if config.writes("csv"):
                 files.append(run.path / "predictions.csv")
-                write_atomically(files[-1], table_text(content))
+                write_atomically(files[-1], table_text(without_odd_names(content, files[-1].name, run.log)))
             tools = [tool for tool in ("label_studio", "cvat") if config.writes(tool)]
-            files += write_label_files(run.path, content, tools, prefix=config.label_studio_prefix)
+            files += write_label_files(run.path, content, tools, prefix=config.label_studio_prefix, log=run.log)
             if config.writes("yolo", "yolo_scores"):
                 files += write_yolo(run.path, content, scores=config.writes("yolo_scores"))
             total = len(work.names) + sum(video["frames"] for video in content.get("videos", []))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ssld.shared.errors import MALFORMED
-from ssld.shared.wording import count
+from ssld.shared.wording import count, weakness
 
 FILE, SHEET = "label_audit.json", "label_audit.jpg"
 LEAST_AGREEMENT = 0.5
@@ -41,6 +41,7 @@ class LabelAudit:
 
     Attributes:
         counts: numbers of findings of each reason, in words; empty without findings.
+        weak: sentence on a detector too weak to audit labels, or None.
         left_out: labels that are not found, but in classes of which fewer than half of the labels are.
         names: file names of the images of the first findings.
         more: number of further images with listed findings.
@@ -54,6 +55,7 @@ class LabelAudit:
     images: int
     score_threshold: float
     counts: str
+    weak: str | None
     left_out: int
     names: list[str]
     more: int
@@ -83,6 +85,7 @@ def read_audit(run: Path) -> LabelAudit | None:
         images=_whole(record["images"]),
         score_threshold=_number(record["score_threshold"]),
         counts=", ".join(count(number, *_REASONS[reason]) for reason, number in counts.items() if number),
+        weak=None if tide is None or not listed else weakness(_number(tide["AP50"])),
         left_out=left_out,
         names=names[:_NAMES],
         more=len(names[_NAMES:]),

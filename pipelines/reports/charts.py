@@ -12,6 +12,7 @@ matplotlib.use("svg")
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Placeholders for the page's text color and its series 0, 1, ...; the page has a light and a dark set of colors.
 _INK = "#010203"
@@ -86,6 +87,7 @@ def curves(stage: str, metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
                 words.append(f"{label} from {values[0]:.3g} at step {steps[0]} to {values[-1]:.3g} at step {steps[-1]}")
             _dress(axes, legend=len(lines) > 1)
             axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             title = panel.title_of([label for label, _, _ in lines])
             charts.append(Chart(title, _svg(figure), f"{title}, stage {stage}: {'; '.join(words)}."))
     return charts

@@ -28,6 +28,7 @@ MOST_COMPARED = 6
 _LEAST_DIFFERENCE = 0.005  # smaller differences round to 0.00
 _THUMBNAIL = 350  # pixels: about the width of a photo on the page, for which names are placed
 _LETTER, _LINE = 7.6, 14.0  # pixels: width of a letter, height of a line of 11 px text
+_LARGER = 14 / 11  # of the text of best and worst images on a wide screen, where their photos are smaller
 _LONGEST_NAME = 24
 _GOLDEN = 222.5  # degrees of the golden ratio: colors of neighboring classes are far apart
 Id = int | str
@@ -258,21 +259,26 @@ def compare(better: Evaluation, base: Evaluation, names: tuple[str, str], photos
     )
 
 
-def draw_pair(evaluation: Evaluation, name: str, photos: Photos) -> Drawn | None:
-    """Draw the photo with this file name with its annotations and its detections; None if the name is not unique or the photo cannot be embedded."""
-    named = [image_id for image_id, truth in evaluation.images.items() if Path(truth.name).name == name]
-    if len(named) != 1:
+def draw_pair(evaluation: Evaluation, name: str, photos: Photos, image_id: Id | None = None) -> Drawn | None:
+    """Draw the photo with this file name with its annotations and its detections; None if the photo cannot be embedded.
+
+    Args:
+        image_id: its id, which tells it apart from others of the same name; without it, a name that is not unique is not drawn.
+    """
+    named = [one for one, truth in evaluation.images.items() if Path(truth.name).name == name]
+    chosen = image_id if image_id is not None else named[0] if len(named) == 1 else None
+    if chosen not in named:
         return None
-    truth, detected = evaluation.images[named[0]], evaluation.of(named[0])
+    truth, detected = evaluation.images[chosen], evaluation.of(chosen)
     photo = photos.add(evaluation, truth)
     if photo is None:
         return None
     outcome = match(truth, detected)
     panels = [
-        _truth_panel(evaluation, truth, photo),
-        _detection_panel(evaluation, truth, detected, outcome, photo, "Detections"),
+        _truth_panel(evaluation, truth, photo, _LARGER),
+        _detection_panel(evaluation, truth, detected, outcome, photo, "Detections", _LARGER),
     ]
-    return Drawn(name, "", panels, _classes(evaluation, truth, detected))
+    return Drawn(name if len(named) == 1 else truth.name, "", panels, _classes(evaluation, truth, detected))
 
 
 def class_color(label: int) -> str:
@@ -298,7 +304,7 @@ def _triple(
     )
 
 
-def _truth_panel(evaluation: Evaluation, truth: Truth, photo: str) -> Panel:
+def _truth_panel(evaluation: Evaluation, truth: Truth, photo: str, larger: float = 1.0) -> Panel:
     texts = [
         evaluation.class_names[label] + (" (crowd)" if crowd else "")
         for label, crowd in zip(truth.labels_G, truth.crowd_G, strict=True)
@@ -306,18 +312,24 @@ def _truth_panel(evaluation: Evaluation, truth: Truth, photo: str) -> Panel:
     number = int((~truth.crowd_G).sum())
     words = "1 object" if number == 1 else f"{number:,} objects"
     solid = np.ones(len(texts), dtype=bool)
-    return Panel("Annotations", words, _svg(truth, photo, truth.boxes_G4, truth.labels_G, texts, solid))
+    return Panel("Annotations", words, _svg(truth, photo, truth.boxes_G4, truth.labels_G, texts, solid, larger))
 
 
 def _detection_panel(
-    evaluation: Evaluation, truth: Truth, detected: Detected, outcome: Outcome, photo: str, title: str
+    evaluation: Evaluation,
+    truth: Truth,
+    detected: Detected,
+    outcome: Outcome,
+    photo: str,
+    title: str,
+    larger: float = 1.0,
 ) -> Panel:
     texts = [
         f"{evaluation.class_names[label]} {score:.2f}"
         for label, score in zip(detected.labels_D, detected.scores_D, strict=True)
     ]
     solid_D = outcome.right_D | outcome.ignored_D
-    return Panel(title, outcome.text, _svg(truth, photo, detected.boxes_D4, detected.labels_D, texts, solid_D))
+    return Panel(title, outcome.text, _svg(truth, photo, detected.boxes_D4, detected.labels_D, texts, solid_D, larger))
 
 
 def _classes(evaluation: Evaluation, truth: Truth, *detected: Detected) -> list[tuple[str, str]]:
@@ -326,12 +338,18 @@ def _classes(evaluation: Evaluation, truth: Truth, *detected: Detected) -> list[
 
 
 def _svg(
-    truth: Truth, photo: str, boxes_N4: np.ndarray, labels_N: np.ndarray, texts: Sequence[str], solid_N: np.ndarray
+    truth: Truth,
+    photo: str,
+    boxes_N4: np.ndarray,
+    labels_N: np.ndarray,
+    texts: Sequence[str],
+    solid_N: np.ndarray,
+    larger: float,
 ) -> str:
     """Draw boxes with their names on a photo: solid lines, or dashed ones where `solid_N` is false.
 
     The page sets the size of lines and text. Names that would cover another one at the size of a thumbnail have the class `more`: the page shows
-    them in the full-size view only.
+    them in the full-size view only. `larger` is the size of the text that has to have room, as a multiple of 11 px.
     """
     unit = truth.width / _THUMBNAIL
     parts = [
@@ -346,7 +364,9 @@ def _svg(
             f'<rect x="{left:.1f}" y="{top:.1f}" width="{max(right - left, 0):.1f}" height="{max(bottom - top, 0):.1f}" stroke="{color}"{dashed}/>'
         )
         short = text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 1]}…"
-        x, y, free = _place(truth, (left, top, right, bottom), len(short) * _LETTER * unit, _LINE * unit, areas)
+        x, y, free = _place(
+            truth, (left, top, right, bottom), len(short) * _LETTER * larger * unit, _LINE * larger * unit, areas
+        )
         more = "" if free else ' class="more"'
         names.append(f'<text x="{x:.1f}" y="{y:.1f}"{more}>{escape(short)}</text>')
     return "".join([*parts, *names, "</svg>"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssld.pipelines.config import RowConfig, TableConfig
+from ssld.shared.config.settings import NOT_IDENTITY
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.run_dir import read_result
@@ -54,6 +55,8 @@ def compared(table: TableConfig, runs: Path) -> str | None:
     facts = [fact for fact in next(iter(trainings.values()))[1] if fact in shared] if trainings else []
     starts = len({start for start, _ in trainings.values()})
     detector = f"a detector from {count(starts, 'start')}" if trainings else ""
+    if starts == 1 < len(trainings):
+        detector = f"{count(len(trainings), 'detector')} from the same start"
     backbones = count(len(clauses), "backbone") if not trainings else ""
     return f"Compared: {', '.join([detector or backbones, *facts])}. {'. '.join(clauses)}."
 
@@ -72,13 +75,13 @@ def alone(table: TableConfig, runs: Path) -> tuple[str, str] | None:
     if run is None or training is None or "AP" not in _metrics(runs / rows[0].detector[0]):
         return None
     start, facts = training
-    of_training = _images_read(run, "data.train") if _setting(settings, "data", "keep_empty") is not False else None
+    of_training = images_read(run, "data.train") if _setting(settings, "data", "keep_empty") is not False else None
     seen = _metrics(run).get("images_seen")
     if of_training and isinstance(seen, int):
         facts = [fact for fact in facts if not fact.endswith(" seen")]
         facts.append(f"{seen / of_training:.3g} passes over {count(of_training, 'photo')}")
     stage = runs / rows[0].detector[0]
-    evaluated = _images_read(stage, "annotations") or _images_read(stage, "data.val")
+    evaluated = images_read(stage, "annotations") or images_read(stage, "data.val")
     facts += [f"evaluated on {count(evaluated, 'photo')}"] if evaluated else []
     like = f"with like: {run.name}, " if run.is_relative_to(runs) else ""
     return (
@@ -88,6 +91,15 @@ def alone(table: TableConfig, runs: Path) -> tuple[str, str] | None:
     )
 
 
+def images_read(run: Path, place: str) -> int | None:
+    """Return the number of images that a run has read from the sources whose setting begins with `place`; None if it is not recorded."""
+    try:
+        read = (read_result(run) or {})["read"]
+        return sum(int(tally["image"]["kept"]) for key, tally in read.items() if key.startswith(place)) or None
+    except (*MALFORMED, UserError):
+        return None
+
+
 def _metrics(run: Path) -> dict[str, Any]:
     """Return the metrics of a run; empty if they are missing or damaged."""
     try:
@@ -95,15 +107,6 @@ def _metrics(run: Path) -> dict[str, Any]:
     except (*MALFORMED, UserError):
         return {}
     return metrics if isinstance(metrics, dict) else {}
-
-
-def _images_read(run: Path, place: str) -> int | None:
-    """Return the number of images that a run has read from the sources whose setting begins with `place`; None if it is not recorded."""
-    try:
-        read = (read_result(run) or {})["read"]
-        return sum(int(tally["image"]["kept"]) for key, tally in read.items() if key.startswith(place)) or None
-    except (*MALFORMED, UserError):
-        return None
 
 
 def origin(row: RowConfig, runs: Path) -> str | None:
@@ -119,8 +122,39 @@ def origin(row: RowConfig, runs: Path) -> str | None:
 
 
 def start(row: RowConfig, runs: Path) -> Start | None:
-    """Name the weights that a row's detector starts from; None if unknown."""
-    settings = _detector_settings(row.detector, runs)[1]
+    """Name the weights that a row's detector starts from, and its moving teacher, if it has one; None if unknown."""
+    run, settings = _detector_settings(row.detector, runs)
+    weights = _start(settings, runs)
+    if weights is None or run is None or not settings.get("moving_teacher"):
+        return weights
+    return Start(f"{weights.text}, {_moving(run)}", weights.path)
+
+
+def brought(better: RowConfig, base: RowConfig, runs: Path) -> str | None:
+    """Name what a row's detector had and the other one had not: stage 1, unlabeled photos, or both.
+
+    None if neither, or if other settings differ too, so that nothing could be said about these alone.
+    """
+    (run, settings), (_, base_settings) = (_detector_settings(row.detector, runs) for row in (better, base))
+    if run is None or _compared_settings(settings) != _compared_settings(base_settings):
+        return None
+    parts = []
+    distilled, base_distilled = (_distilled(one.get("backbone"), runs) for one in (settings, base_settings))
+    if distilled and base_distilled is False:
+        parts.append("the teacher's soft labels in stage 1, in place of labels,")
+    elif distilled and not base_distilled:
+        parts.append("stage 1")
+    elif settings.get("backbone") != base_settings.get("backbone"):
+        return None
+    if settings.get("moving_teacher") and not base_settings.get("moving_teacher"):
+        unlabeled = images_read(run, "moving_teacher.unlabeled")
+        parts.append(
+            f"{count(unlabeled, 'unlabeled photo') if unlabeled else 'the unlabeled photos'} under a moving teacher"
+        )
+    return " and ".join(parts) or None
+
+
+def _start(settings: dict[str, Any], runs: Path) -> Start | None:
     backbone, init = settings.get("backbone"), settings.get("init")
     scheme, _, name = init.partition(":") if isinstance(init, str) else ("", "", "")
     if scheme == _PUBLISHED and name and not isinstance(backbone, str):
@@ -130,8 +164,8 @@ def start(row: RowConfig, runs: Path) -> Start | None:
     if not isinstance(backbone, str):
         return None
     kind, _, name = backbone.partition(":")
-    if _made_by(backbone, runs) is not None:
-        own = Start("stage 1")
+    if (distilled := _distilled(backbone, runs)) is not None:
+        own = Start("stage 1" if distilled else "stage 1, trained on labels")
     elif kind in ("random", "timm") and name:
         own = Start(backbone if scheme else "random weights" if kind == "random" else "pretrained weights")
     else:
@@ -171,9 +205,7 @@ def _training(stages: Sequence[str], runs: Path) -> tuple[str, list[str]] | None
     teacher = _text(settings, "distill", "teacher")
     facts = [_KINDS.get(kind, kind)] if kind else []
     facts += [f"distilled from {_short(teacher, runs)}"] if teacher else []
-    if settings.get("moving_teacher"):
-        unlabeled = _images_read(run, "moving_teacher.unlabeled")
-        facts.append("moving teacher" + (f", {count(unlabeled, 'unlabeled photo')}" if unlabeled else ""))
+    facts += [_moving(run)] if settings.get("moving_teacher") else []
     facts += _extent(run, settings, "resize", "short_side")
     scheme, _, name = init.partition(":") if isinstance(init, str) else ("", "", "")
     if isinstance(init, str) and scheme != _PUBLISHED:
@@ -186,6 +218,33 @@ def _training(stages: Sequence[str], runs: Path) -> tuple[str, list[str]] | None
     training = _backbone(made_by, runs) if made_by else None
     body = _short(backbone, runs) + (f" ({training})" if training else "")
     return f"body of {body} under COCO weights ({name})", facts
+
+
+def _moving(run: Path) -> str:
+    """Describe the moving teacher of a training."""
+    unlabeled = images_read(run, "moving_teacher.unlabeled")
+    return "moving teacher" + (f", {count(unlabeled, 'unlabeled photo')}" if unlabeled else "")
+
+
+def _distilled(backbone: Any, runs: Path) -> bool | None:
+    """Return whether a stage has distilled a backbone from a teacher, or trained it on labels (False); None for other weights."""
+    made_by = _made_by(backbone, runs) if isinstance(backbone, str) else None
+    if made_by is None:
+        return None
+    settings = _settings(made_by)
+    return settings.get("objective") != "labels" and _text(settings, "teacher", "model") is not None
+
+
+def _compared_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that stage 1 and a moving teacher leave as they are: the batch of the latter holds unlabeled photos too."""
+    changed = {"backbone", "arch", "moving_teacher", "batch_size", *NOT_IDENTITY}
+    kept = {key: value for key, value in settings.items() if key not in changed}
+    optim = kept.get("optim")
+    return kept | (
+        {"optim": {key: value for key, value in optim.items() if key != "reference_batch"}}
+        if isinstance(optim, dict)
+        else {}
+    )
 
 
 def _described(backbone: str, runs: Path) -> str:

@@ -22,6 +22,7 @@ from ssld.pipelines.runner.stages import KINDS, LOGS, typed_name
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import IMAGE_SUFFIXES, spread
 from ssld.shared.run_dir import read_metrics, read_result
+from ssld.shared.tally import Tally
 from ssld.shared.wording import count
 
 T = TypeVar("T")
@@ -100,7 +101,10 @@ class StageView:
     status: str
     seconds: float | None
     images_seen: int | None
-    headlines: list[tuple[str, str]]
+    read: list[tuple[str, str, str]]
+    """(setting, what was read from it, what of it was dropped, changed or skipped)"""
+    headlines: list[tuple[str, str, str]]
+    """(name, value, 95 % interval or nothing)"""
     metrics: list[tuple[str, str]]
     charts: list[Chart]
     threshold: float | None
@@ -185,8 +189,9 @@ def view(
         status="failed" if errors else _status(run, result, lines),
         seconds=_seconds(result, lines),
         images_seen=images_seen if isinstance(images_seen, int) else None,
+        read=part("result.json", lambda: _read(result), []),
         headlines=[
-            (label(key), number(key, scalars[key]))
+            (label(key), number(key, scalars[key]), _interval(values, key))
             for key in _HEADLINES
             if scalars.get(key) is not None and not evaluated
         ],
@@ -212,6 +217,21 @@ def view(
         unreadable=len(quarantine.read_bytes().splitlines()) if quarantine.is_file() else 0,
         damaged=tuple(dict.fromkeys(damaged)),
     )
+
+
+def _read(result: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """Return what a run has read by setting, in words; raises one of MALFORMED for a damaged record."""
+    tallies = {place: Tally.of_record(record) for place, record in ((result or {}).get("read") or {}).items()}
+    return [(place, tally.describe_kept(), tally.describe()) for place, tally in tallies.items()]
+
+
+def _interval(values: Mapping[str, Any], key: str) -> str:
+    """Return the 95 % interval of a metric in percent, as text; empty without a sound one."""
+    intervals = values.get("intervals")
+    bounds = intervals.get(key) if isinstance(intervals, dict) else None
+    if not isinstance(bounds, list) or len(bounds) != 2 or not all(isinstance(bound, int | float) for bound in bounds):
+        return ""
+    return f"{percent(bounds[0])} to {percent(bounds[1])}"
 
 
 def _checked(result: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -375,7 +395,7 @@ def _pairs(folder: Path, photos: Photos, evaluation: Evaluation | None) -> tuple
         kind, image = entry["kind"], entry["image"]
         caption = f"{entry['right']} right, {entry['wrong']} wrong, {entry['missed']} missed, error {entry['lrp']:.2f}"
         files = [_inside(folder, entry[side]) for side in ("truth", "detections")]
-        if evaluation and (drawn := draw_pair(evaluation, image, photos)):
+        if evaluation and (drawn := draw_pair(evaluation, image, photos, entry.get("image_id"))):
             pairs.append(Pair(kind, image, caption, drawn))
             continue
         before = photos.budget.left
@@ -411,7 +431,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _curation(run: Path, values: Mapping[str, Any], budget: Budget) -> list[Embedded]:
-    """Return the two plots of a curation."""
+    """Return the two plots of a curation, or the one of prototypes."""
     numbers = ", ".join(f"{label(key)} {number(key, value)}" for key, value in values.items() if isinstance(value, int))
     examples = [row for row in read_json(run / "outcome.json").get("examples", []) if row["images"]]
     rows = "; ".join(f"{' '.join(row['title'].split())}: {count(len(row['images']), 'image')}" for row in examples)
@@ -422,6 +442,11 @@ def _curation(run: Path, values: Mapping[str, Any], budget: Budget) -> list[Embe
             f"Images kept per class, and scores of the pool and of the kept images: {numbers}.",
         ),
         ("examples.png", "Examples", f"Rows of images that were kept or left out. {rows}"),
+        (
+            "prototypes.png",
+            "Prototypes",
+            f"Rows of the images nearest to some prototypes, with their probability: {numbers}.",
+        ),
     )
     embedded = []
     for file, title, alt in plots:

@@ -20,7 +20,7 @@ from typing import Any
 
 from ssld.pipelines.config import PipelineConfig, RowConfig, TableConfig
 from ssld.pipelines.reports.audit_view import images_of
-from ssld.pipelines.reports.provenance import alone
+from ssld.pipelines.reports.provenance import alone, images_read
 from ssld.shared.config.validation import validate
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import write_atomically
@@ -32,7 +32,8 @@ _CLASSIFIER, _DETECTOR = ("top1", "agreement"), ("AP", "AP50")
 NONE = "-"
 CLAIMS = {"better": "good", "worse": "bad"}
 """verdicts that claim a difference, and their names on the page"""
-FEW_OBJECTS = 100
+FEW_OBJECTS, FEW_PHOTOS = 100, 50
+"""objects and photos of an evaluation below which AP is said to be unsure; about: the interval says how unsure"""
 _MOST = 1e9  # larger numbers are no metric
 _NO_SPREAD = 1e-9  # rounding errors of equal values are smaller
 _Z = 1.96  # 97.5th percentile of the normal distribution
@@ -121,12 +122,32 @@ def table_rows(table: TableConfig, output: Path) -> list[Row]:
 
 def gain(table: TableConfig, output: Path) -> Row | None:
     """Return the difference between the two rows of `table.gain` with its intervals; None without them."""
-    if table.gain is None:
-        return None
+    return difference(table, output, table.gain) if table.gain else None
+
+
+def further(table: TableConfig, output: Path) -> dict[tuple[str, str], Row]:
+    """Return the differences that were measured beside the gain, by (row, the row that it is compared with).
+
+    A detector's evaluation names another one's detections (`compare`): the row of that evaluation is the other one of the pair.
+    """
+    stages = {row.detector[0]: name for name, row in table.rows.items() if row.detector}
+    pairs = []
+    for stage, name in stages.items():
+        compared = (_result(output, stage) or {}).get("metrics", {}).get("compared")
+        file = compared.get("file") if isinstance(compared, dict) else None
+        base = stages.get(Path(file).parent.name) if isinstance(file, str) else None
+        if base and base != name and (name, base) != table.gain:
+            pairs.append((name, base))
+    rows = {pair: difference(table, output, pair) for pair in pairs}
+    return {pair: row for pair, row in rows.items() if any(row.intervals)}
+
+
+def difference(table: TableConfig, output: Path, pair: tuple[str, str]) -> Row:
+    """Return the difference between two rows, the first minus the second, with its intervals."""
     values: list[float | None] = []
     intervals: list[Interval | None] = []
     notes: list[str | None] = []
-    better, base = (_measures(table.rows[name]) for name in table.gain)
+    better, base = (_measures(table.rows[name]) for name in pair)
     for (key, stages), (_, base_stages) in zip(better, base, strict=True):
         first, second = _runs(output, stages, key), _runs(output, base_stages, key)
         interval = note = None
@@ -146,7 +167,7 @@ def gain(table: TableConfig, output: Path) -> Row | None:
         values.append(means[0] - means[1] if len(means) == 2 else None)
         intervals.append(interval)
         notes.append(note if len(means) == 2 else None)
-    return Row(" - ".join(table.gain), tuple(values), tuple(intervals), tuple(notes))
+    return Row(" - ".join(pair), tuple(values), tuple(intervals), tuple(notes))
 
 
 def gain_cells(row: Row) -> tuple[str, ...]:
@@ -160,13 +181,43 @@ def interval_cells(row: Row) -> tuple[str, ...]:
     return ("95 % interval", *texts)
 
 
-def objects_of(table: TableConfig, output: Path) -> int | None:
-    """Return the number of objects that the compared detectors are evaluated on; None if unknown."""
+@dataclass(frozen=True)
+class Evaluated:
+    """Size of the evaluation of the compared detectors; None for what is not recorded."""
+
+    images: int | None
+    objects: int | None
+
+    @property
+    def few(self) -> bool:
+        """Whether AP on so few images or objects is unsure."""
+        sizes = ((self.images, FEW_PHOTOS), (self.objects, FEW_OBJECTS))
+        return any(number is not None and number < least for number, least in sizes)
+
+    @property
+    def text(self) -> str:
+        """Size in words."""
+        sizes = ((self.images, "image"), (self.objects, "object"))
+        parts = [count(number, what) for number, what in sizes if number is not None]
+        unsure = ": too few to tell detectors apart unless they differ a lot"
+        unsure += f" (below about {FEW_PHOTOS} images or {FEW_OBJECTS} objects, AP is unsure)"
+        return f"the detectors are evaluated on {' with '.join(parts)}{unsure if self.few else ''}"
+
+
+def evaluated(table: TableConfig, output: Path) -> Evaluated | None:
+    """Return the size of the evaluation of the first compared detector; None where nothing is recorded."""
     for name in table.gain or table.rows:
         for stage in table.rows[name].detector:
-            counts = (_result(output, stage) or {}).get("metrics", {}).get("at_threshold")
-            if isinstance(counts, dict) and all(type(counts.get(key)) is int for key in ("right", "missed")):
-                return int(counts["right"] + counts["missed"])
+            metrics = (_result(output, stage) or {}).get("metrics", {})
+            counts, compared = metrics.get("at_threshold"), metrics.get("compared")
+            known = isinstance(counts, dict) and all(type(counts.get(key)) is int for key in ("right", "missed"))
+            objects = int(counts["right"] + counts["missed"]) if known else None
+            run = output / stage
+            images = images_read(run, "annotations") or images_read(run, "data.val") or images_of(run)
+            if images is None and isinstance(compared, dict) and type(compared.get("images")) is int:
+                images = compared["images"]
+            if images is not None or objects is not None:
+                return Evaluated(images, objects)
     return None
 
 
@@ -205,27 +256,29 @@ def table_text(table: TableConfig, output: Path, *, smoke: bool = False) -> str:
     Columns without a number are left out, unless nothing is measured yet.
     """
     rows = table_rows(table, output)
-    difference = gain(table, output)
-    cells = [COLUMNS, *(row.cells() for row in rows), *([gain_cells(difference)] if difference else [])]
-    if difference and any(difference.intervals):
-        cells.append(interval_cells(difference))
+    differences = [*([one] if (one := gain(table, output)) else []), *further(table, output).values()]
+    cells = [COLUMNS, *(row.cells() for row in rows)]
+    for one in differences:
+        cells += [gain_cells(one), *([interval_cells(one)] if any(one.intervals) else [])]
     filled = [0, *(n for n in range(1, len(COLUMNS)) if any(line[n] != NONE for line in cells[1:]))]
     filled = filled if len(filled) > 1 else list(range(len(COLUMNS)))
     cells = [tuple(line[n] for n in filled) for line in cells]
     widths = [max(len(line[column]) for line in cells) for column in range(len(filled))]
     lines = [_line(line, widths) for line in cells]
-    if difference:
+    if differences:
         lines.insert(len(rows) + 1, "-" * len(lines[0]))
+    for one in differences:
+        of = f"{one.name}, " if len(differences) > 1 else ""
         unclear: dict[str, list[str]] = {}
-        for name, interval in zip(COLUMNS[1:], difference.intervals, strict=True):
+        for name, interval in zip(COLUMNS[1:], one.intervals, strict=True):
             if interval and interval.verdict not in CLAIMS:
                 unclear.setdefault(interval.verdict, []).append(name)
-        lines += [f"{', '.join(names)}: {text}" for text, names in unclear.items()]
-        lines += [f"{name}: {note}" for name, note in zip(COLUMNS[1:], difference.notes, strict=True) if note]
-        if any(difference.intervals):
-            lines.append(intervals_note(table))
-        if (objects := objects_of(table, output)) is not None and objects < FEW_OBJECTS:
-            lines.append(few_objects_text(objects))
+        lines += [f"{of}{', '.join(names)}: {text}" for text, names in unclear.items()]
+        lines += [f"{of}{name}: {note}" for name, note in zip(COLUMNS[1:], one.notes, strict=True) if note]
+    if any(interval for one in differences for interval in one.intervals):
+        lines.append(intervals_note(table))
+    if size := evaluated(table, output):
+        lines.append(size.text)
     lines += alone(table, output) or ()
     if smoke:
         lines.append(SMOKE)
@@ -245,11 +298,6 @@ def intervals_note(table: TableConfig) -> str:
         which = "those over several seeds" if notes else "the intervals are over the seeds; they"
         notes.append(f"{which} do not cover the choice of evaluation images")
     return "; ".join(notes)
-
-
-def few_objects_text(objects: int) -> str:
-    """Return the note on an evaluation with few objects."""
-    return f"the detectors are evaluated on {count(objects, 'object')}: too few to tell detectors apart unless they differ a lot"
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:

@@ -4,13 +4,20 @@ Deliberately absent from the cards: the hub's `model-index`, which needs the id 
 are folders.
 """
 
+import json
 from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
 from ssld.shared.config.settings import NOT_IDENTITY
-from ssld.shared.errors import UserError
+from ssld.shared.errors import MALFORMED, UserError
+from ssld.shared.files import file_sha256
+from ssld.shared.run_dir import read_result
+from ssld.shared.tally import Tally
+
+ONE_RUN = ("interval", "none: one training, evaluated once; another seed or other images change the numbers")
+"""row of a card's table of numbers"""
 
 
 def public(value: Any) -> Any:
@@ -65,6 +72,27 @@ def read_recipe(model: Path) -> dict[str, Any] | None:
     if not isinstance(settings, dict) or "optim" not in settings:
         return None
     return {key: value for key, value in settings.items() if key not in NOT_IDENTITY}
+
+
+def run_facts(model: Path) -> list[tuple[str, str]]:
+    """Return what the numbers of a model file come from, as rows of `table`: images read by setting, date, versions.
+
+    Empty for a file that is not, or no longer, the result of the run in its folder.
+    """
+    try:
+        result = read_result(model.parent) or {}
+        if result["outputs"][model.name] != file_sha256(model):
+            return []
+        record = json.loads((model.parent / "environment.json").read_text(encoding="utf-8"))
+        kept = {place: Tally.of_record(one).describe_kept() for place, one in result["read"].items()}
+        versions = [f"Python {record['python']}", *(f"{name} {one}" for name, one in record["versions"].items() if one)]
+        return [
+            *((f"read, {place}", text) for place, text in kept.items() if text),
+            ("training finished", str(result["finished"])[:10]),
+            ("versions", ", ".join(versions)),
+        ]
+    except (OSError, *MALFORMED, UserError):
+        return []
 
 
 def front_matter(**facts: Any) -> list[str]:

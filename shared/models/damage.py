@@ -1,4 +1,4 @@
-"""Files of weights that are none: cut short, empty, a web page or a pointer under their name, a zip file of something else.
+"""Files of weights that are none: cut short, empty, a web page, a pointer or a packed file under their name, a zip file of something else.
 
 Such files come from broken downloads and copies. Their content is looked at before they are read, since the readers' own errors tell of formats.
 """
@@ -6,6 +6,7 @@ Such files come from broken downloads and copies. Their content is looked at bef
 import json
 import re
 import zipfile
+import zlib
 from pathlib import Path
 
 from ssld.shared.errors import MALFORMED, UserError
@@ -14,6 +15,17 @@ from ssld.shared.wording import some
 _POINTER = b"version https://git-lfs.github.com/spec/"  # docs/spec.md of git-lfs@v3.5
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")
 _ZIP = b"PK\x03\x04"
+_UNICODE = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))  # byte order marks
+_UNMARKED = ((b"<\0", "utf-16-le"), (b"\0<", "utf-16-be"))
+_GZIP = b"\x1f\x8b\x08"  # RFC 1952; the third byte is its only method
+_PACKED = {
+    _GZIP: "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!\x1a\x07": "RAR",
+}
 _MOST_HEADER = 100_000_000  # of safetensors, in bytes
 _SUFFIXES = (".safetensors", ".pdparams", ".pth", ".pt", ".ckpt", ".pkl")
 # Words in the errors of torch's readers, of pickle and of pickletools.
@@ -43,12 +55,13 @@ def refuse_damaged(path: Path) -> None:
             f"{path}: is a Git LFS pointer ({size}), not the weights ({whole} bytes); run git lfs pull in its folder, or download the "
             "file itself"
         )
-    text = start.lstrip().lower()
-    if text.startswith(_PAGES) or (
-        text.startswith(b"{") and all(32 <= byte < 127 or byte in b"\r\n\t" for byte in start)
-    ):
-        kind = "web page" if text.startswith(b"<") else "text file"
+    if kind := _text_kind(start):
         raise UserError(f"{path}: is a {kind} ({size}), not weights; give the file of weights, or download it again")
+    if kind := _packed_kind(start):
+        inside = _text_kind(_unpacked(start)) if kind == "gzip" else None
+        what = f"{kind} archive" + (f" of a {inside}" if inside else "")
+        advice = "download it again" if inside else "unpack it, and give the file of weights inside"
+        raise UserError(f"{path}: is a {what} ({size}), not weights; {advice}")
     if start.startswith(_ZIP):
         _refuse_zip(path)
     if path.suffix == ".safetensors":
@@ -64,6 +77,36 @@ def damage_of(path: Path) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def _text_kind(start: bytes) -> str | None:
+    """Name the kind of text that a file begins with, in UTF-8 or UTF-16; None for anything else, such as weights."""
+    mark, encoding = next((one for one in _UNICODE if start.startswith(one[0])), (b"", ""))
+    encoding = encoding or next((name for first, name in _UNMARKED if start.startswith(first)), "")
+    if encoding:
+        start = start[len(mark) :].decode(encoding, "replace").encode(errors="replace")
+    text = start.lstrip().lower()
+    if text.startswith(_PAGES):
+        return "web page"
+    readable = all(
+        byte >= 32 and byte != 127 if encoding else 32 <= byte < 127 for byte in start.translate(None, b"\r\n\t")
+    )
+    return "text file" if text.startswith(b"{") and readable else None
+
+
+def _packed_kind(start: bytes) -> str | None:
+    """Name the program that has packed a file; None for a file of safetensors, whose length may begin with the same bytes."""
+    if start[8:9] == b"{":
+        return None
+    return next((name for first, name in _PACKED.items() if start.startswith(first)), None)
+
+
+def _unpacked(start: bytes) -> bytes:
+    """Return the first bytes inside the beginning of a gzip file; none if it is damaged."""
+    try:
+        return zlib.decompressobj(wbits=31).decompress(start, 512)
+    except zlib.error:
+        return b""
 
 
 def _refuse_cut(path: Path, start: bytes) -> None:

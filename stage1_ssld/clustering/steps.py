@@ -192,7 +192,10 @@ def _metrics(clusters: Clusters, temperature: float, perplexity: float, images: 
 def _nearest(
     embeddings: Embeddings, standard: Standard, clusters: Clusters, temperature: float, most: int
 ) -> dict[int, list[tuple[int, float]]]:
-    """Nearest images of some prototypes, from the largest to the smallest, as (row, probability of the prototype)."""
+    """Nearest images of some prototypes, from the largest to the smallest, as (row, probability of the prototype).
+
+    Up to `most` images each. Those of other prototypes are left out: next to a small prototype they are the majority, and say nothing about it.
+    """
     by_size = np.argsort(-clusters.size_K, kind="stable")
     drawn = by_size[spread(len(by_size), _DRAWN)]
     near = {int(k): (np.empty(0, np.int64), np.empty(0)) for k in drawn}
@@ -208,7 +211,9 @@ def _nearest(
     rows = {}
     for k, (ids, _) in near.items():
         score_BK = scores(standard(embeddings.rows(ids)), clusters.center_KD, clusters.offset_K)
-        rows[k] = list(zip(ids.tolist(), softmax(score_BK / temperature)[:, k].tolist(), strict=True))
+        own_B = score_BK.argmax(1) == k
+        probability_B = softmax(score_BK / temperature)[own_B, k]
+        rows[k] = list(zip(ids[own_B].tolist(), probability_B.tolist(), strict=True))
     return rows
 
 
@@ -222,4 +227,5 @@ def _draw(
         Row(f"prototype {k}\n{clusters.size_K[k]} images", [Example(views[row], f"{p:.2f}") for row, p in nearest])
         for k, nearest in rows.items()
     ]
-    draw_examples(path, drawn, columns)
+    title = f"Images nearest to {len(drawn)} of {len(clusters.size_K)} prototypes and of them, with the prototype's probability (0 to 1)"
+    draw_examples(path, drawn, columns, title)

@@ -6,6 +6,7 @@ curation.png: images per class, scores; examples.png: kept and rejected images. 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,10 +112,12 @@ def draw_numbers(path: Path, kept_K: np.ndarray, keep: int, histogram: np.ndarra
     figure.savefig(path, dpi=120)
 
 
-def draw_examples(path: Path, rows: Sequence[Row], columns: int) -> None:
-    """Draw a grid of examples, `columns` wide; rows without examples are left out."""
+def draw_examples(path: Path, rows: Sequence[Row], columns: int, title: str = "") -> None:
+    """Draw a grid of examples, `columns` wide, below a title; rows without examples are left out."""
     filled = [row for row in rows if row.examples]
-    figure = _figure(1.5 + 1.15 * columns, 1.55 * max(1, len(filled)))
+    figure = _figure(1.5 + 1.15 * columns, 1.55 * max(1, len(filled)) + (0.3 if title else 0))
+    if title:
+        figure.suptitle("\n".join(wrap(title, 16 * (columns + 1))), fontsize=9)
     grid = figure.subplots(max(1, len(filled)), columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")

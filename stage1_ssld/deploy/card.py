@@ -9,6 +9,7 @@ the folder is meant to be published. The card is made from the backbone file's m
 the run. Nothing is estimated: a missing value is reported as not recorded.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from ssld.shared.deploy.hub import (
+    ONE_RUN,
     folder_name,
     front_matter,
     hub_licence,
@@ -23,6 +25,7 @@ from ssld.shared.deploy.hub import (
     public,
     read_recipe,
     recipe_lines,
+    run_facts,
     table,
 )
 from ssld.shared.models.backbones import InputSettings
@@ -86,7 +89,14 @@ def write_folder(
     kept = {key: value for key, value in metadata.items() if key not in ("run", "format")}
     save_model_file(folder / "model.safetensors", read_tensors(model), public(kept))  # timm's file has no metadata
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    card = backbone_card(metadata, read_recipe(model), push_to_hub=push_to_hub, parameters=parameters, checks=checks)
+    card = backbone_card(
+        metadata,
+        read_recipe(model),
+        push_to_hub=push_to_hub,
+        parameters=parameters,
+        checks=checks,
+        facts=run_facts(model),
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -97,6 +107,7 @@ def backbone_card(
     push_to_hub: str | None,
     parameters: int,
     checks: dict[str, dict[str, float]] | None = None,
+    facts: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Make the README.md of a backbone.
 
@@ -104,6 +115,7 @@ def backbone_card(
         metadata, push_to_hub, checks: as of `write_folder`.
         recipe: settings of its training run; None where unknown.
         parameters: number of its parameters.
+        facts: of `run_facts`.
     """
     licence = str(metadata.get("licence") or "unknown")
     lines = front_matter(
@@ -132,7 +144,7 @@ def backbone_card(
             ("SHA-256 of its tensors", f"`{metadata.get('content_sha256', 'not recorded')}`"),
         ]
     )
-    lines += ["## Measured", "", *_measured(metadata, checks), ""]
+    lines += ["## Measured", "", *_measured(metadata, checks, facts), ""]
     lines += ["## Data", "", *_data(recipe), "", "## Recipe", "", *recipe_lines(recipe), ""]
     lines += ["## Licences", "", *_licences(metadata, licence)]
     return "\n".join(lines) + "\n"
@@ -161,7 +173,9 @@ def _classes(metadata: dict[str, Any]) -> str:
     return f"{count}: {some(names, 5)}"
 
 
-def _measured(metadata: dict[str, Any], checks: dict[str, dict[str, float]] | None) -> list[str]:
+def _measured(
+    metadata: dict[str, Any], checks: dict[str, dict[str, float]] | None, facts: Sequence[tuple[str, str]]
+) -> list[str]:
     metrics = metadata.get("metrics") or {}
     rows: list[tuple[str, Any]] = [(key, f"{100 * metrics[key]:.2f} %") for key in _ACCURACY if key in metrics]
     if "kl" in metrics:
@@ -170,6 +184,7 @@ def _measured(metadata: dict[str, Any], checks: dict[str, dict[str, float]] | No
         rows.append(("validation images", metrics["images"]))
     if rows and metadata.get("trained_size"):
         rows.append(("at image size", _size(metadata["trained_size"])))
+    rows += [*facts, ONE_RUN] if rows else []
     for name, check in (checks or {}).items():
         what = {"onnx": "ONNX", "torch": "torch.export"}[name]
         rows.append(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ssld.shared.deploy.hub import (
+    ONE_RUN,
     folder_name,
     front_matter,
     hub_licence,
@@ -23,6 +24,7 @@ from ssld.shared.deploy.hub import (
     public,
     read_recipe,
     recipe_lines,
+    run_facts,
     table,
 )
 from ssld.shared.models.model_file import read_tensors, save_model_file
@@ -66,7 +68,14 @@ def write_folder(
     config = {key: metadata[key] for key in keys if key in metadata}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    card = detector_card(metadata, read_recipe(model), push_to_hub=push_to_hub, parameters=parameters, checks=checks)
+    card = detector_card(
+        metadata,
+        read_recipe(model),
+        push_to_hub=push_to_hub,
+        parameters=parameters,
+        checks=checks,
+        facts=run_facts(model),
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -77,8 +86,9 @@ def detector_card(
     push_to_hub: str | None,
     parameters: int,
     checks: dict[str, Any],
+    facts: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """Write the text of README.md; arguments as of `write_folder`, `recipe` holds the settings of the training."""
+    """Write the text of README.md; arguments as of `write_folder`, `recipe` holds the settings of the training, `facts` those of `run_facts`."""
     licence = str(metadata.get("licence") or "unknown")
     name = _KINDS[metadata["model"]["kind"]]
     lines = front_matter(
@@ -92,7 +102,7 @@ def detector_card(
     lines += [f"{name} on {metadata['arch']}, which detects {_classes(metadata['class_names'])}.", "", "## Use", ""]
     lines += [*_use(push_to_hub, [FILES[key] for key in FILES if key in checks]), "", "## Model", ""]
     lines += table(_facts(metadata, name, parameters))
-    lines += ["## Measured", "", *_measured(metadata, checks), "", "## Data", "", *_data(recipe), ""]
+    lines += ["## Measured", "", *_measured(metadata, checks, facts), "", "## Data", "", *_data(recipe), ""]
     lines += ["## Recipe", "", *recipe_lines(recipe), "", "## Licences", "", *_licences(metadata, licence, recipe)]
     return "\n".join(lines) + "\n"
 
@@ -132,15 +142,16 @@ def _classes(names: Sequence[str]) -> str:
     return f"{len(names)} classes: {some(names, 5)}"
 
 
-def _measured(metadata: dict[str, Any], checks: dict[str, Any]) -> list[str]:
+def _measured(metadata: dict[str, Any], checks: dict[str, Any], facts: Sequence[tuple[str, str]]) -> list[str]:
     metrics = metadata.get("metrics") or {}
     # COCO's value without objects of a size is -1.
     rows: list[tuple[str, Any]] = [
-        (f"{prefix}{key}", f"{100 * metrics[prefix + key]:.1f}")
+        (f"{prefix}{key}, %", f"{100 * metrics[prefix + key]:.1f}")
         for prefix in ("", "mask_")
         for key in _AP
         if isinstance(metrics.get(prefix + key), float) and metrics[prefix + key] >= 0
     ]
+    rows += [*facts, ONE_RUN] if rows else []
     rows += [
         (
             f"{FILES[key]} against torch",

@@ -1,6 +1,7 @@
 """Files of an evaluation: `analysis.json`, and the best and worst images with drawn ground truth and detections.
 
-`pictures/index.json` lists them: `kind` (best or worst), `truth` and `detections` (files beside it), `image`, `lrp`, `right`, `wrong`, `missed`.
+`pictures/index.json` lists them: `kind` (best or worst), `truth` and `detections` (files beside it), `image`, `image_id`, `lrp`, `right`,
+`wrong`, `missed`.
 They are ranked by LRP error (`analysis.py`); an image without objects and without detections has none and is not listed.
 """
 
@@ -96,6 +97,7 @@ def draw_best_and_worst(
                 "kind": kind,
                 **names,
                 "image": Path(record.path).name,
+                "image_id": image_id,
                 "lrp": round(float(analysed.lrp_I[row]), 4),
             }
             index.append(entry | {"right": right, "wrong": wrong, "missed": missed})

@@ -33,7 +33,7 @@ from PIL import Image
 from ssld.shared.files import write_atomically
 from ssld.shared.run_dir import RunDir
 from ssld.shared.training.batch_sheet import sheet_of
-from ssld.shared.wording import count
+from ssld.shared.wording import count, weakness
 from ssld.stage2_detect.data.coco import CocoData, CocoImage, Id
 from ssld.stage2_detect.data.loaders import load_record
 from ssld.stage2_detect.evaluation.coco_ap import detection_table, image_numbers, numbered_dataset
@@ -100,6 +100,8 @@ def write_audit(
     else:
         (run.path / SHEET).unlink(missing_ok=True)
     run.log(describe(audit, files[-1]))
+    if audit["findings"] and audit["tide"] and (weak := weakness(audit["tide"]["AP50"])):
+        run.log(weak)
     return files
 
 
@@ -282,7 +284,8 @@ def describe(audit: Mapping[str, Any], file: Path) -> str:
     if not total:
         return "label audit: no label contradicts the detections"
     parts = ", ".join(f"{counts[reason]} {words}" for reason, words in REASONS.items() if counts[reason])
-    return f"label audit: {count(total, 'object')} to look at: {parts}; the first are in {file}"
+    of = f"{count(audit['labels'], 'label')} and {count(audit['detections'], 'detection')} on {count(audit['images'], 'image')}"
+    return f"label audit: {count(total, 'object')} to look at, of {of}: {parts}; the first are in {file}"
 
 
 def drawn_findings(data: CocoData, findings: Sequence[Mapping[str, Any]]) -> list[tuple[Image.Image, str]]:

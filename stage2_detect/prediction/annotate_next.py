@@ -176,19 +176,27 @@ def hashes_of_file(path: str) -> tuple[int, int]:
 
 
 def write_files(
-    folder: Path, config: AuditConfig, loaded: "LoadedDetector", photos: Sequence[Doubted], chosen: Chosen
+    folder: Path,
+    config: AuditConfig,
+    loaded: "LoadedDetector",
+    photos: Sequence[Doubted],
+    chosen: Chosen,
+    lost: str,
+    log: Callable[[str], None],
 ) -> list[Path]:
     """Write the list, the values, the page, and what `config.write` requests into `folder`; returns the files.
 
     Args:
         photos: in the order of doubt.
+        lost: files of `config.images` that were not compared, in words, or nothing.
+        log: as of `write_label_files`.
     """
     listed = [photos[position] for position in chosen.listed]
     paths = [os.path.abspath(one.record.path) for one in listed]  # absolute: the list may be moved
     files = [folder / LIST, folder / VALUES, folder / PAGE]
     write_atomically(files[0], "".join(f"{path}\n" for path in paths))
     write_atomically(files[1], json.dumps(values_of(config, loaded, photos, chosen), allow_nan=False, indent=1) + "\n")
-    write_atomically(files[2], page_of(listed, loaded, len(photos)))
+    write_atomically(files[2], page_of(listed, loaded, len(photos), about_page(config, loaded, chosen, lost)))
     if not config.write:
         return files
     boxes = data_set(
@@ -198,7 +206,7 @@ def write_files(
         description="boxes of photos to annotate next",
         threshold=config.least,
     )
-    return files + write_label_files(folder, boxes, config.write, prefix=config.label_studio_prefix)
+    return files + write_label_files(folder, boxes, config.write, prefix=config.label_studio_prefix, log=log)
 
 
 def values_of(
@@ -226,8 +234,24 @@ def values_of(
     }
 
 
-def page_of(listed: Sequence[Doubted], loaded: "LoadedDetector", number: int) -> str:
-    """Return the page: the first `MOST_PICTURES` listed photos with their boxes, in one HTML file; `number` photos were compared."""
+def about_page(config: AuditConfig, loaded: "LoadedDetector", chosen: Chosen, lost: str) -> str:
+    """Say whose boxes the page shows, from which score on, and what was left out."""
+    detector = str(loaded.metadata.get("content_sha256") or "")[:8]
+    parts = [
+        f"Boxes of {config.model}{f' (content hash {detector})' if detector else ''} with a score of at least {config.least:g}.",
+        f"Of {config.images} left out: {count(len(chosen.copy_of), 'near-duplicate')} of listed photos"
+        + (f"; {lost}." if lost else "."),
+    ]
+    return " ".join(printable(part) for part in parts)
+
+
+def page_of(listed: Sequence[Doubted], loaded: "LoadedDetector", number: int, about: str) -> str:
+    """Return the page: the first `MOST_PICTURES` listed photos with their boxes, in one HTML file.
+
+    Args:
+        number: of compared photos.
+        about: sentences on the detector and on what was left out.
+    """
     shown = listed[:MOST_PICTURES]
     more = "" if len(shown) == len(listed) else f" The first {len(shown)} of them are shown."
     title = f"{count(len(listed), 'photo')} to annotate next, of {number:,}"
@@ -240,11 +264,13 @@ body {{ font: 16px/1.5 system-ui, sans-serif; margin: 1.5rem; color-scheme: ligh
 main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1.5rem; }}
 figure {{ margin: 0; }}
 img {{ max-width: 100%; height: auto; }}
-figcaption {{ font-size: .875rem; overflow-wrap: anywhere; }}
+figcaption, .about {{ font-size: .875rem; overflow-wrap: anywhere; }}
+@media print {{ figure {{ break-inside: avoid; }} }}
 </style></head><body>
 <h1>{html.escape(title)}</h1>
-<p>The most doubtful first, near-duplicates left out.{more} Doubt, in objects: scores near 0.5 (margin), and differences between the boxes of a photo
-and of its mirror image (disagreement).</p>
+<p>The most doubtful first.{more} Doubt, in objects: scores near 0.5 (margin), and differences between the boxes of a photo
+and of its mirror image (disagreement). It orders the photos; it is no error of the detector.</p>
+<p class="about">{html.escape(about)}</p>
 <main>
 {figures}
 </main></body></html>
@@ -259,7 +285,7 @@ def _figure(place: int, one: Doubted, loaded: "LoadedDetector") -> str:
     numbers = f"doubt {doubt.total:.2f} = margin {doubt.margin:.2f} + disagreement {doubt.disagreement:.2f}"
     size = f'width="{picture.width}" height="{picture.height}"'
     return (
-        f'<figure><img src="data:image/jpeg;base64,{data}" {size} alt="{name}" loading="lazy">'
+        f'<figure><img src="data:image/jpeg;base64,{data}" {size} alt="{name} with {count(len(one.rows), "box")} of the detector" loading="lazy">'
         f"<figcaption>{place}. {name}<br>{numbers}; {count(len(one.rows), 'box')}</figcaption></figure>"
     )
 

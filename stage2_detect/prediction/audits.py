@@ -26,7 +26,7 @@ from ssld.stage2_detect.prediction.annotate_next import (
     write_files,
 )
 from ssld.stage2_detect.prediction.files import Parts
-from ssld.stage2_detect.prediction.part_runs import PartProgress, left_to_do, tell_read
+from ssld.stage2_detect.prediction.part_runs import PartProgress, left_to_do, read_tally, tell_read
 
 if TYPE_CHECKING:
     from ssld.stage2_detect.detector_file import LoadedDetector
@@ -67,7 +67,9 @@ def list_next(config: AuditConfig, loaded: "LoadedDetector") -> None:
         try:
             photos, unreadable = assemble(config, parts, work)
             chosen = choose(len(photos), config.count, lambda place: hashes_of_file(photos[place].record.path))
-            files = write_files(run.path, config, loaded, photos, chosen)
+            files = write_files(
+                run.path, config, loaded, photos, chosen, read_tally(work, unreadable).describe(), run.log
+            )
         except UserError as error:
             problem = str(error)
             parts.delete()  # so that the folder can be used again

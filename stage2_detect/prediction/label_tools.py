@@ -1,39 +1,71 @@
 """Detections as pre-annotations for labeling tools: Label Studio's JSON tasks and CVAT for images 1.1.
 
 Label Studio: https://labelstud.io/guide/predictions, coordinates in percent of the image. CVAT: https://docs.cvat.ai/docs/manual/advanced/formats/format-cvat/,
-corners in pixels. Both have boxes of images; masks and frames of videos are left out. Characters that XML cannot hold are escaped in names.
+corners in pixels. Both have boxes of images; masks and frames of videos are left out. Characters that XML cannot hold are escaped in class names. An
+image whose name a file cannot hold is left out of it and counted: under another name the tool would not find the image.
 """
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 from xml.etree import ElementTree
 
-from ssld.shared.files import write_atomically
+from ssld.shared.files import escaped, write_atomically
+from ssld.shared.wording import count, printable
 
 _TAGS = ("label", "image")  # names of the controls in Label Studio's labeling configuration
 # All but those of XML 1.0; also the carriage return, which XML's readers replace in text.
 _NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_NOT_XML_NAME = re.compile(
+    "[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+)  # in attributes a carriage return is kept
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # bytes of a file name that are no UTF-8
 
 
-def write_label_files(folder: Path, content: dict[str, Any], tools: Collection[str], *, prefix: str) -> list[Path]:
+def write_label_files(
+    folder: Path, content: dict[str, Any], tools: Collection[str], *, prefix: str, log: Callable[[str], None]
+) -> list[Path]:
     """Write a data set of `coco_json` into `folder` for `label_studio` and `cvat`, those of them that `tools` holds; returns the files.
 
     Args:
         prefix: as of `label_studio_tasks`.
+        log: called with a line on the images that are left out of a file.
     """
     texts = {}
     if "label_studio" in tools:
-        texts["label_studio.json"] = json.dumps(label_studio_tasks(content, prefix), allow_nan=False)
+        part = without_odd_names(content, "label_studio.json", log)
+        texts["label_studio.json"] = json.dumps(label_studio_tasks(part, prefix), allow_nan=False)
         texts["label_studio.xml"] = label_studio_config(content)
     if "cvat" in tools:
-        texts["cvat.xml"] = cvat_xml(content)
+        texts["cvat.xml"] = cvat_xml(without_odd_names(content, "cvat.xml", log))
     for name, text in texts.items():
         write_atomically(folder / name, text)
     return [folder / name for name in texts]
+
+
+def without_odd_names(content: dict[str, Any], file: str, log: Callable[[str], None]) -> dict[str, Any]:
+    """Return a data set without the images whose names `file` cannot hold: no file those that are not UTF-8, XML no control characters.
+
+    Args:
+        log: called with a line that counts them and names the first.
+    """
+    odd = _NOT_XML_NAME if file.endswith(".xml") else _NOT_UTF8
+    names = {image["id"]: image["file_name"] for image in content["images"] if odd.search(image["file_name"])}
+    if not names:
+        return content
+    why = "has a character that XML cannot hold" if odd is _NOT_XML_NAME else "is not UTF-8"
+    first = printable(escaped(min(names.values())))
+    log(
+        f"{file}: {count(len(names), 'image')} left out, whose name {why} (first: {first}); rename them to have them in it"
+    )
+    kept = {
+        key: [row for row in content[key] if row[of] not in names]
+        for key, of in (("images", "id"), ("annotations", "image_id"))
+    }
+    return content | kept
 
 
 def label_studio_tasks(content: dict[str, Any], prefix: str) -> list[dict[str, Any]]:
@@ -85,7 +117,7 @@ def cvat_xml(content: dict[str, Any]) -> str:
     elements = {}
     for number, image in enumerate(_images(content)):
         sides = {"width": str(image["width"]), "height": str(image["height"])}
-        facts = {"id": str(number), "name": _in_xml(image["file_name"]), **sides}
+        facts = {"id": str(number), "name": image["file_name"], **sides}
         elements[image["id"]] = ElementTree.SubElement(root, "image", facts)
     for row in content["annotations"]:
         if row["image_id"] not in elements:
@@ -99,7 +131,7 @@ def cvat_xml(content: dict[str, Any]) -> str:
 
 
 def _in_xml(name: str) -> str:
-    """Escape the characters of a name that XML 1.0 cannot hold, in the form of `printable`: an escape character is `\\x1b`."""
+    """Escape the characters of a class name that XML 1.0 cannot hold, in the form of `printable`: an escape character is `\\x1b`."""
     return _NOT_XML.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
 
 

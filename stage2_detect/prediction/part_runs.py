@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from ssld.shared.checksums import made_again
 from ssld.shared.distributed.ranks import rank, world_size
 from ssld.shared.run_dir import RunDir
+from ssld.shared.tally import Tally
 from ssld.shared.training.progress import Bar, Clock
 from ssld.stage2_detect.prediction.files import Parts
 from ssld.stage2_detect.prediction.steps import Work
@@ -60,11 +61,16 @@ class PartProgress:
         self._bar.close()
 
 
-def tell_read(run: RunDir, images: str, work: Work, unreadable: Sequence[str]) -> None:
-    """Note in the log and the result how many files of the setting `images` were read and dropped; list unreadable ones in quarantine.txt."""
+def read_tally(work: Work, unreadable: Sequence[str]) -> Tally:
+    """Count the files that were read, those that cannot be, and those that were not listed."""
     tally = work.tally(unreadable)
     tally.merge(work.listed, kept=False)
-    run.tell("images", images, tally)
+    return tally
+
+
+def tell_read(run: RunDir, images: str, work: Work, unreadable: Sequence[str]) -> None:
+    """Note in the log and the result how many files of the setting `images` were read and dropped; list unreadable ones in quarantine.txt."""
+    run.tell("images", images, read_tally(work, unreadable))
     if unreadable:
         run.quarantine(unreadable)
         run.log(f"unreadable files are listed in {run.path / 'quarantine.txt'}")

@@ -11,9 +11,10 @@ import yaml
 from PIL import Image
 
 from ssld.pipelines.config import PipelineConfig, TableConfig
-from ssld.pipelines.report import gains, main
+from ssld.pipelines.report import main
 from ssld.pipelines.reports import charts
 from ssld.pipelines.reports.budget import Budget
+from ssld.pipelines.reports.gains import gains
 from ssld.pipelines.reports.photos import Photos
 from ssld.pipelines.reports.stage_view import view
 from ssld.pipelines.reports.table import Interval, Record, Row, table_text, write_record
@@ -240,6 +241,14 @@ def test_gains() -> None:
     assert top1.interval_text == "95 % interval \N{MINUS SIGN}2.0 to +22.0 (binomial, 50 images)"
     below = Row("", (None, None, -0.025, None), (None, None, Interval(-0.04, -0.01, ""), None))
     assert [(one.text, one.verdict) for one in gains(table, rows, below)] == [("\N{MINUS SIGN}2.5", "bad")]
+    pair = ("random", "baseline")
+    other = Row("", (0.2, None, 0.035, None), (None, None, above, None))
+    more = gains(table, rows, below, {pair: other}, {pair: "stage 1"})
+    assert [(one.better, one.base, one.measure, one.brought) for one in more] == [
+        ("SSLD", "baseline", "detector AP", None),
+        (*pair, "detector AP", "stage 1"),
+    ]
+    assert more[0].others == []  # it has an interval of its own
     unknown = gains(table, rows, Row("", (None, None, 0.5, None)))[0]
     assert (unknown.verdict, unknown.interval_text) == ("none", "no interval measured")
 
@@ -294,7 +303,8 @@ def test_a_gain_is_claimed_only_outside_its_interval(
     assert ('class="points good"' in content) == claimed
     assert ('class="points none soft"' in content) != claimed
     assert "The intervals cover the choice of the images, not the training" in text
-    assert ("are evaluated on 99 objects" in text) == (objects < 100)
+    assert f"The detectors are evaluated on {images} images with {objects} objects: too few to tell" in text
+    assert "25.0 20.0 to 50.0" in text  # each AP with its own interval
     # Bars begin at 0; the longest interval ends at the right edge.
     assert 'style="display: block; width: 40.0%"' in content
     assert 'class="whisker" style="left: 30.0%; width: 30.0%"' in content

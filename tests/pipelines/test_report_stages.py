@@ -140,7 +140,7 @@ def test_many_classes_are_folded(tmp_path: Path) -> None:
         {"A": {"detector": "ap_a"}, "B": {"detector": "ap_b"}},
         ["A", "B"],
     )
-    first = html[html.index("largest and the smallest gain") : html.index("<summary>All 81 classes")]
+    first = html[html.index("largest and the smallest difference") : html.index("<summary>All 81 classes")]
     names = [part.partition("<")[0] for part in first.split('<th scope="row">')[1:]]
     assert names == [*(f"c{n}" for n in range(79, 74, -1)), *(f"c{n}" for n in range(4, -1, -1))]
     assert html.count("<details><summary>Each class</summary>") == 2

@@ -17,6 +17,9 @@ def test_one_line_by_cause_with_the_first_name() -> None:
         "3 boxes dropped: 2 outside the image (first: annotation 7), 1 of no size (first: annotation 8); "
         "1 box changed: 1 clipped to the image (first: annotation 1)"
     )
+    again = Tally.of_record(tally.record())
+    assert (again.describe(), again.record()) == (tally.describe(), tally.record())
+    assert again.describe_kept() == "10 boxes, 1 image"
     assert tally.record() == {
         "box": {
             "kept": 10,

@@ -1,10 +1,13 @@
 """Export of detectors: the graph beside the detector, its operators in ONNX, the files and the folder, and what can go wrong."""
 
 import json
+import platform
 import re
 import sys
+import time
 import zipfile
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -374,7 +377,12 @@ def test_the_card(exported: Path, detector_file: Path) -> None:
     metadata = read_metadata(detector_file)
     for line in (
         "RetinaNet on test_resnet, which detects 2 classes: wide, tall.",
-        f"| AP50 | {100 * metadata['metrics']['AP50']:.1f} |",
+        f"| AP50, % | {100 * metadata['metrics']['AP50']:.1f} |",
+        "| read, data.val_annotations | ",
+        f"| training finished | {time.strftime('%Y')}-",
+        f"| versions | Python {platform.python_version()}, ",
+        f", torch {version('torch')}",
+        "| interval | none: one training, evaluated once;",
         "| size in evaluation | short side 64, long side at most 64 |",
         "- the backbone, random:test_resnet",
         f"- evaluation: {detector_file.parent.name}/val.json".replace(detector_file.parent.name, "coco0"),

@@ -77,6 +77,16 @@ def test_the_section_counts_names_and_shows_the_findings(tmp_path: Path) -> None
     assert "The first 6 findings, with labels and detections" in html
 
 
+@pytest.mark.parametrize(("AP50", "weak"), [(0.0, True), (0.31, True), (0.499, True), (0.5, False), (0.9, False)])
+def test_a_weak_detector_is_said_to_cause_most_findings(AP50: float, weak: bool, tmp_path: Path) -> None:
+    tide = {"AP50": AP50, "gains": dict.fromkeys(("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss"), 0.0)}
+    html = page_of(write_run(tmp_path / "ap", json.dumps(audit(FINDINGS, tide=tide))))
+    assert f"on 200 images; AP50 of the detector on them: {100 * AP50:.1f} %." in html
+    assert (f"AP50 of this detector on these images is {100 * AP50:.1f}: so weak a detector" in html) == weak
+    none = write_run(tmp_path / "none", json.dumps(audit([], tide=tide)))
+    assert "so weak a detector" not in page_of(none)  # nothing is listed
+
+
 def test_what_the_list_has_no_room_for_is_left_out_with_its_last_ones(tmp_path: Path) -> None:
     more = {"no_label": 2, "other_class": 1, "other_box": 1, "not_found": 40}
     read = read_audit(write_run(tmp_path / "a", json.dumps(audit(FINDINGS, counts=more))))

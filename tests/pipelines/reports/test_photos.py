@@ -161,6 +161,25 @@ def test_boxes_and_names_are_where_they_belong(pair: tuple[Path, Path]) -> None:
     assert [one.attrib["href"] for one in svg.iter("use")] == ["#photo-0"]
 
 
+def test_photos_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+    objects = [[(7, [20.0, 10.0, 40.0, 60.0], 0)], [(3, [0.0, 0.0, 9.0, 9.0], 0)]]
+    file, images = write_data(tmp_path, objects)
+    content = json.loads(file.read_text())
+    for row in content["images"]:
+        folder = images / f"day {row['id']}"
+        folder.mkdir()
+        (images / row["file_name"]).rename(folder / "same.png")
+        row["file_name"] = f"day {row['id']}/same.png"
+    file.write_text(json.dumps(content))
+    evaluation = evaluation_of(write_run(tmp_path / "ap", file, images, [], 0.5))
+    assert draw_pair(evaluation, "same.png", Photos(Budget())) is None
+    for row, name in zip(content["images"], ("cat", '<dog> & "owner"'), strict=True):
+        drawn = draw_pair(evaluation, "same.png", Photos(Budget()), row["id"])
+        assert drawn is not None
+        assert (drawn.name, [one for one, _ in drawn.classes]) == (row["file_name"], [name])
+    assert draw_pair(evaluation, "same.png", Photos(Budget()), 99) is None
+
+
 def test_crowded_names_wait_for_the_full_size(tmp_path: Path) -> None:
     boxes = [(7, [10.0 + n, 20.0 + n, 30.0, 40.0], 0) for n in range(20)]
     file, images = write_data(tmp_path, [boxes])

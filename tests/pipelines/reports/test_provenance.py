@@ -9,7 +9,7 @@ import yaml
 
 from ssld.pipelines.config import PipelineConfig, RowConfig, TableConfig
 from ssld.pipelines.report import render
-from ssld.pipelines.reports.provenance import Start, alone, compared, origin, start
+from ssld.pipelines.reports.provenance import Start, alone, brought, compared, origin, start
 from ssld.pipelines.reports.table import table_text
 from ssld.stage2_detect.model_config import Kind
 
@@ -122,9 +122,46 @@ def test_what_a_moving_teacher_learned_from_is_said(tmp_path: Path) -> None:
     table = TableConfig.model_validate({"rows": {name: {"detector": name} for name in ("alone", "moving", "old")}})
     weights = "timm's pretrained weights of resnet18d"
     assert compared(table, tmp_path) == (
-        f"Compared: a detector from 1 start, 800 images seen, 320 px. alone: {weights}. "
+        f"Compared: 3 detectors from the same start, 800 images seen, 320 px. alone: {weights}. "
         f"moving: {weights}, moving teacher, 205 unlabeled photos. old: {weights}, moving teacher."
     )
+    assert start(table.rows["moving"], tmp_path) == Start("pretrained weights, moving teacher, 205 unlabeled photos")
+
+
+def test_what_a_detector_had_and_its_control_had_not(tmp_path: Path) -> None:
+    """A sentence only where all else is the same: batches with unlabeled photos are larger, which is no other setting."""
+    student: dict[str, Any] = {"student": {"model": "timm:resnet18d"}, "teacher": {"model": "timm:resnet50"}}
+    write(tmp_path / "ssld", student)
+    write(tmp_path / "labels", student | {"objective": "labels"})
+    rest: dict[str, Any] = {"steps": 60, "batch_size": 2, "optim": {"lr": 0.1, "reference_batch": 8}}
+    moving = {"moving_teacher": {"unlabeled": "m"}, "batch_size": 4, "optim": {"lr": 0.1, "reference_batch": 16}}
+    own = {"backbone": "timm:resnet18d", "arch": None}
+    distilled, on_labels = ({"backbone": str(tmp_path / name / "student.safetensors")} for name in ("ssld", "labels"))
+    trainings = {
+        "own": rest | own,
+        "moving": rest | own | moving,
+        "stage 1": rest | distilled,
+        "labels": rest | on_labels,
+        "both": rest | distilled | moving,
+        "longer": rest | distilled | {"steps": 90},
+        "other": rest | {"backbone": "timm:resnet50"},
+    }
+    for name, settings in trainings.items():
+        write(tmp_path / f"d {name}", settings)
+        result = {"metrics": {}, "read": {"moving_teacher.unlabeled": photos(40)} if name == "moving" else {}}
+        (tmp_path / f"d {name}" / "result.json").write_text(json.dumps(result))
+    rows = {name: RowConfig(detector=(f"d {name}",)) for name in trainings}
+    words = {
+        ("moving", "own"): "40 unlabeled photos under a moving teacher",
+        ("stage 1", "own"): "stage 1",
+        ("stage 1", "labels"): "the teacher's soft labels in stage 1, in place of labels,",
+        ("both", "own"): "stage 1 and the unlabeled photos under a moving teacher",
+        ("both", "stage 1"): "the unlabeled photos under a moving teacher",
+        ("longer", "own"): None,
+        ("other", "own"): None,
+        ("own", "own"): None,
+    }
+    assert {pair: brought(rows[pair[0]], rows[pair[1]], tmp_path) for pair in words} == words
 
 
 @pytest.mark.parametrize("settings", [{}, {"student": 3, "model": []}, {"model": {"model": 1}, "backbone": 4}, [1]])
@@ -160,6 +197,7 @@ def test_a_single_detector_is_compared_with_nothing(tmp_path: Path) -> None:
     assert "ssld init --unlabeled DIR --distill yes" in one[1]
     assert "a second stage with like: detector, " in one[1]
     assert table_text(table, tmp_path).splitlines()[-2:] == list(one)
+    assert "the detectors are evaluated on 39 images: too few" in table_text(table, tmp_path)
     stages = {"detector": {"command": "train"}, "ap": {"command": "evaluate_detector"}, "ssld": {"command": "distill"}}
     pipeline = PipelineConfig.model_validate({"output": "x", "stages": stages, "table": {"rows": rows}})
     page = render(pipeline, tmp_path, title="one")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ssld.pipelines.config import MOST_SEEDS, TableConfig
-from ssld.pipelines.reports.table import _STUDENT, gain, table_rows, table_text
+from ssld.pipelines.reports.table import _STUDENT, further, gain, table_rows, table_text
 from ssld.shared.errors import UserError
 
 
@@ -97,6 +97,32 @@ def test_means_and_intervals_over_seeds(tmp_path: Path) -> None:
     assert fewer.values[0] == pytest.approx(paired[[0, 2]].mean())
 
 
+def test_differences_beside_the_gain_have_their_interval_and_their_control(tmp_path: Path) -> None:
+    """Three rows: the gain is b over a; c was compared with a as well, d with a run that no row has, e with other detections of a."""
+    write_result(tmp_path / "a", {"AP": 0.3}, digest="of a")
+    for name, file, digest in (("b", "a", "of a"), ("c", "a", "of a"), ("d", "x", "of x"), ("e", "a", "older a")):
+        measured = {"difference": 0.1, "low": 0.04, "high": 0.2}
+        compared = {"file": f"runs/{file}/detections.json", "sha256": digest, "images": 64, "AP": measured}
+        write_result(
+            tmp_path / name,
+            {"AP": 0.4, "compared": compared, "at_threshold": {"right": 500, "missed": 9}},
+            digest=f"of {name}",
+        )
+    rows = {f"row {name}": {"detector": name} for name in "abcde"}
+    table = TableConfig.model_validate({"rows": rows, "gain": ["row b", "row a"]})
+    (pair, row), *others = further(table, tmp_path).items()
+    assert others == []
+    assert pair == ("row c", "row a")
+    interval = row.intervals[2]
+    assert interval is not None
+    assert (row.name, row.values[2]) == ("row c - row a", pytest.approx(0.1))
+    assert (interval.low, interval.high, interval.verdict) == (0.04, 0.2, "better")
+    lines = table_text(table, tmp_path).splitlines()
+    assert [line.split()[:5] for line in lines if " - " in line] == [["row", x, "-", "row", "a"] for x in "bc"]
+    assert sum(line.startswith("95 % interval") for line in lines) == 2
+    assert lines[-1] == "the detectors are evaluated on 64 images with 509 objects"
+
+
 @pytest.mark.parametrize(("images", "objects"), [(29, 99), (30, 100), (None, 99)])
 def test_few_images_and_objects_are_said_with_several_seeds(images: int | None, objects: int, tmp_path: Path) -> None:
     for name, values in {"a": (0.5, 0.51, 0.52), "b": (0.3, 0.31, 0.325)}.items():
@@ -118,7 +144,8 @@ def test_few_images_and_objects_are_said_with_several_seeds(images: int | None, 
     assert interval.low > 0
     assert interval.verdict == ("evaluated on 29 images: too few to tell" if images == 29 else "better")
     assert ("detector AP: evaluated on 29 images: too few to tell" in text) == (images == 29)
-    assert ("the detectors are evaluated on 99 objects: too few" in text) == (objects == 99)
+    size = f"{images} images with {objects} objects" if images else f"{objects} objects"
+    assert f"the detectors are evaluated on {size}: too few" in text  # fewer than 50 images, or 100 objects
     assert "do not cover the choice of evaluation images" in text
 
 
@@ -219,7 +246,7 @@ def test_intervals_of_detectors_are_those_of_this_comparison(
     assert lines[5].split() == ["95", "%", "interval", "+2.0", "to", "+20.0", "-2.0", "to", "+20.0"]
     assert lines[6 : 6 + len(conclusions)] == conclusions
     assert lines[-2].startswith("the intervals cover the choice of the images, not the training")
-    assert lines[-1].startswith("the detectors are evaluated on 40 objects: too few")
+    assert lines[-1].startswith(f"the detectors are evaluated on {images} images with 40 objects: too few")
     shutil.rmtree(tmp_path / "b")
     write_result(tmp_path / "b", {"AP": 0.3, "AP50": 0.5, **counts}, digest="another evaluation")
     difference = gain(table, tmp_path)

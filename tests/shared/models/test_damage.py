@@ -1,6 +1,10 @@
 """Files of weights that are none: what a broken download leaves behind is named as such, whatever would read the file."""
 
+import bz2
+import gzip
 import io
+import json
+import lzma
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -10,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 
 from ssld.shared.errors import UserError
 from ssld.shared.models.array_pickles import read_pickle
@@ -65,6 +69,46 @@ def test_what_stands_in_the_place_of_weights(name: str, tmp_path: Path) -> None:
     assert message(file, b"\n<!DOCTYPE html><html>").startswith("is a web page (22 bytes), not weights")
     assert message(file, b'{"error": "not found"}').startswith("is a text file (22 bytes), not weights")
     assert message(file, archive()).startswith("is a zip file of model/weights.pth, not of torch; unpack it")
+
+
+PAGE = "\ufeff<!DOCTYPE html>\n<title>Sorry \u2013 n\u00e3o existe</title>"
+
+
+@pytest.mark.parametrize("name", ["m.pth", "m.safetensors", "m.pkl"])
+def test_pages_in_any_encoding_and_packed_files_are_named(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    for encoding in ("utf-8", "utf-16-le", "utf-16-be"):
+        for page in (PAGE, PAGE[1:]):  # with a byte order mark, and without
+            content = page.encode(encoding)
+            assert message(file, content).startswith(f"is a web page ({len(content)} bytes), not weights; give"), (
+                encoding
+            )
+    assert message(file, '\ufeff{"error": "Zugriff verweigert: ung\u00fcltig"}'.encode()).startswith("is a text file")
+    weights = by_torch(zipped=True)
+    for packed, kind in (
+        (gzip.compress(weights), "gzip"),
+        (bz2.compress(weights), "bzip2"),
+        (lzma.compress(weights), "xz"),
+    ):
+        assert message(file, packed) == (
+            f"is a {kind} archive ({len(packed):,} bytes), not weights; unpack it, and give the file of weights inside"
+        )
+    packed = gzip.compress(PAGE.encode())
+    assert (
+        message(file, packed)
+        == f"is a gzip archive of a web page ({len(packed)} bytes), not weights; download it again"
+    )
+
+
+def test_a_length_that_looks_like_a_packed_file(tmp_path: Path) -> None:
+    """A safetensors file begins with the length of its header, which may be any number."""
+    file = tmp_path / "m.safetensors"
+    for first in (b"\x1f\x8b\x08", b"\xff\xfe\x00"):
+        length = int.from_bytes(first, "little")
+        row = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+        file.write_bytes(length.to_bytes(8, "little") + row.ljust(length).encode() + bytes(4))
+        assert damage_of(file) is None
+        assert load_file(file)["a"].tolist() == [0.0]
 
 
 def test_damage_is_seen_without_reading_the_tensors(tmp_path: Path) -> None:

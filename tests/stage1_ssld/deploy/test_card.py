@@ -1,13 +1,14 @@
 """The model card holds what is recorded, and nothing about the machine it was written on."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from ssld.shared.deploy.hub import public, read_recipe, table
+from ssld.shared.deploy.hub import public, read_recipe, run_facts, table
 from ssld.shared.models.model_file import read_metadata
 from ssld.stage1_ssld.deploy.card import backbone_card
 
@@ -49,6 +50,18 @@ def test_a_distilled_backbone_with_its_run(
     assert f"| top1 | {100 * metadata['metrics']['top1']:.2f} % |" in card
     assert f"| KL to the teacher, nats | {metadata['metrics']['kl']:.4f} |" in card
     assert "| validation images | 15 |" in card
+    assert "| read, " not in card  # without the facts of its run
+    rows = dict(run_facts(file))
+    assert rows["read, data.val"] == "15 images, 3 classes"
+    assert rows["training finished"] == json.loads((file.parent / "result.json").read_text())["finished"][:10]
+    assert f"torch {version('torch')}" in rows["versions"]
+    told = backbone_card(metadata, recipe, push_to_hub=None, parameters=1, facts=list(rows.items()))
+    assert "| read, data.val | 15 images, 3 classes |" in told
+    assert "| interval | none: one training" in told
+    file.with_name("copy.safetensors").write_bytes(file.read_bytes())
+    assert run_facts(file.with_name("copy.safetensors")) == []
+    file.write_bytes(file.read_bytes()[:-4] + bytes(4))  # other weights under its name
+    assert run_facts(file) == []
     assert "| parameters | 1.23 M |" in card
     assert f"- training: {tiny.train.parent.name}/train" in card
     assert f"- validation: {tiny.val.parent.name}/val" in card

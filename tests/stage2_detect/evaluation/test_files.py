@@ -134,6 +134,7 @@ def test_pictures_and_their_index(data: CocoData, tmp_path: Path) -> None:
         "truth": "best_2_truth.jpg",
         "detections": "best_2_detections.jpg",
         "image": "2.png",
+        "image_id": 2,
         "lrp": 0.75,
         "right": 1,
         "wrong": 1,

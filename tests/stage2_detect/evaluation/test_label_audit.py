@@ -140,7 +140,8 @@ def test_a_removed_and_a_moved_label_are_named_first(tmp_path: Path) -> None:
     assert [one["agreement"] for one in first if one["box"]] == pytest.approx([34 / 36] * 2, abs=1e-4)
     assert agreements[-1] == 0  # none of the detections at 0.55 is on a label
     assert describe(audit, tmp_path / SHEET) == (
-        f"label audit: 11 objects to look at: 6 detected without a label, 5 labeled but not found; the first are in {tmp_path / SHEET}"
+        f"label audit: 11 objects to look at, of {audit['labels']} labels and {audit['detections']} detections on "
+        f"{audit['images']} images: 6 detected without a label, 5 labeled but not found; the first are in {tmp_path / SHEET}"
     )
 
 

@@ -1,9 +1,11 @@
 """Detections for other tools: supervision, Label Studio and CVAT."""
 
+import csv
 import json
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,7 +14,14 @@ from pycocotools import mask as mask_codec
 
 from ssld.shared.errors import UserError
 from ssld.stage2_detect import predict
-from ssld.stage2_detect.prediction.label_tools import cvat_xml, label_studio_config, label_studio_tasks
+from ssld.stage2_detect.prediction.files import table_text
+from ssld.stage2_detect.prediction.label_tools import (
+    cvat_xml,
+    label_studio_config,
+    label_studio_tasks,
+    without_odd_names,
+    write_label_files,
+)
 from ssld.stage2_detect.prediction.predictor import ImageDetections
 
 CONTENT: dict[str, Any] = {
@@ -65,7 +74,7 @@ def test_cvat() -> None:
     assert (second.get("name"), len(second)) == ("c.png", 0)
 
 
-def test_names_that_xml_cannot_hold_are_escaped() -> None:
+def test_class_names_that_xml_cannot_hold_are_escaped() -> None:
     """All characters that XML 1.0 forbids; the class names of both files of Label Studio agree."""
     forbidden = [*map(chr, range(0x20)), "\ud800", "\udfff", "\ufffe", "\uffff"]
     forbidden = [
@@ -73,7 +82,7 @@ def test_names_that_xml_cannot_hold_are_escaped() -> None:
     ]  # a carriage return is not forbidden, but read as another
     kept = "\t\n é細\U0001f600\ufffd<&\"'"
     categories = [{"id": number, "name": f"a{one}{kept}b"} for number, one in enumerate(forbidden)]
-    images = [{"id": n, "file_name": f"a{one}.png", "width": 9, "height": 9} for n, one in enumerate(forbidden)]
+    images = [{"id": 0, "file_name": "a.png", "width": 9, "height": 9}]
     rows = [
         {"id": number, "image_id": 0, "category_id": number, "bbox": [0.0, 0, 5, 5], "score": 0.5}
         for number in range(len(forbidden))
@@ -84,14 +93,45 @@ def test_names_that_xml_cannot_hold_are_escaped() -> None:
     root = ElementTree.fromstring(cvat_xml(content).encode())
     assert [label.text for label in root.iterfind("meta/task/labels/label/name")] == names
     assert [box.get("label") for box in root.iterfind("image/box")] == names
-    assert [image.get("name") for image in root.iterfind("image")] == [
-        f"a{one.encode('unicode_escape').decode()}.png" for one in forbidden
-    ]
     view = ElementTree.fromstring(label_studio_config(content).encode())
     assert [label.get("value") for label in view[1]] == names
-    content["images"] = images[:1]
     (task,) = label_studio_tasks(content, "")
     assert [one["value"]["rectanglelabels"] for one in task["predictions"][0]["result"]] == [[name] for name in names]
+
+
+NAMES = [
+    'a b/q"uo\'te&<>.png', "n\u00fc \u65e5\u672c.png", "new\nline.png", "tab\t.png", "cr\r.png", "100%25#?.png", "back\\slash.png", " =lead.png",
+    "\u2028.png",
+]  # fmt: skip
+ODD = {"esc\x1b.png": ("cvat.xml",), "\uffff.png": ("cvat.xml",), "not\udcff.png": ("cvat.xml", "label_studio.json")}
+
+
+def test_names_of_images_come_back_or_are_left_out(tmp_path: Path) -> None:
+    """A tool finds an image by its name: no file has a name that no image has, and what is left out is counted."""
+    names = [*NAMES, *ODD]
+    content = dict(CONTENT)
+    content["images"] = [{"id": n, "file_name": name, "width": 9, "height": 9} for n, name in enumerate(names)]
+    content["annotations"] = [
+        {"id": n, "image_id": n, "category_id": 3, "bbox": [0.0, 0.0, 5.0, 5.0], "score": 0.5}
+        for n in range(len(names))
+    ]
+    log: list[str] = []
+    write_label_files(tmp_path, content, ("label_studio", "cvat"), prefix="?d=", log=log.append)
+    root = ElementTree.parse(tmp_path / "cvat.xml").getroot()
+    assert [image.get("name") for image in root.iterfind("image")] == NAMES
+    assert len(root.findall("image/box")) == len(NAMES)
+    tasks = json.loads((tmp_path / "label_studio.json").read_text())
+    assert [unquote(task["data"]["image"]) for task in tasks] == [f"?d={name}" for name in names[:-1]]
+    assert log == [
+        "label_studio.json: 1 image left out, whose name is not UTF-8 (first: not\\udcff.png); rename them to have them in it",
+        "cvat.xml: 3 images left out, whose name has a character that XML cannot hold (first: esc\\x1b.png); "
+        "rename them to have them in it",
+    ]
+    table = table_text(without_odd_names(content, "predictions.csv", log.append))
+    (tmp_path / "predictions.csv").write_bytes(table.encode())
+    with (tmp_path / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        assert [row[0] for row in csv.reader(file)][1:] == names[:-1]
+    assert len(log) == 3
 
 
 def test_the_files_of_a_prediction(predict_line: Any, call: Any, tmp_path: Path) -> None:
