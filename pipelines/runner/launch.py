@@ -1,7 +1,8 @@
 """Runs one stage as a process: starts the command a user would type, passes its output through and logs it, forwards signals.
 
 A stage has its own process group, because `accelerate launch` and `torch.distributed.run` do not forward signals reliably: signals are sent to the
-group, and the runner waits for the whole group.
+group, and the runner waits for the whole group. Standard input of a stage is a pipe whose other end the runner holds: a runner that is killed, and so
+forwards no signal, leaves no stage running (`stop_with_runner`), and neither does a launcher that is killed.
 """
 
 import functools
@@ -23,6 +24,7 @@ from typing import IO, Any
 
 from ssld.pipelines.runner.stages import KINDS, Stage, own_file, typed_name
 from ssld.shared.config.command import STOPPED, USER_ERROR
+from ssld.shared.config.launcher import RUNNER
 from ssld.shared.errors import Stopped
 from ssld.shared.run_dir import read_result
 from ssld.shared.terminal import say
@@ -157,21 +159,24 @@ def run_stage(stage: Stage, console: Path, signals: Signals, *, quiet: bool = Fa
         log.write(f"$ {shlex.join(line)}\n".encode())
         process = subprocess.Popen(
             words,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", RUNNER: "1"},
         )
         signals.group = process.pid
         if signals.received:  # between two stages
             signals.forward(signals.received)
+        assert process.stdin is not None
         assert process.stdout is not None
         reader = threading.Thread(target=_pass_through, args=(process.stdout, log, tail, errors, quiet), daemon=True)
         reader.start()
         code = process.wait()
+        process.stdin.close()
         # A launcher may exit before the processes it started: the stage has ended when all of them have closed their output.
-        reader.join(_GRACE_SECONDS if signals.received else _LINGER_SECONDS)
+        orphans = code < 0 and stage.processes > 1
+        reader.join(_GRACE_SECONDS if signals.received or orphans else _LINGER_SECONDS)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         reader.join(_LINGER_SECONDS)

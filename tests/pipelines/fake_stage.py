@@ -74,6 +74,7 @@ def work(config: FakeConfig) -> None:
 
 def wait_for_signal(run: RunDir) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
+        (run.path / "stopped").write_text(str(number))
         raise Stopped(f"signal {number}")
 
     signal.signal(signal.SIGTERM, stop)

@@ -1,6 +1,7 @@
 """A stage as a process: command line, output, failures and signals."""
 
 import dataclasses
+import fcntl
 import os
 import signal
 import subprocess
@@ -200,11 +201,8 @@ sys.exit(run.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_reaches_the_stage_in_its_own_group(
-    fake_kinds: None, write_pipeline: Any, tmp_path: Path, number: signal.Signals
-) -> None:
+def start_waiting(write_pipeline: Any, tmp_path: Path) -> "subprocess.Popen[str]":
+    """A runner whose first stage waits for a signal; returns when it does."""
     file = write_pipeline({"a": {"command": "teach", "set": {"ends": "waiting"}}, "b": {"command": "teach"}})
     code = RUNNER.format(here=str(FAKE.parent))
     process = subprocess.Popen(
@@ -214,6 +212,15 @@ def test_signal_reaches_the_stage_in_its_own_group(
     deadline = time.monotonic() + 60
     while not ready.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
+    return process
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_reaches_the_stage_in_its_own_group(
+    fake_kinds: None, write_pipeline: Any, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start_waiting(write_pipeline, tmp_path)
     os.kill(process.pid, number)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 143
@@ -222,6 +229,22 @@ def test_signal_reaches_the_stage_in_its_own_group(
     assert "stage a: stopped; the same command resumes it" in err
     assert "[2/2]" not in out
     assert not (tmp_path / "runs/a/result.json").exists()
+
+
+@pytest.mark.process
+def test_a_killed_runner_stops_its_stage(fake_kinds: None, write_pipeline: Any, tmp_path: Path) -> None:
+    process = start_waiting(write_pipeline, tmp_path)
+    (stage,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate()
+    try:
+        stage.wait(timeout=30)  # half as long as it would wait for a signal
+    finally:
+        if stage.is_running():
+            stage.kill()
+    with (tmp_path / "runs/a/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert (tmp_path / "runs/a/stopped").read_text() == str(signal.SIGTERM.value)
 
 
 LONG_STEP = """
