@@ -68,6 +68,7 @@ class RunDir:
         status: "new", "unfinished" (the same run was started in this folder, or files of the finished run are gone or changed) or "finished".
         changed: lines on the settings that differ from those of the last start, on the main rank.
         write: function that prints a line.
+        earlier_seconds: seconds of earlier starts, without the work that a kill has lost; of a training, from its checkpoint.
         listeners: trackers, which get the lines of metrics and the result on the main rank.
 
     Raises:
@@ -84,8 +85,10 @@ class RunDir:
         self.listeners: list[RunListener] = []
         self._config, self._command, self._scratch = config, command, scratch
         self._changes: list[str] = []
+        self._unrecorded: dict[str, Any] | None = None  # environment.json of a start that has not begun
         self.changed: list[str] = []
-        self._started = time.time()
+        self.earlier_seconds = 0.0
+        self._started = time.monotonic()  # the clock may be set meanwhile
         self.inputs: dict[str, str] = {}
         self._read: dict[str, Any] = {}
         if main:
@@ -96,6 +99,11 @@ class RunDir:
     def checkpoints(self) -> Path:
         """Return the folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of this start so far and of earlier ones."""
+        return round(self.earlier_seconds + time.monotonic() - self._started, 1)
 
     def log(self, *lines: str) -> None:
         """Print lines and append them to log.txt; a line break inside one, as in the name of a file, is shown as `\\n`."""
@@ -115,6 +123,18 @@ class RunDir:
         """Log a line, if there is one."""
         if text:
             self.log(text)
+
+    def begin(self) -> None:
+        """Record the settings of this start, and that a finished run goes on. A run with changed settings calls it once nothing can refuse them any more,
+        at the latest when it finishes: what never ran is no change, and leaves a finished run finished."""
+        if self._unrecorded is None:
+            return
+        (self.path / "result.json").unlink(missing_ok=True)
+        write_atomically(self.path / "environment.json", json.dumps(self._unrecorded, indent=2) + "\n")
+        write_atomically(self.path / "config.yaml", dump_yaml(self._config))
+        self._unrecorded = None
+        for change in self.changed:
+            self.log(f"changed since the last start: {change}")
 
     def metric(self, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl, and pass it to the listeners."""
@@ -151,6 +171,7 @@ class RunDir:
         """Write result.json, which marks the run as finished, delete its scratch and release the folder; `outputs` are files inside it."""
         if not self.main:
             return
+        self.begin()
         if (self.path / "metrics.jsonl").exists():
             self._rewrite_metrics(read_metrics(self.path))
         record = {
@@ -161,7 +182,8 @@ class RunDir:
             "inputs": self.inputs,
             "read": self._read,
             "changes": self._changes,
-            "seconds": round(time.time() - self._started, 1),
+            "seconds": self.seconds,
+            "earlier_seconds": self.earlier_seconds,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         write_atomically(self.path / "result.json", json.dumps(record, indent=2) + "\n")
@@ -250,13 +272,10 @@ class RunDir:
                 if self.status == "finished":
                     return
         (self.path / "error.json").unlink(missing_ok=True)
-        (self.path / "result.json").unlink(missing_ok=True)
-        environment["changes"] = self._changes
-        write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
-        write_atomically(self.path / "config.yaml", dump_yaml(self._config))
         self.changed = changes
-        for change in changes:
-            self.log(f"changed since the last start: {change}")
+        self._unrecorded = environment | {"changes": self._changes}
+        if not changes:
+            self.begin()
 
     def _holds_work(self) -> bool:
         """Whether the folder has results of a run: one that ended at its start by a mistake may begin again with other settings."""

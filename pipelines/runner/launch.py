@@ -25,7 +25,7 @@ from typing import IO, Any
 from ssld.pipelines.runner.stages import KINDS, Stage, own_file, typed_name
 from ssld.shared.config.command import STOPPED, USER_ERROR
 from ssld.shared.config.launcher import RUNNER
-from ssld.shared.errors import Stopped
+from ssld.shared.errors import MALFORMED, Stopped
 from ssld.shared.run_dir import read_result
 from ssld.shared.terminal import say
 
@@ -151,12 +151,13 @@ def run_stage(stage: Stage, console: Path, signals: Signals, *, quiet: bool = Fa
         words = [sys.executable, *line[1:]]
     tail: deque[str] = deque(maxlen=200)
     errors: list[str] = []
-    begun = time.time()
     console.parent.mkdir(parents=True, exist_ok=True)
     if stage.processes > 1:  # so that error.json can be written even before the stage creates its run directory
         stage.run.mkdir(parents=True, exist_ok=True)
-    with console.open("ab") as log:
-        log.write(f"$ {shlex.join(line)}\n".encode())
+    with suppress(OSError):
+        (stage.run / "error.json").unlink()  # that of an earlier start
+    with console.open("ab", buffering=0) as log:
+        _keep(log, f"$ {shlex.join(line)}\n".encode())
         process = subprocess.Popen(
             words,
             stdin=subprocess.PIPE,
@@ -182,22 +183,21 @@ def run_stage(stage: Stage, console: Path, signals: Signals, *, quiet: bool = Fa
         reader.join(_LINGER_SECONDS)
         process.stdout.close()
         signals.group = None
-    outcome = _outcome(stage, code, list(tail), begun, stopped=signals.received is not None)
+    outcome = _outcome(stage, code, list(tail), stopped=signals.received is not None)
     if outcome.code != USER_ERROR and not quiet:  # the caller prints the lines of a user's mistake
         for text in errors:
             say(text, sys.stderr)
     return outcome
 
 
-def _outcome(stage: Stage, code: int, tail: list[str], begun: float, *, stopped: bool) -> Outcome:
+def _outcome(stage: Stage, code: int, tail: list[str], *, stopped: bool) -> Outcome:
     if code == 0 and read_result(stage.run) is not None:
         return Outcome(0)
     if stopped or code == STOPPED:
         return Outcome(STOPPED)
-    with suppress(OSError, ValueError, KeyError):  # written by the main rank, whose exit code a launcher hides
-        file = stage.run / "error.json"
-        if file.stat().st_mtime >= begun - 1:
-            return Outcome(USER_ERROR, tuple(json.loads(file.read_text(encoding="utf-8"))["error"].splitlines()))
+    with suppress(OSError, *MALFORMED):  # written by the main rank, whose exit code a launcher hides
+        error = json.loads((stage.run / "error.json").read_text(encoding="utf-8"))["error"]
+        return Outcome(USER_ERROR, tuple(error.splitlines()))
     if code == USER_ERROR:
         errors = [text.removeprefix("error: ") for text in tail if text.startswith("error: ")]
         return Outcome(USER_ERROR, tuple(errors or tail[-1:]))
@@ -211,8 +211,7 @@ def _pass_through(source: IO[bytes], log: IO[bytes], tail: deque[str], errors: l
     screen = getattr(sys.stdout, "buffer", None)
     rest, printed = b"", 0  # the line that is not complete yet, and how many of its bytes are on the screen
     while chunk := os.read(source.fileno(), 65536):
-        log.write(chunk)
-        log.flush()
+        _keep(log, chunk)
         *lines, rest = (rest + chunk).split(b"\n")
         shown = b""
         for line in lines:
@@ -237,6 +236,12 @@ def _pass_through(source: IO[bytes], log: IO[bytes], tail: deque[str], errors: l
         tail.append(text)
         if not printed:
             errors.append(text)
+
+
+def _keep(log: IO[bytes], output: bytes) -> None:
+    """Write to a log where that is possible: a full disk must not end the reading of a stage's output, for which the stage would wait for ever."""
+    with suppress(OSError):
+        log.write(output)
 
 
 def _last_state(line: bytes) -> str:

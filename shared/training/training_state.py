@@ -88,8 +88,10 @@ class TrainingState:
             step, self.resumed = int(state["step"]), newest.name
             self.best = self.best if state["best"] is None else state["best"]
             self.stale = int(state.get("stale", 0))
+            self.run.earlier_seconds = float(state.get("seconds", 0))
         if step > self.steps:
             raise UserError(f"{beyond_the_end(self.run.path, step, self.steps)}; give another --output")
+        self.run.begin()
         self.run.cut_metrics(step)
         return step
 
@@ -216,6 +218,7 @@ class TrainingState:
                 "watch": self.watch.state(),
                 "best": self.best if self.best > float("-inf") else None,
                 "stale": self.stale,
+                "seconds": self.run.seconds,
             }
             save_checkpoint(self.run.checkpoints, step, parts | {"optimizer": tensors}, state)
 

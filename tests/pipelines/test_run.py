@@ -49,8 +49,7 @@ def test_runs_in_order_and_prints_the_table(
         ["SSLD", "70.0", "75.0", "25.7", "50.0"],
         ["SSLD", "-", "baseline", "+10.0", "+25.0", "-", "-"],
     ]
-    closing = next(line for line in out.splitlines() if line.startswith("5 stages: 0.0 min computing, 0.0 min in all"))
-    assert re.search(r"; largest process \d+\.\d GB$", closing)
+    assert re.search(r"\ntime of this start: \d+\.\d min for 5 stages; largest process \d+\.\d GB\n$", out)
 
 
 def test_second_start_skips_everything(finished: Path, started: list[str], capfd: Any) -> None:
@@ -60,6 +59,24 @@ def test_second_start_skips_everything(finished: Path, started: list[str], capfd
     assert "[5/5] ap: finished earlier" in out
     assert "25.7" in out
     assert "largest process" not in out  # none was started
+
+
+def test_times_of_this_start_and_of_earlier_ones_add_up(finished: Path, started: list[str], capfd: Any) -> None:
+    for name in CHAIN:
+        file = finished.parent / "runs" / name / "result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": 93.0}))
+    (finished.parent / "runs/ap/out.txt").unlink()  # made again before the others are compared
+    assert main([str(finished)]) == 0
+    assert started == ["ap"]
+    lines = capfd.readouterr().out.splitlines()
+    times = {line.partition(":")[0]: float(line.split(": ")[1].split()[0]) for line in lines if line.startswith("time ")}
+    assert times["time of earlier starts"] == pytest.approx(4 * 93 / 60)
+    assert times["time in all"] == pytest.approx(times["time of this start"] + times["time of earlier starts"])
+    assert f"[1/1] ap: finished in {times['time of this start']} min" in lines
+    assert main([str(finished)]) == 0
+    assert [line for line in capfd.readouterr().out.splitlines() if line.startswith("time ")] == [
+        "time of earlier starts: 6.2 min, as the stages have recorded it"
+    ]
 
 
 def test_model_files_go_by_their_content(started: list[str], write_pipeline: Any, tmp_path: Path, capfd: Any) -> None:

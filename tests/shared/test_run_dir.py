@@ -40,6 +40,7 @@ def config(tmp_path: Path) -> Settings:
 
 def begun(config: Settings) -> None:
     run = RunDir(config, "test")
+    run.begin()
     run.metric(1, loss=1.0)
     run.close()
 
@@ -78,6 +79,7 @@ def test_permitted_change_reopens(config: Settings, capsys: pytest.CaptureFixtur
     run.close()
     run = RunDir(changed(config, steps=9), "test")
     assert run.status == "unfinished"
+    run.begin()
     assert read_result(run.path) is None
     assert "changed since the last start: steps: 5 -> 9" in capsys.readouterr().out
     assert "steps: 9" in (run.path / "config.yaml").read_text()
@@ -87,15 +89,27 @@ def test_what_may_change_until_the_end_is_recorded(config: Settings, capsys: pyt
     begun(config)
     begun(changed(config, lr=0.5))
     run = RunDir(changed(config, lr=0.1), "test")
-    assert "changed since the last start: lr: 0.5 -> 0.1" in capsys.readouterr().out
     run.finish({})
     run.close()
+    assert "changed since the last start: lr: 0.5 -> 0.1" in capsys.readouterr().out
     result = read_result(run.path)
     assert result is not None
     assert result["changes"] == ["lr: 1.0 -> 0.5", "lr: 0.5 -> 0.1"]
     assert result["config"]["lr"] == 0.1
     with pytest.raises(UserError, match=r"another configuration .lr: 0.1 -> 0.2"):  # nothing would be trained with it
         RunDir(changed(config, lr=0.2), "test")
+
+
+def test_a_start_that_is_refused_leaves_no_record(config: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    begun(config)
+    run = RunDir(changed(config, steps=2, lr=0.5), "test")
+    run.close()  # the rest of the command has refused these settings
+    begun(changed(config, steps=9))
+    assert "changed since the last start: steps: 5 -> 9\n" in capsys.readouterr().out
+    RunDir(changed(config, steps=9), "test").finish({})
+    assert json.loads((config.output / "result.json").read_text())["changes"] == ["steps: 5 -> 9"]
+    RunDir(changed(config, steps=2), "test").close()
+    assert RunDir(changed(config, steps=9), "test").status == "finished"
 
 
 def test_files_of_a_finished_run_that_are_gone_or_changed(config: Settings, capsys: pytest.CaptureFixture[str]) -> None:

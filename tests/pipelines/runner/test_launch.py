@@ -176,16 +176,36 @@ def test_stage_without_a_result_has_failed(fake_kinds: None, write_pipeline: Any
     assert outcome == Outcome(1, ("ended without a result; its last lines:", "working in a"))
 
 
-@pytest.mark.process
-@pytest.mark.parametrize(("error_json", "expected"), [(True, 2), (False, 1)])
-def test_user_error_behind_a_launcher(fake_kinds: None, write_pipeline: Any, error_json: bool, expected: int) -> None:
+@pytest.mark.parametrize(("record", "lines"), [('{"error": "key: wrong"}', ("key: wrong",)), ("[]", None), (None, None)])
+def test_user_error_behind_a_launcher(
+    fake_kinds: None, write_pipeline: Any, record: str | None, lines: tuple[str, ...] | None
+) -> None:
     stage = one_stage(write_pipeline({"a": {"command": "teach", "processes": 2}}))
     stage.run.mkdir(parents=True)
-    (stage.run / "error.json").write_text('{"error": "key: wrong", "exit_code": 2}')
-    begun = time.time() + (0 if error_json else 60)  # an old file does not describe this start
-    outcome = launch._outcome(stage, 1, ["noise"], begun, stopped=False)
-    assert outcome.code == expected
-    assert outcome.lines[-1] == ("key: wrong" if error_json else "noise")
+    if record:
+        (stage.run / "error.json").write_text(record)
+    expected = Outcome(2, lines) if lines else Outcome(1, ("exit code 1; its last lines:", "noise"))
+    assert launch._outcome(stage, 1, ["noise"], stopped=False) == expected
+
+
+@pytest.mark.process
+def test_the_mistake_of_an_earlier_start_is_not_this_ones(fake_kinds: None, write_pipeline: Any) -> None:
+    """Whatever the clock says of its file."""
+    file = write_pipeline({"a": {"command": "teach", "set": {"ends": "crash"}}})
+    (file.parent / "runs/a").mkdir(parents=True)
+    (file.parent / "runs/a/error.json").write_text('{"error": "key: wrong"}')
+    outcome, _ = run_one(file)
+    assert outcome.lines[0] == "exit code 1; its last lines:"
+
+
+@pytest.mark.process
+def test_a_log_that_cannot_be_written_stops_nothing(fake_kinds: None, write_pipeline: Any, capfd: Any) -> None:
+    file = write_pipeline({"a": {"command": "teach"}})
+    (file.parent / "runs/logs").mkdir(parents=True)
+    (file.parent / "runs/logs/a.txt").symlink_to("/dev/full")
+    with Signals() as signals:
+        assert run_stage(one_stage(file), file.parent / "runs/logs/a.txt", signals) == Outcome(0)
+    assert "working in a\n" in capfd.readouterr().out
 
 
 RUNNER = """
