@@ -152,7 +152,7 @@ def _run_stages(plan: list[Planned], record: Record | None, output: Path, file: 
 
 
 def _closing_lines(plan: list[Planned], times: dict[str, float]) -> Iterator[str]:
-    """Yield the lines on time: of the stages that ran in this start, by their seconds, of earlier starts, as the stages have recorded it, and the sum."""
+    """Yield the lines on time: of this start, whose stages took `times` seconds; of earlier ones, as their stages have recorded it; the sum."""
     this = sum(map(_minutes, times.values()))
     if times:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

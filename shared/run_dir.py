@@ -125,8 +125,11 @@ class RunDir:
             self.log(text)
 
     def begin(self) -> None:
-        """Record the settings of this start, and that a finished run goes on. A run with changed settings calls it once nothing can refuse them any more,
-        at the latest when it finishes: what never ran is no change, and leaves a finished run finished."""
+        """Record the settings of this start, and that a finished run goes on.
+
+        A command with settings that may change calls it once nothing can refuse them any more, at the latest when it finishes: settings that never
+        ran are no change, and leave a finished run finished.
+        """
         if self._unrecorded is None:
             return
         (self.path / "result.json").unlink(missing_ok=True)

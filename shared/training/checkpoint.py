@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ssld.shared.checksums import damage_in_folder, write_folder_sums
+from ssld.shared.checksums import write_folder_sums
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import save_tensors
-from ssld.shared.training.checkpoint_folders import MARK, complete_checkpoints, step_of
+from ssld.shared.training.checkpoint_folders import MARK, complete_checkpoints, damaged_checkpoint, step_of
 
 
 def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
@@ -66,12 +66,9 @@ def drop_from(folder: Path, step: int) -> None:
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read (parts, state) as given to `save_checkpoint`, tensors on the CPU. Raises UserError for a damaged checkpoint."""
-    damage = damage_in_folder(path)
     # Checked first: an error below, such as out of memory or Ctrl-C, then does not mean a damaged checkpoint.
-    if damage:
-        raise UserError(
-            f"{path}: checkpoint is damaged: {damage}; delete this folder to resume from the one before, if there is one"
-        )
+    if damage := damaged_checkpoint(path):
+        raise UserError(damage)
     parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return parts, state

@@ -69,7 +69,9 @@ def test_times_of_this_start_and_of_earlier_ones_add_up(finished: Path, started:
     assert main([str(finished)]) == 0
     assert started == ["ap"]
     lines = capfd.readouterr().out.splitlines()
-    times = {line.partition(":")[0]: float(line.split(": ")[1].split()[0]) for line in lines if line.startswith("time ")}
+    times = {
+        line.partition(":")[0]: float(line.split(": ")[1].split()[0]) for line in lines if line.startswith("time ")
+    }
     assert times["time of earlier starts"] == pytest.approx(4 * 93 / 60)
     assert times["time in all"] == pytest.approx(times["time of this start"] + times["time of earlier starts"])
     assert f"[1/1] ap: finished in {times['time of this start']} min" in lines

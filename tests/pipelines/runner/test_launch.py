@@ -176,7 +176,9 @@ def test_stage_without_a_result_has_failed(fake_kinds: None, write_pipeline: Any
     assert outcome == Outcome(1, ("ended without a result; its last lines:", "working in a"))
 
 
-@pytest.mark.parametrize(("record", "lines"), [('{"error": "key: wrong"}', ("key: wrong",)), ("[]", None), (None, None)])
+@pytest.mark.parametrize(
+    ("record", "lines"), [('{"error": "key: wrong"}', ("key: wrong",)), ("[]", None), (None, None)]
+)
 def test_user_error_behind_a_launcher(
     fake_kinds: None, write_pipeline: Any, record: str | None, lines: tuple[str, ...] | None
 ) -> None:
