@@ -18,7 +18,8 @@ from ssld.shared.config.training import TrainingConfig
 from ssld.shared.errors import UserError
 from ssld.shared.models.damage import damage_of
 from ssld.shared.models.downloads import find_downloads_apart
-from ssld.shared.run_dir import changes_since, gone_or_changed, holds_no_run, input_digest, read_result
+from ssld.shared.run_dir import gone_or_changed, holds_no_run, read_result
+from ssld.shared.run_identity import changes_since, input_digest
 from ssld.shared.training.checkpoint_folders import beyond_the_end, damaged_checkpoint, newest_checkpoint, step_of
 
 State = Literal["done", "new", "begun", "damaged"]

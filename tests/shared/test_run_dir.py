@@ -9,23 +9,32 @@ from typing import ClassVar
 
 import pytest
 
-from ssld.shared.config.settings import CommandConfig
+from ssld.shared.config.settings import CommandConfig, Config
 from ssld.shared.errors import UserError
 from ssld.shared.files import file_sha256, write_atomically
 from ssld.shared.run_dir import RunDir, read_metrics, read_result
+from ssld.shared.run_identity import changes_since
+
+
+class Group(Config):
+    """A group of settings."""
+
+    weight: float | None = None
+    decay: float = 0.9
 
 
 class Settings(CommandConfig):
     """Settings of a test."""
 
     may_change: ClassVar[frozenset[str]] = frozenset({"steps"})
-    may_change_before_the_end: ClassVar[frozenset[str]] = frozenset({"lr"})
+    may_change_before_the_end: ClassVar[frozenset[str]] = frozenset({"lr", "group.weight"})
 
     steps: int = 5
     rate: float = 0.1
     lr: float = 1.0
     data: Path
     resume: str = "auto"
+    group: Group | None = None
 
     def inputs(self) -> dict[str, Path]:
         return {"data": self.data}
@@ -65,7 +74,7 @@ def test_life_of_a_run(config: Settings) -> None:
     assert result is not None
     assert result["metrics"] == {"top1": 0.5}
     assert result["outputs"] == {"model": file_sha256(run.path / "model")}
-    assert result["config"] == {"steps": 5, "rate": 0.1, "lr": 1.0, "data": str(config.data)}
+    assert result["config"] == {"steps": 5, "rate": 0.1, "lr": 1.0, "data": str(config.data), "group": None}
     assert set(result["inputs"]) == {"data"}
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["inputs"] == result["inputs"]
@@ -110,6 +119,20 @@ def test_a_start_that_is_refused_leaves_no_record(config: Settings, capsys: pyte
     assert json.loads((config.output / "result.json").read_text())["changes"] == ["steps: 5 -> 9"]
     RunDir(changed(config, steps=2), "test").close()
     assert RunDir(changed(config, steps=9), "test").status == "finished"
+
+
+def test_a_default_that_was_another_one_is_named(config: Settings) -> None:
+    """As of an earlier version, or left out of a command line that had it; a setting that is given needs no advice."""
+    begun(changed(config, rate=0.3, group=Group(weight=1.0, decay=0.5)))
+    plain = Settings(output=config.output, data=config.data, lr=0.5, group=Group(decay=0.5))
+    permitted, refused = changes_since(config.output, plain, {})
+    assert permitted == [
+        "lr: 1.0 -> 0.5",
+        "group.weight: 1.0 -> null (the default; set it to 1.0 to go on as before)",
+    ]
+    assert refused == ["rate: 0.3 -> 0.1 (the default; set it to 0.3 to go on as before)"]
+    _, refused = changes_since(config.output, changed(plain, rate=0.1, group=None), {})
+    assert refused == ["rate: 0.3 -> 0.1", 'group: {"weight": 1.0, "decay": 0.5} -> null']
 
 
 def test_files_of_a_finished_run_that_are_gone_or_changed(config: Settings, capsys: pytest.CaptureFixture[str]) -> None:
