@@ -33,13 +33,17 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]]
     temporary = folder / f".writing_{step:08d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for name, tensors in parts.items():
-        contents = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-        save_tensors(contents, temporary / f"{name}.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
-    write_folder_sums(temporary)
-    for file in temporary.iterdir():
-        _sync(file)
+    try:
+        for name, tensors in parts.items():
+            contents = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+            save_tensors(contents, temporary / f"{name}.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
+        write_folder_sums(temporary)
+        for file in temporary.iterdir():
+            _sync(file)
+    except OSError:  # a full disk, whose last room it would hold
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     _remove(final)  # one without its mark, left by a kill between rename and mark
     temporary.rename(final)
     _sync(folder)

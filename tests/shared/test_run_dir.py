@@ -358,8 +358,9 @@ def test_atomic_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as caught:
         write_atomically(tmp_path / "f", b"new")
+    assert caught.value.filename == str(tmp_path / "f")
     assert (tmp_path / "f").read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["f"]
 
