@@ -8,6 +8,7 @@ resumes, and one with another configuration stops the pipeline with a list of th
 """
 
 import fcntl
+import os
 import resource
 import shlex
 import sys
@@ -75,6 +76,7 @@ def _run_inside(pipeline: PipelineConfig, file: Path, arguments: Namespace, vari
         )
     stages = build_stages(pipeline, file, output=output, variables=variables, smoke=arguments.smoke)
     redo = _redo(arguments, stages)
+    _refuse_unwritable(output)
     plan = make_plan(stages, redo)
     if (folder := shown(Path())) != Path():
         say(f"the stages run in {folder}: their paths are relative to it")
@@ -182,6 +184,13 @@ def _estimate(plan: list[Planned], build: Callable[[Path], list[Stage]], output:
             write_rates(output, rates, [planned.stage for planned in plan])
 
 
+def _refuse_unwritable(output: Path) -> None:
+    """Raise UserError if the folder of the run directories, or the one in which it would be made, cannot be written."""
+    folder = next((one for one in (output, *output.parents) if one.exists()), Path())
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{shown(folder)}: cannot be written; give another --output")
+
+
 def _print_plan(plan: list[Planned], doomed: list[Path], output: Path, *, estimated: bool) -> None:
     costs = expected_costs(plan, output)
     for run in doomed:
@@ -287,7 +296,7 @@ def _locked(output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
         lock = (output / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"{shown(output)}: {error.strerror or error}") from None
+        raise UserError(f"{shown(output)}: {error.strerror or error}; give another --output") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -257,7 +257,7 @@ class RunDir:
         self.inputs = input_digests(self._config)
         environment = _environment(self._command, self.inputs)
         changes: list[str] = []
-        if (self.path / "config.yaml").exists() and self._holds_work():
+        if holds_work(self.path):
             changes = self._refuse_other_run()
             before = self._environment_before()
             self._changes = list(dict.fromkeys([*_strings(before.get("changes")), *changes]))
@@ -277,11 +277,6 @@ class RunDir:
         if not changes:
             self.begin()
 
-    def _holds_work(self) -> bool:
-        """Whether the folder has results of a run: one that ended at its start by a mistake may begin again with other settings."""
-        records = {"config.yaml", "log.txt", "batches.jpg", PASSES_FILE} | _BEFORE_A_RUN
-        return any(not entry.name.startswith(".") and entry.name not in records for entry in self.path.iterdir())
-
     def _delete_scratch(self) -> None:
         for name in self._scratch:
             path = self.path / name
@@ -299,9 +294,7 @@ class RunDir:
                 f"{self.path}: holds a run with another configuration ({what}); give another --output or delete it"
             )
         if getattr(self._config, "resume", "auto") == "never":
-            raise UserError(
-                f"{self.path}: holds this run already and --resume is never; give another --output or delete it"
-            )
+            raise UserError(never_resumed(self.path))
         return allowed
 
     def _environment_before(self) -> dict[str, Any]:
@@ -325,6 +318,19 @@ os.register_at_fork(after_in_child=_close_locks)
 def holds_no_run(folder: Path) -> bool:
     """Whether a folder contains no more than a start that ended before its first record."""
     return all(entry.name.startswith(".") or entry.name in _BEFORE_A_RUN for entry in folder.iterdir())
+
+
+def never_resumed(folder: Path) -> str:
+    """Return the message on a run directory that `--resume never` refuses."""
+    return f"{folder}: holds this run already and --resume is never; give another --output or delete it"
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a folder has results of a run: one that ended at its start by a mistake may begin again with other settings."""
+    records = {"config.yaml", "log.txt", "batches.jpg", PASSES_FILE} | _BEFORE_A_RUN
+    if not (folder / "config.yaml").exists():
+        return False
+    return any(not entry.name.startswith(".") and entry.name not in records for entry in folder.iterdir())
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

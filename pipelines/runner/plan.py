@@ -18,7 +18,7 @@ from ssld.shared.config.training import TrainingConfig
 from ssld.shared.errors import UserError
 from ssld.shared.models.damage import damage_of
 from ssld.shared.models.downloads import find_downloads_apart
-from ssld.shared.run_dir import gone_or_changed, holds_no_run, read_result
+from ssld.shared.run_dir import gone_or_changed, holds_no_run, holds_work, never_resumed, read_result
 from ssld.shared.run_identity import changes_since, input_digest
 from ssld.shared.training.checkpoint_folders import beyond_the_end, damaged_checkpoint, newest_checkpoint, step_of
 
@@ -73,6 +73,8 @@ def make_plan(stages: list[Stage], redo: set[str]) -> list[Planned]:
             errors.append(f"stage {stage.name}: {too_far}; give as many at least, or --redo {stage.name}")
         if planned.steps_done and (damage := damage_of_newest(stage.config)):
             errors.append(f"stage {stage.name}: {damage}")
+        if planned.state == "begun" and getattr(stage.config, "resume", "auto") == "never":
+            errors.append(f"stage {stage.name}: {never_resumed(shown(stage.run))}")
         if stage.kind.remake and waits_for:
             planned = Planned(stage, "new")
         if planned.state == "damaged":
@@ -213,7 +215,7 @@ def _inputs(
 
 def _compare(stage: Stage, digests: dict[str, str], erased: set[str]) -> tuple[Planned, list[str]]:
     """Return (the stage with its state, reasons why it is refused)."""
-    if stage.name in erased or not (stage.run / "config.yaml").exists():
+    if stage.name in erased or not holds_work(stage.run):
         return Planned(stage, "new"), []
     permitted, refused = changes_since(stage.run, stage.config, digests)
     result = read_result(stage.run)

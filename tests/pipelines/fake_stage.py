@@ -36,6 +36,7 @@ class FakeConfig(CommandConfig):
     text: str = ""
     steps: int = Field(1, ge=1)
     seed: int = 0
+    resume: str = "auto"
     metrics: Metrics = Metrics()
     ends: str = "well"
     """how the stage ends: success, a user error, a crash, no result, or waiting for a signal"""

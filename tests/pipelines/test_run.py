@@ -152,6 +152,36 @@ def test_another_configuration_stops_before_anything_runs(
     assert started == ["student", "ap"]
 
 
+def test_a_start_that_ended_by_a_mistake_takes_other_settings(
+    started: list[str], write_pipeline: Any, capfd: Any
+) -> None:
+    """As the stage alone does: it has no work to lose."""
+    assert main([str(write_pipeline({"a": {"command": "teach", "set": {"ends": "user error"}}}))]) == 2
+    file = write_pipeline({"a": {"command": "teach", "set": {"text": "other"}}})
+    assert main([str(file), "--dry-run"]) == 0
+    assert "[1/1] a: new\n" in capfd.readouterr().out
+    assert main([str(file)]) == 0
+    assert started == ["a", "a"]
+
+
+def test_the_dry_run_refuses_what_the_run_refuses(
+    finished: Path, started: list[str], capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (finished.parent / "runs/ap/result.json").unlink()
+    flags = [str(finished), "--stages.ap.resume", "never"]
+    for words in (flags, [*flags, "--dry-run"]):
+        assert main(words) == 2
+        folder = finished.parent / "runs/ap"
+        assert capfd.readouterr().err == (
+            f"error: stage ap: {folder}: holds this run already and --resume is never; give another --output or delete it\n"
+        )
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != finished.parent / "runs")
+    for more in ([], ["--dry-run"]):
+        assert main([str(finished), *more]) == 2
+        assert capfd.readouterr().err == f"error: {finished.parent}/runs: cannot be written; give another --output\n"
+    assert started == []
+
+
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("by hand")])
 def test_what_is_gone_or_changed_is_made_again(
     finished: Path, started: list[str], capfd: Any, damage: Callable[[Path], Any]
