@@ -5,6 +5,7 @@ group, and the runner waits for the whole group. Standard input of a stage is a 
 forwards no signal, leaves no stage running (`stop_with_runner`), and neither does a launcher that is killed.
 """
 
+import fcntl
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +23,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
 
+from ssld.pipelines.folder import shown
 from ssld.pipelines.runner.stages import KINDS, Stage, own_file, typed_name
 from ssld.shared.config.command import STOPPED, USER_ERROR
 from ssld.shared.config.launcher import RUNNER
@@ -33,6 +36,7 @@ _GRACE_SECONDS = 600  # after a signal: time to end the step and write the check
 _ERROR = b"error: "  # beginning of a line about a user's mistake
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LINGER_SECONDS = 10  # after a normal end: time for loader processes to exit
+_ORPHAN_SECONDS = 120  # time for the stage of a runner that was killed to end its step and write the checkpoint
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,7 @@ def run_stage(stage: Stage, console: Path, signals: Signals, *, quiet: bool = Fa
     console.parent.mkdir(parents=True, exist_ok=True)
     if stage.processes > 1:  # so that error.json can be written even before the stage creates its run directory
         stage.run.mkdir(parents=True, exist_ok=True)
+    _wait_for_orphan(stage.run, signals)
     with suppress(OSError):
         (stage.run / "error.json").unlink()  # that of an earlier start
     with console.open("ab", buffering=0) as log:
@@ -187,6 +192,27 @@ def run_stage(stage: Stage, console: Path, signals: Signals, *, quiet: bool = Fa
         for text in errors:
             say(text, sys.stderr)
     return outcome
+
+
+def _wait_for_orphan(run: Path, signals: Signals) -> None:
+    """Wait while another process holds a run directory: after the death of its runner a stage ends its step, and the next start may come at once."""
+    deadline, told = time.monotonic() + _ORPHAN_SECONDS, False
+    while _is_held(run) and not signals.received and time.monotonic() < deadline:
+        if not told:
+            say(f"{shown(run)}: in use by another process; waiting, in case it is the stage of a run that was killed")
+            told = True
+        time.sleep(1)
+
+
+def _is_held(run: Path) -> bool:
+    try:
+        with (run / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such run yet
+        pass
+    return False
 
 
 def _outcome(stage: Stage, code: int, tail: list[str], *, stopped: bool) -> Outcome:

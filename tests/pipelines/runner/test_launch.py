@@ -269,6 +269,28 @@ def test_a_killed_runner_stops_its_stage(fake_kinds: None, write_pipeline: Any, 
     assert (tmp_path / "runs/a/stopped").read_text() == str(signal.SIGTERM.value)
 
 
+@pytest.mark.process
+def test_a_start_waits_for_the_stage_of_a_killed_runner(
+    fake_kinds: None, write_pipeline: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    file = write_pipeline({"a": {"command": "teach"}})
+    run = file.parent / "runs/a"
+    run.mkdir(parents=True)
+    with (run / ".lock").open("w") as lock, Signals() as signals:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waits: list[float] = []
+
+        def wait(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 2:
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(launch.time, "sleep", wait)
+        assert run_stage(one_stage(file), file.parent / "runs/logs/a.txt", signals) == Outcome(0)
+    assert len(waits) == 2
+    assert capfd.readouterr().out.count("runs/a: in use by another process; waiting") == 1
+
+
 LONG_STEP = """
 import signal, subprocess, sys, time
 from pathlib import Path
