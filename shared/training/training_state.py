@@ -1,7 +1,8 @@
 """State of a training run, in both stages, to and from checkpoints: networks, optimizer, loss averages and best score."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -178,6 +179,21 @@ class TrainingState:
         self.quarantine.write()
         with self.progress.pausing():
             self._write(step)
+
+    @contextmanager
+    def kept(self, step: int) -> Iterator[None]:
+        """Context manager around an evaluation after `step` updates: where memory or a process runs out in it, the updates are saved.
+
+        Of one process alone: the others of several would wait for this one. The run goes on without the evaluation of this step.
+        """
+        before = self.best, self.stale
+        try:
+            yield
+        except (OSError, EOFError, RuntimeError, MemoryError):
+            if world_size() == 1:
+                self.best, self.stale = before
+                self.save(step)
+            raise
 
     def _all_finite(self) -> bool:
         tensors = [tensor for network in self.networks.values() for tensor in network.state_dict().values()]
