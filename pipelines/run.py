@@ -8,6 +8,7 @@ resumes, and one with another configuration stops the pipeline with a list of th
 """
 
 import fcntl
+import os
 import resource
 import shlex
 import sys
@@ -75,6 +76,7 @@ def _run_inside(pipeline: PipelineConfig, file: Path, arguments: Namespace, vari
         )
     stages = build_stages(pipeline, file, output=output, variables=variables, smoke=arguments.smoke)
     redo = _redo(arguments, stages)
+    _refuse_unwritable(output)
     plan = make_plan(stages, redo)
     if (folder := shown(Path())) != Path():
         say(f"the stages run in {folder}: their paths are relative to it")
@@ -98,19 +100,23 @@ def _run_inside(pipeline: PipelineConfig, file: Path, arguments: Namespace, vari
             say(f"deleted {shown(run)}")
         record = Record(file.stem, arguments.smoke, pipeline)
         write_record(output, record)
+        times: dict[str, float] = {}
         if any(planned.state == "damaged" for planned in plan):
-            code = _run_stages([planned for planned in plan if planned.state == "damaged"], None, output, file)
+            damaged = [planned for planned in plan if planned.state == "damaged"]
+            code = _run_stages(damaged, None, output, file, times)
             if code:
                 return code
             plan = make_plan(
                 stages, set()
             )  # compare again: are the new files the ones that later stages were made from?
-        return _run_stages(plan, record, output, file)
+        return _run_stages(plan, record, output, file, times)
 
 
-def _run_stages(plan: list[Planned], record: Record | None, output: Path, file: Path) -> int:
-    """Run the stages of a plan of the pipeline `file` that are not done, then print the table; without a record, print no table."""
-    started, ran = time.monotonic(), False
+def _run_stages(plan: list[Planned], record: Record | None, output: Path, file: Path, times: dict[str, float]) -> int:
+    """Run the stages of a plan of the pipeline `file` that are not done, then print the table; without a record, print no table.
+
+    The seconds of the stages that ran are added to `times`, by name.
+    """
     with Signals() as signals:
         for number, planned in enumerate(plan, 1):
             stage, label = planned.stage, f"[{number}/{len(plan)}] {planned.stage.name}"
@@ -122,7 +128,7 @@ def _run_stages(plan: list[Planned], record: Record | None, output: Path, file: 
             if signals.received:
                 return STOPPED
             say(f"{label}: {shlex.join(command_line(stage))}")
-            begun, ran = time.monotonic(), True
+            begun = time.monotonic()
             outcome = run_stage(stage, output / LOGS / f"{stage.name}.txt", signals)
             if outcome.code == STOPPED or (signals.received and number < len(plan)):
                 say(f"stage {stage.name}: stopped; the same command resumes it", sys.stderr)
@@ -133,7 +139,8 @@ def _run_stages(plan: list[Planned], record: Record | None, output: Path, file: 
                     place = f" (stages.{stage.name}.set in {shown(file)})" if named else ""
                     say(f"error: stage {stage.name}: {line}{place}", sys.stderr)
                 return outcome.code
-            say(f"{label}: {(time.monotonic() - begun) / 60:.1f} min")
+            times[stage.name] = time.monotonic() - begun
+            say(f"{label}: finished in {_minutes(times[stage.name]):.1f} min")
     if record is None:
         return 0
     if record.pipeline.table:
@@ -141,16 +148,30 @@ def _run_stages(plan: list[Planned], record: Record | None, output: Path, file: 
     if shown(output) != output:
         reports = [one.stage.run for one in plan if isinstance(one.stage.config, ReportConfig)]
         say(f"results: {', '.join(str(shown(path)) for path in (output, *(run / 'report.html' for run in reports)))}")
-    say(_closing_line(plan, time.monotonic() - started, measured=ran))
+    for line in _closing_lines(plan, times):
+        say(line)
     return 0
 
 
-def _closing_line(plan: list[Planned], seconds: float, *, measured: bool) -> str:
-    """Return the line on time and, if a stage ran (`measured`), memory; the stages' records include those finished in earlier runs."""
-    recorded = sum((read_result(planned.stage.run) or {}).get("seconds", 0) for planned in plan)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    memory = f"; largest process {peak:.1f} GB" if measured else ""
-    return f"{count(len(plan), 'stage')}: {recorded / 60:.1f} min computing, {seconds / 60:.1f} min in all{memory}"
+def _closing_lines(plan: list[Planned], times: dict[str, float]) -> Iterator[str]:
+    """Yield the lines on time: of this start, whose stages took `times` seconds; of earlier ones, as their stages have recorded it; the sum."""
+    this = sum(map(_minutes, times.values()))
+    if times:
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        yield f"time of this start: {this:.1f} min for {count(len(times), 'stage')}; largest process {peak:.1f} GB"
+    earlier = 0.0
+    for planned in plan:
+        result = read_result(planned.stage.run) or {}
+        earlier += result.get("earlier_seconds" if planned.stage.name in times else "seconds", 0)
+    if earlier:
+        yield f"time of earlier starts: {_minutes(earlier):.1f} min, as the stages have recorded it"
+    if earlier and times:
+        yield f"time in all: {this + _minutes(earlier):.1f} min"
+
+
+def _minutes(seconds: float) -> float:
+    """Round to tenths of a minute, as printed, so that printed sums add up."""
+    return round(seconds / 60, 1)
 
 
 def _estimate(plan: list[Planned], build: Callable[[Path], list[Stage]], output: Path) -> None:
@@ -161,6 +182,13 @@ def _estimate(plan: list[Planned], build: Callable[[Path], list[Stage]], output:
             measure(plan, build, output, rates)
         finally:
             write_rates(output, rates, [planned.stage for planned in plan])
+
+
+def _refuse_unwritable(output: Path) -> None:
+    """Raise UserError if the folder of the run directories, or the one in which it would be made, cannot be written."""
+    folder = next((one for one in (output, *output.parents) if one.exists()), Path())
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{shown(folder)}: cannot be written; give another --output")
 
 
 def _print_plan(plan: list[Planned], doomed: list[Path], output: Path, *, estimated: bool) -> None:
@@ -268,7 +296,7 @@ def _locked(output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
         lock = (output / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"{shown(output)}: {error.strerror or error}") from None
+        raise UserError(f"{shown(output)}: {error.strerror or error}; give another --output") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

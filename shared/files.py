@@ -241,6 +241,9 @@ def atomically(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())  # the content first, then the name
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)  # a full disk names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -23,16 +23,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
-import yaml
-from pydantic import BaseModel
-
 from ssld.shared.checksums import remove_with_sum
-from ssld.shared.config.settings import NOT_IDENTITY, CommandConfig, differences, dump, dump_yaml, identity
+from ssld.shared.config.settings import CommandConfig, dump_yaml, identity
 from ssld.shared.config.training import PASSES_FILE
 from ssld.shared.errors import UserError
-from ssld.shared.files import clear_leftovers, file_sha256, files_digest, write_atomically
+from ssld.shared.files import clear_leftovers, file_sha256, write_atomically
 from ssld.shared.machine import installed_version
 from ssld.shared.noise import keep_noise_in
+from ssld.shared.run_identity import changes_since, input_digests, read_mapping
 from ssld.shared.tally import Tally
 from ssld.shared.terminal import say
 from ssld.shared.wording import count, printable
@@ -41,7 +39,6 @@ Status = Literal["new", "unfinished", "finished"]
 SPEED = ("seconds", "data_wait", "images_per_second", "memory_gb")
 """keys of metrics.jsonl that describe the machine, not the training"""
 _BEFORE_A_RUN = frozenset({"environment.json", "error.json"})  # written before config.yaml
-_UNRECORDED_PRECISION = "fp32"  # of a command that had no such setting; `auto`, the default of today, is never recorded
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "pycocotools", "safetensors", "numpy", "pillow")
 
 
@@ -68,6 +65,7 @@ class RunDir:
         status: "new", "unfinished" (the same run was started in this folder, or files of the finished run are gone or changed) or "finished".
         changed: lines on the settings that differ from those of the last start, on the main rank.
         write: function that prints a line.
+        earlier_seconds: seconds of earlier starts, without the work that a kill has lost; of a training, from its checkpoint.
         listeners: trackers, which get the lines of metrics and the result on the main rank.
 
     Raises:
@@ -84,8 +82,10 @@ class RunDir:
         self.listeners: list[RunListener] = []
         self._config, self._command, self._scratch = config, command, scratch
         self._changes: list[str] = []
+        self._unrecorded: dict[str, Any] | None = None  # environment.json of a start that has not begun
         self.changed: list[str] = []
-        self._started = time.time()
+        self.earlier_seconds = 0.0
+        self._started = time.monotonic()  # the clock may be set meanwhile
         self.inputs: dict[str, str] = {}
         self._read: dict[str, Any] = {}
         if main:
@@ -96,6 +96,11 @@ class RunDir:
     def checkpoints(self) -> Path:
         """Return the folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of this start so far and of earlier ones."""
+        return round(self.earlier_seconds + time.monotonic() - self._started, 1)
 
     def log(self, *lines: str) -> None:
         """Print lines and append them to log.txt; a line break inside one, as in the name of a file, is shown as `\\n`."""
@@ -115,6 +120,21 @@ class RunDir:
         """Log a line, if there is one."""
         if text:
             self.log(text)
+
+    def begin(self) -> None:
+        """Record the settings of this start, and that a finished run goes on.
+
+        A command with settings that may change calls it once nothing can refuse them any more, at the latest when it finishes: settings that never
+        ran are no change, and leave a finished run finished.
+        """
+        if self._unrecorded is None:
+            return
+        (self.path / "result.json").unlink(missing_ok=True)
+        write_atomically(self.path / "environment.json", json.dumps(self._unrecorded, indent=2) + "\n")
+        write_atomically(self.path / "config.yaml", dump_yaml(self._config))
+        self._unrecorded = None
+        for change in self.changed:
+            self.log(f"changed since the last start: {change}")
 
     def metric(self, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl, and pass it to the listeners."""
@@ -151,6 +171,7 @@ class RunDir:
         """Write result.json, which marks the run as finished, delete its scratch and release the folder; `outputs` are files inside it."""
         if not self.main:
             return
+        self.begin()
         if (self.path / "metrics.jsonl").exists():
             self._rewrite_metrics(read_metrics(self.path))
         record = {
@@ -161,7 +182,8 @@ class RunDir:
             "inputs": self.inputs,
             "read": self._read,
             "changes": self._changes,
-            "seconds": round(time.time() - self._started, 1),
+            "seconds": self.seconds,
+            "earlier_seconds": self.earlier_seconds,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         write_atomically(self.path / "result.json", json.dumps(record, indent=2) + "\n")
@@ -235,7 +257,7 @@ class RunDir:
         self.inputs = input_digests(self._config)
         environment = _environment(self._command, self.inputs)
         changes: list[str] = []
-        if (self.path / "config.yaml").exists() and self._holds_work():
+        if holds_work(self.path):
             changes = self._refuse_other_run()
             before = self._environment_before()
             self._changes = list(dict.fromkeys([*_strings(before.get("changes")), *changes]))
@@ -250,18 +272,10 @@ class RunDir:
                 if self.status == "finished":
                     return
         (self.path / "error.json").unlink(missing_ok=True)
-        (self.path / "result.json").unlink(missing_ok=True)
-        environment["changes"] = self._changes
-        write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
-        write_atomically(self.path / "config.yaml", dump_yaml(self._config))
         self.changed = changes
-        for change in changes:
-            self.log(f"changed since the last start: {change}")
-
-    def _holds_work(self) -> bool:
-        """Whether the folder has results of a run: one that ended at its start by a mistake may begin again with other settings."""
-        records = {"config.yaml", "log.txt", "batches.jpg", PASSES_FILE} | _BEFORE_A_RUN
-        return any(not entry.name.startswith(".") and entry.name not in records for entry in self.path.iterdir())
+        self._unrecorded = environment | {"changes": self._changes}
+        if not changes:
+            self.begin()
 
     def _delete_scratch(self) -> None:
         for name in self._scratch:
@@ -280,9 +294,7 @@ class RunDir:
                 f"{self.path}: holds a run with another configuration ({what}); give another --output or delete it"
             )
         if getattr(self._config, "resume", "auto") == "never":
-            raise UserError(
-                f"{self.path}: holds this run already and --resume is never; give another --output or delete it"
-            )
+            raise UserError(never_resumed(self.path))
         return allowed
 
     def _environment_before(self) -> dict[str, Any]:
@@ -308,6 +320,19 @@ def holds_no_run(folder: Path) -> bool:
     return all(entry.name.startswith(".") or entry.name in _BEFORE_A_RUN for entry in folder.iterdir())
 
 
+def never_resumed(folder: Path) -> str:
+    """Return the message on a run directory that `--resume never` refuses."""
+    return f"{folder}: holds this run already and --resume is never; give another --output or delete it"
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a folder has results of a run: one that ended at its start by a mistake may begin again with other settings."""
+    records = {"config.yaml", "log.txt", "batches.jpg", PASSES_FILE} | _BEFORE_A_RUN
+    if not (folder / "config.yaml").exists():
+        return False
+    return any(not entry.name.startswith(".") and entry.name not in records for entry in folder.iterdir())
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Read the lines of a run's metrics.jsonl; incomplete and damaged lines are left out.
 
@@ -329,7 +354,7 @@ def read_result(run: Path) -> dict[str, Any] | None:
     """Read a run's result.json; None while the run is not finished. Raises UserError for a damaged file."""
     file = run / "result.json"
     try:
-        result: dict[str, Any] = _read_json(file)
+        result: dict[str, Any] = read_mapping(file)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
@@ -357,106 +382,8 @@ def gone_or_changed(run: Path, result: dict[str, Any]) -> tuple[list[str], list[
     return gone, changed
 
 
-def recorded_identity(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read (settings, input digests) of the run in a folder. Raises UserError where its records are damaged."""
-    try:
-        settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("config.yaml: expected a mapping")
-        inputs = _read_json(run / "environment.json").get("inputs", {})
-        if not isinstance(inputs, dict):
-            raise ValueError("environment.json: inputs: expected a mapping")
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{run}: its config.yaml or environment.json is not readable ({' '.join(str(error).split())}); delete the folder"
-        ) from None
-    return {key: value for key, value in settings.items() if key not in NOT_IDENTITY}, inputs
-
-
-def recorded_precision(run: Path) -> str | None:
-    """Read the precision of the run in a folder; None where there is no run, or its records are damaged, which `RunDir` reports."""
-    try:
-        value = recorded_identity(run)[0].get("precision", _UNRECORDED_PRECISION)
-    except UserError:
-        return None
-    return value if value in ("fp32", "bf16", "fp16") else None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{file.name}: expected a mapping")
-    return content
-
-
 def _strings(value: Any) -> list[str]:
     return [str(one) for one in value] if isinstance(value, list) else []
-
-
-def changes_since(run: Path, config: CommandConfig, inputs: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Compare the recorded run of a folder with the requested one; return lines about (permitted, refused) differences.
-
-    A setting that the record lacks, because an earlier version wrote it, counts as its default of today, `precision` as fp32.
-    """
-    recorded, old_inputs = recorded_identity(run)
-    if hasattr(config, "precision"):
-        recorded = {"precision": _UNRECORDED_PRECISION, **recorded}
-    may_change = config.may_change
-    if not (run / "result.json").exists():  # the rest of the training uses them
-        may_change |= config.may_change_before_the_end
-    permitted: list[str] = []
-    refused: list[str] = []
-    for key, before, after in differences(_with_defaults(recorded, config), dump(config)):
-        # `auto` keeps the recorded precision.
-        if key in NOT_IDENTITY or _same_place(before, after) or (key == "precision" and after == "auto"):
-            continue
-        line = f"{key}: {json.dumps(before)} -> {json.dumps(after)}"
-        (permitted if key in may_change else refused).append(line)
-    refused += [
-        f"{key} has other content" for key, before, after in differences(old_inputs, inputs) if before and after
-    ]
-    return permitted, refused
-
-
-def _with_defaults(record: Any, config: Any) -> Any:
-    """Return recorded settings with the default of each field of `config` that they lack, in groups and lists of groups too."""
-    if isinstance(record, list) and isinstance(config, list | tuple) and len(record) == len(config):
-        return [_with_defaults(one, group) for one, group in zip(record, config, strict=True)]
-    if not isinstance(record, dict) or not isinstance(config, BaseModel):
-        return record
-    defaults = type(config).model_construct().model_dump(mode="json", warnings=False)
-    return defaults | {key: _with_defaults(value, getattr(config, key, None)) for key, value in record.items()}
-
-
-def _same_place(before: Any, after: Any) -> bool:
-    """Whether two values are spellings of the path of one file or folder: `data/`, `data`, an absolute and a relative one. Lists item by item."""
-    if isinstance(before, list) and isinstance(after, list):
-        return len(before) == len(after) and all(map(_same_place, before, after))
-    if isinstance(before, dict) and isinstance(after, dict):
-        return before.keys() == after.keys() and all(_same_place(before[key], after[key]) for key in before)
-    if before == after:
-        return True
-    texts = isinstance(before, str) and isinstance(after, str)
-    return texts and os.path.exists(after) and os.path.realpath(before) == os.path.realpath(after)
-
-
-def input_digests(config: CommandConfig) -> dict[str, str]:
-    """Return the digest of every input of a configuration. Raises UserError for a missing path."""
-    digests = {}
-    for key, path in config.inputs().items():
-        if not path.exists():
-            raise UserError(f"{key}: {path}: no such file or folder")
-        if not (
-            path.is_file() or path.is_dir()
-        ):  # inputs are read more than once, and a pipe without a writer never ends
-            raise UserError(f"{key}: {path}: is neither a file nor a folder")
-        digests[key] = input_digest(path, config.output)
-    return digests
-
-
-def input_digest(path: Path, output: Path | None = None) -> str:
-    """Return the digest of one input: of the bytes of a model file, `files_digest` of other inputs; files of the run's own output do not count."""
-    return file_sha256(path) if path.suffix == ".safetensors" else files_digest(path, without=output)
 
 
 def _environment(command: str, inputs: dict[str, str]) -> dict[str, Any]:

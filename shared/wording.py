@@ -133,3 +133,14 @@ def printable(text: str, keep: str = "") -> str:
         one.encode("unicode_escape").decode() if unicodedata.category(one) in _UNPRINTED and one not in keep else one
         for one in text
     )
+
+
+def width_of(text: str) -> int:
+    """Return the number of a terminal's columns that printable text takes: two for a wide character, as of Chinese, none for a combining one."""
+    return sum(2 if unicodedata.east_asian_width(one) in "WF" else not unicodedata.combining(one) for one in text)
+
+
+def padded(text: str, width: int, *, right: bool = False) -> str:
+    """Fill text with spaces to `width` columns, behind it, or before it if it is to end at the `right`."""
+    space = " " * (width - width_of(text))
+    return space + text if right else text + space

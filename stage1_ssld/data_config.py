@@ -247,7 +247,7 @@ class StudentConfig(NetworkConfig):
     @model_validator(mode="before")
     @classmethod
     def _from_reference(cls, value: Any) -> Any:
-        """Keep the statistics of trained weights: those of crops in small batches fit no whole photo (docs/distillation.md, "Pretrained students")."""
+        """Keep the statistics of trained weights: those of crops fit no whole photo (docs/distillation.md, "Pretrained students")."""
         value = {"model": value} if isinstance(value, str) else value
         if isinstance(value, dict) and value.get("batchnorm") is None:
             random = str(value.get("model")).startswith("random:")

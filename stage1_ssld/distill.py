@@ -429,7 +429,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 if step <= config.log_every and soft is not None and student.starts_with_head:
                     run.log_if(statistics_warning(means, soft.logits_BM.shape[1]))
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
-                with progress.pausing():
+                with progress.pausing(), state.kept(step):
                     metrics, scored = evaluate_now(step), step
                     keep_best(step, metrics)
             if step == steps or state.exhausted(config.patience):

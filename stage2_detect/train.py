@@ -296,7 +296,7 @@ def train(config: TrainConfig) -> None:
                 if collapse:
                     run.log_if(collapse.see(step, means, last=step == steps))
             if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
-                with progress.pausing():
+                with progress.pausing(), state.kept(step):
                     metrics, scored = evaluate_now(step), step
                     keep_best(step, metrics)
             if step == steps or state.exhausted(config.patience):

@@ -104,6 +104,7 @@ def run(case: dict[str, Any], calls: Calls | None = None) -> int:
     sys.argv = [case["name"], *case["argv"]]
     now = time.localtime(1_700_000_000)
     time.time, written = (lambda: 1_700_000_000.0), time.strftime
+    time.monotonic = lambda: 0.0
     time.strftime = lambda form, *_: written(form, now)
     to = os.open(f"{case['output']}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(to, 1)

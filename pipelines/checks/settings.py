@@ -15,7 +15,7 @@ from ssld.pipelines.config import CommandName
 from ssld.pipelines.folder import shown
 from ssld.pipelines.runner.cost import total_text
 from ssld.pipelines.runner.estimate import Costs, expected_costs
-from ssld.pipelines.runner.plan import make_plan, unnamed_networks
+from ssld.pipelines.runner.plan import damage_of_newest, make_plan, unnamed_networks
 from ssld.pipelines.runner.stages import KINDS, Stage, build_stages, read_pipeline
 from ssld.shared.config.settings import CommandConfig, parse_config
 from ssld.shared.config.training import TrainingConfig
@@ -25,6 +25,7 @@ from ssld.shared.errors import UserError
 from ssld.shared.machine import cores
 from ssld.shared.models.damage import damage_of
 from ssld.shared.models.downloads import find_downloads_apart
+from ssld.shared.run_dir import read_result
 from ssld.shared.wording import amount, count, duration, some
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect.config import TrainConfig
@@ -98,7 +99,7 @@ def stages_of(file: Path, variables: dict[str, str]) -> list[Stage]:
 
 
 def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, CommandConfig]], list[Line]]:
-    """Return ([(name, settings) of every command in a file], findings on missing inputs and disk space)."""
+    """Return ([(name, settings) of every command in a file], findings on missing inputs, damaged checkpoints and disk space)."""
     values = read_recipe(file, TrainingConfig.alternatives)
     if "stages" in values:
         pipeline = read_pipeline(file)
@@ -115,12 +116,14 @@ def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, Co
         return [], [Line("fault", "settings", f"these keys fit no command; commands: {', '.join(KINDS)}")]
     output = [] if "output" in values else ["--output", _NO_OUTPUT]
     config = parse_config(KINDS[name].config_type, ["--config", str(file), *output], program="doctor.py")
-    missing = [
+    faults = [
         Line("fault", "settings", f"{key}: {damage_of(path) or f'{path}: no such file or folder'}")
         for key, path in config.inputs().items()
         if not path.exists() or damage_of(path)
     ]
-    return [("", config)], [Line("ok", "settings", f"settings of the command {name}"), *missing]
+    if read_result(config.output) is None and (damage := damage_of_newest(config)):
+        faults.append(Line("fault", "settings", damage))
+    return [("", config)], [Line("ok", "settings", f"settings of the command {name}"), *faults]
 
 
 def _download_lines(commands: list[tuple[str, CommandConfig]]) -> Iterator[Line]:

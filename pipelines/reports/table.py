@@ -25,7 +25,7 @@ from ssld.shared.config.validation import validate
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import write_atomically
 from ssld.shared.run_dir import read_result
-from ssld.shared.wording import count, verdict
+from ssld.shared.wording import count, padded, printable, verdict, width_of
 
 COLUMNS = ("backbone", "top-1", "agreement", "detector AP", "AP50")
 _CLASSIFIER, _DETECTOR = ("top1", "agreement"), ("AP", "AP50")
@@ -262,11 +262,11 @@ def table_text(table: TableConfig, output: Path, *, smoke: bool = False) -> str:
         cells += [gain_cells(one), *([interval_cells(one)] if any(one.intervals) else [])]
     filled = [0, *(n for n in range(1, len(COLUMNS)) if any(line[n] != NONE for line in cells[1:]))]
     filled = filled if len(filled) > 1 else list(range(len(COLUMNS)))
-    cells = [tuple(line[n] for n in filled) for line in cells]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(filled))]
+    cells = [tuple(printable(line[n]) for n in filled) for line in cells]
+    widths = [max(width_of(line[column]) for line in cells) for column in range(len(filled))]
     lines = [_line(line, widths) for line in cells]
     if differences:
-        lines.insert(len(rows) + 1, "-" * len(lines[0]))
+        lines.insert(len(rows) + 1, "-" * width_of(lines[0]))
     for one in differences:
         of = f"{one.name}, " if len(differences) > 1 else ""
         unclear: dict[str, list[str]] = {}
@@ -302,7 +302,7 @@ def intervals_note(table: TableConfig) -> str:
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:
     first, *rest = zip(cells, widths, strict=True)
-    return "    ".join([f"{first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in rest)])
+    return "    ".join([padded(*first), *(padded(cell, width, right=True) for cell, width in rest)])
 
 
 def _measures(row: RowConfig) -> list[tuple[str, tuple[str, ...]]]:

@@ -1,9 +1,11 @@
 """Runs one stage as a process: starts the command a user would type, passes its output through and logs it, forwards signals.
 
 A stage has its own process group, because `accelerate launch` and `torch.distributed.run` do not forward signals reliably: signals are sent to the
-group, and the runner waits for the whole group.
+group, and the runner waits for the whole group. Standard input of a stage is a pipe whose other end the runner holds: a runner that is killed, and so
+forwards no signal, leaves no stage running (`stop_with_runner`), and neither does a launcher that is killed.
 """
 
+import fcntl
 import functools
 import json
 import os
@@ -21,9 +23,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
 
+from ssld.pipelines.folder import shown
 from ssld.pipelines.runner.stages import KINDS, Stage, own_file, typed_name
 from ssld.shared.config.command import STOPPED, USER_ERROR
-from ssld.shared.errors import Stopped
+from ssld.shared.config.launcher import RUNNER
+from ssld.shared.errors import MALFORMED, Stopped
 from ssld.shared.run_dir import read_result
 from ssld.shared.terminal import say
 
@@ -32,6 +36,7 @@ _GRACE_SECONDS = 600  # after a signal: time to end the step and write the check
 _ERROR = b"error: "  # beginning of a line about a user's mistake
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LINGER_SECONDS = 10  # after a normal end: time for loader processes to exit
+_ORPHAN_SECONDS = 120  # time for the stage of a runner that was killed to end its step and write the checkpoint
 
 
 @dataclass(frozen=True)
@@ -149,50 +154,75 @@ def run_stage(stage: Stage, console: Path, signals: Signals, *, quiet: bool = Fa
         words = [sys.executable, *line[1:]]
     tail: deque[str] = deque(maxlen=200)
     errors: list[str] = []
-    begun = time.time()
     console.parent.mkdir(parents=True, exist_ok=True)
     if stage.processes > 1:  # so that error.json can be written even before the stage creates its run directory
         stage.run.mkdir(parents=True, exist_ok=True)
-    with console.open("ab") as log:
-        log.write(f"$ {shlex.join(line)}\n".encode())
+    _wait_for_orphan(stage.run, signals)
+    with suppress(OSError):
+        (stage.run / "error.json").unlink()  # that of an earlier start
+    with console.open("ab", buffering=0) as log:
+        _keep(log, f"$ {shlex.join(line)}\n".encode())
         process = subprocess.Popen(
             words,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", RUNNER: "1"},
         )
         signals.group = process.pid
         if signals.received:  # between two stages
             signals.forward(signals.received)
+        assert process.stdin is not None
         assert process.stdout is not None
         reader = threading.Thread(target=_pass_through, args=(process.stdout, log, tail, errors, quiet), daemon=True)
         reader.start()
         code = process.wait()
+        process.stdin.close()
         # A launcher may exit before the processes it started: the stage has ended when all of them have closed their output.
-        reader.join(_GRACE_SECONDS if signals.received else _LINGER_SECONDS)
+        orphans = code < 0 and stage.processes > 1
+        reader.join(_GRACE_SECONDS if signals.received or orphans else _LINGER_SECONDS)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         reader.join(_LINGER_SECONDS)
         process.stdout.close()
         signals.group = None
-    outcome = _outcome(stage, code, list(tail), begun, stopped=signals.received is not None)
+    outcome = _outcome(stage, code, list(tail), stopped=signals.received is not None)
     if outcome.code != USER_ERROR and not quiet:  # the caller prints the lines of a user's mistake
         for text in errors:
             say(text, sys.stderr)
     return outcome
 
 
-def _outcome(stage: Stage, code: int, tail: list[str], begun: float, *, stopped: bool) -> Outcome:
+def _wait_for_orphan(run: Path, signals: Signals) -> None:
+    """Wait while another process holds a run directory: after the death of its runner a stage ends its step, and the next start may come at once."""
+    deadline, told = time.monotonic() + _ORPHAN_SECONDS, False
+    while _is_held(run) and not signals.received and time.monotonic() < deadline:
+        if not told:
+            say(f"{shown(run)}: in use by another process; waiting, in case it is the stage of a run that was killed")
+            told = True
+        time.sleep(1)
+
+
+def _is_held(run: Path) -> bool:
+    try:
+        with (run / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such run yet
+        pass
+    return False
+
+
+def _outcome(stage: Stage, code: int, tail: list[str], *, stopped: bool) -> Outcome:
     if code == 0 and read_result(stage.run) is not None:
         return Outcome(0)
     if stopped or code == STOPPED:
         return Outcome(STOPPED)
-    with suppress(OSError, ValueError, KeyError):  # written by the main rank, whose exit code a launcher hides
-        file = stage.run / "error.json"
-        if file.stat().st_mtime >= begun - 1:
-            return Outcome(USER_ERROR, tuple(json.loads(file.read_text(encoding="utf-8"))["error"].splitlines()))
+    with suppress(OSError, *MALFORMED):  # written by the main rank, whose exit code a launcher hides
+        error = json.loads((stage.run / "error.json").read_text(encoding="utf-8"))["error"]
+        return Outcome(USER_ERROR, tuple(error.splitlines()))
     if code == USER_ERROR:
         errors = [text.removeprefix("error: ") for text in tail if text.startswith("error: ")]
         return Outcome(USER_ERROR, tuple(errors or tail[-1:]))
@@ -206,8 +236,7 @@ def _pass_through(source: IO[bytes], log: IO[bytes], tail: deque[str], errors: l
     screen = getattr(sys.stdout, "buffer", None)
     rest, printed = b"", 0  # the line that is not complete yet, and how many of its bytes are on the screen
     while chunk := os.read(source.fileno(), 65536):
-        log.write(chunk)
-        log.flush()
+        _keep(log, chunk)
         *lines, rest = (rest + chunk).split(b"\n")
         shown = b""
         for line in lines:
@@ -232,6 +261,12 @@ def _pass_through(source: IO[bytes], log: IO[bytes], tail: deque[str], errors: l
         tail.append(text)
         if not printed:
             errors.append(text)
+
+
+def _keep(log: IO[bytes], output: bytes) -> None:
+    """Write to a log where that is possible: a full disk must not end the reading of a stage's output, for which the stage would wait for ever."""
+    with suppress(OSError):
+        log.write(output)
 
 
 def _last_state(line: bytes) -> str:

@@ -18,8 +18,9 @@ from ssld.shared.config.training import TrainingConfig
 from ssld.shared.errors import UserError
 from ssld.shared.models.damage import damage_of
 from ssld.shared.models.downloads import find_downloads_apart
-from ssld.shared.run_dir import changes_since, gone_or_changed, holds_no_run, input_digest, read_result
-from ssld.shared.training.checkpoint_folders import beyond_the_end, newest_checkpoint, step_of
+from ssld.shared.run_dir import gone_or_changed, holds_no_run, holds_work, never_resumed, read_result
+from ssld.shared.run_identity import changes_since, input_digest
+from ssld.shared.training.checkpoint_folders import beyond_the_end, damaged_checkpoint, newest_checkpoint, step_of
 
 State = Literal["done", "new", "begun", "damaged"]
 _DOOMED = ".deleted_"
@@ -44,7 +45,7 @@ def make_plan(stages: list[Stage], redo: set[str]) -> list[Planned]:
     """Compare every stage with its run directory; the stages in `redo` and those that depend on them count as deleted.
 
     Raises UserError with one line per stage that cannot run: a missing input that no earlier stage will write, a run directory with another
-    configuration, or a finished stage that reads from an unfinished one.
+    configuration or with a damaged checkpoint, or a finished stage that reads from an unfinished one.
     """
     by_name = {stage.name: stage for stage in stages}
     erased = followers(stages, redo)
@@ -70,6 +71,10 @@ def make_plan(stages: list[Stage], redo: set[str]) -> list[Planned]:
             outdated[stage.name] = waits_for
         if too_far := _beyond_the_end(planned):
             errors.append(f"stage {stage.name}: {too_far}; give as many at least, or --redo {stage.name}")
+        if planned.steps_done and (damage := damage_of_newest(stage.config)):
+            errors.append(f"stage {stage.name}: {damage}")
+        if planned.state == "begun" and getattr(stage.config, "resume", "auto") == "never":
+            errors.append(f"stage {stage.name}: {never_resumed(shown(stage.run))}")
         if stage.kind.remake and waits_for:
             planned = Planned(stage, "new")
         if planned.state == "damaged":
@@ -210,7 +215,7 @@ def _inputs(
 
 def _compare(stage: Stage, digests: dict[str, str], erased: set[str]) -> tuple[Planned, list[str]]:
     """Return (the stage with its state, reasons why it is refused)."""
-    if stage.name in erased or not (stage.run / "config.yaml").exists():
+    if stage.name in erased or not holds_work(stage.run):
         return Planned(stage, "new"), []
     permitted, refused = changes_since(stage.run, stage.config, digests)
     result = read_result(stage.run)
@@ -224,6 +229,14 @@ def _compare(stage: Stage, digests: dict[str, str], erased: set[str]) -> tuple[P
         return Planned(stage, "begun", notes, step_of(newest) if newest else 0), refused
     notes = tuple(f"{shown(stage.run / name)} is missing or has changed; recomputing it" for name in changed)
     return Planned(stage, "damaged" if notes else "done", notes), refused
+
+
+def damage_of_newest(config: CommandConfig) -> str | None:
+    """Return the message on the checkpoint from which a training would continue, if it is damaged; None without a run that continues."""
+    if not isinstance(config, TrainingConfig):
+        return None
+    newest = newest_checkpoint(config.output / "checkpoints")
+    return damaged_checkpoint(shown(newest)) if newest else None
 
 
 def _beyond_the_end(planned: Planned) -> str | None:

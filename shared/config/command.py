@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ssld.shared.config.launcher import launched_number, launched_ranks
+from ssld.shared.config.launcher import launched_number, launched_ranks, stop_with_runner
 from ssld.shared.config.settings import ConfigT, parse_config
 from ssld.shared.config.system_faults import explained, system_fault
 from ssld.shared.config.validation import validate
@@ -43,6 +43,7 @@ def run_command(
         program = f"ssld {sys.argv[1]}"
     output: Path | None = None
     auto_batch: bool | None = None  # of a training command
+    stop_with_runner()
     try:
         rank, processes = launched_ranks()
         config = parse_config(config_type, _worded(sys.argv[1:] if argv is None else argv), program=program)

@@ -20,7 +20,7 @@ from ssld.shared.config.launcher import launched_ranks
 from ssld.shared.distributed.ranks import from_main_rank, set_timeout, world_size
 from ssld.shared.errors import UserError
 from ssld.shared.machine import default_threads, ignored_threads
-from ssld.shared.run_dir import recorded_precision
+from ssld.shared.run_identity import recorded_precision
 from ssld.shared.wording import count
 
 _LAST_WORDS = 0.5  # seconds for a failing worker to hand over what it has sent

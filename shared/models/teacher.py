@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssld.shared.errors import UserError
+from ssld.shared.images import seeded_torch
 from ssld.shared.models.backbones import Classifier, create_classifier, licence, place
 from ssld.shared.models.folding import fold_batchnorm as fold
 from ssld.shared.models.model_file import content_hash
@@ -81,7 +82,8 @@ class FrozenTeacher:
     ) -> None:
         self.reference: ModelReference = parse_reference(reference, arch, allow_pickle=True)
         side = size if isinstance(size, int) else None
-        classifier, inputs = create_classifier(self.reference, image_size=side)
+        with seeded_torch(reference, 0, 0):  # random weights are the same at every start and on every rank
+            classifier, inputs = create_classifier(self.reference, image_size=side)
         classifier.requires_grad_(False).eval()
         self.own_size = inputs.size
         self.size = (side, side) if side else inputs.size if inputs.fixed_size or size == "own" else None

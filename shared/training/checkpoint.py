@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ssld.shared.checksums import damage_in_folder, write_folder_sums
+from ssld.shared.checksums import write_folder_sums
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import save_tensors
-from ssld.shared.training.checkpoint_folders import MARK, complete_checkpoints, step_of
+from ssld.shared.training.checkpoint_folders import MARK, complete_checkpoints, damaged_checkpoint, step_of
 
 
 def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
@@ -33,13 +33,17 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]]
     temporary = folder / f".writing_{step:08d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for name, tensors in parts.items():
-        contents = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-        save_tensors(contents, temporary / f"{name}.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
-    write_folder_sums(temporary)
-    for file in temporary.iterdir():
-        _sync(file)
+    try:
+        for name, tensors in parts.items():
+            contents = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+            save_tensors(contents, temporary / f"{name}.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
+        write_folder_sums(temporary)
+        for file in temporary.iterdir():
+            _sync(file)
+    except OSError:  # a full disk, whose last room it would hold
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     _remove(final)  # one without its mark, left by a kill between rename and mark
     temporary.rename(final)
     _sync(folder)
@@ -66,12 +70,9 @@ def drop_from(folder: Path, step: int) -> None:
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read (parts, state) as given to `save_checkpoint`, tensors on the CPU. Raises UserError for a damaged checkpoint."""
-    damage = damage_in_folder(path)
     # Checked first: an error below, such as out of memory or Ctrl-C, then does not mean a damaged checkpoint.
-    if damage:
-        raise UserError(
-            f"{path}: checkpoint is damaged: {damage}; delete this folder to resume from the one before, if there is one"
-        )
+    if damage := damaged_checkpoint(path):
+        raise UserError(damage)
     parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return parts, state

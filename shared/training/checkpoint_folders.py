@@ -1,7 +1,9 @@
-"""Names of checkpoints: how many steps a run has done, without reading them. Does not import torch."""
+"""Folders of checkpoints: how many steps a run has done, and whether it can continue from there. Does not import torch."""
 
 import re
 from pathlib import Path
+
+from ssld.shared.checksums import damage_in_folder
 
 MARK = "COMPLETE"
 """file in a checkpoint that is written last"""
@@ -23,6 +25,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """Return the number of updates that a checkpoint holds."""
     return int(checkpoint.name.removeprefix("step_"))
+
+
+def damaged_checkpoint(checkpoint: Path) -> str | None:
+    """Return the message on a checkpoint whose files do not match their checksums; None for a sound one."""
+    damage = damage_in_folder(checkpoint)
+    return damage and (
+        f"{checkpoint}: checkpoint is damaged: {damage}; delete this folder to resume from the one before, if there is one"
+    )
 
 
 def beyond_the_end(run: Path, step: int, steps: int) -> str:

@@ -1,7 +1,8 @@
 """State of a training run, in both stages, to and from checkpoints: networks, optimizer, loss averages and best score."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -100,8 +101,10 @@ class TrainingState:
             self.best = self.best if state["best"] is None else state["best"]
             self.stale = int(state.get("stale", 0))
             self.length_before = state.get("length")
+            self.run.earlier_seconds = float(state.get("seconds", 0))
         if step > self.steps:
             raise UserError(f"{beyond_the_end(self.run.path, step, self.steps)}; give another --output")
+        self.run.begin()
         self.run.cut_metrics(step)
         return step
 
@@ -190,6 +193,21 @@ class TrainingState:
         with self.progress.pausing():
             self._write(step)
 
+    @contextmanager
+    def kept(self, step: int) -> Iterator[None]:
+        """Context manager around an evaluation after `step` updates: where memory or a process runs out in it, the updates are saved.
+
+        Of one process alone: the others of several would wait for this one. The run goes on without the evaluation of this step.
+        """
+        before = self.best, self.stale
+        try:
+            yield
+        except (OSError, EOFError, RuntimeError, MemoryError):
+            if world_size() == 1:
+                self.best, self.stale = before
+                self.save(step)
+            raise
+
     def _all_finite(self) -> bool:
         tensors = [tensor for network in self.networks.values() for tensor in network.state_dict().values()]
         tensors += optimizer_part(self.optimizer)[0].values()
@@ -230,6 +248,7 @@ class TrainingState:
                 "best": self.best if self.best > float("-inf") else None,
                 "stale": self.stale,
                 "length": self.steps,
+                "seconds": self.run.seconds,
             }
             save_checkpoint(self.run.checkpoints, step, parts | {"optimizer": tensors}, state)
 

@@ -152,8 +152,8 @@ def worse_than_start(metrics: Mapping[str, float], start: Mapping[str, float]) -
         return None
     return (
         f"warning: the student agrees with its teacher less than its initial weights do: {100 * metrics['agreement']:.1f} % after "
-        f"{100 * start['agreement']:.1f} % of {metrics['images']:.0f} held-out images, KL {metrics['kl']:.3g} after {start['kl']:.3g}. A detector may do better "
-        "without stage 1: compare the two; a lower optim.lr and student.batchnorm: eval are gentler"
+        f"{100 * start['agreement']:.1f} % of {metrics['images']:.0f} held-out images, KL {metrics['kl']:.3g} after {start['kl']:.3g}. "
+        "A detector may do better without stage 1: compare the two; a lower optim.lr and student.batchnorm: eval are gentler"
     )
 
 

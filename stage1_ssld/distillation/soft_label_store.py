@@ -22,7 +22,7 @@ from ssld.shared.files import ImageFolder, file_sha256, spread
 from ssld.shared.images import UnreadableImage
 from ssld.shared.models.model_file import content_hash
 from ssld.shared.models.teacher import Teacher
-from ssld.shared.run_dir import input_digest
+from ssld.shared.run_identity import input_digest
 from ssld.stage1_ssld.data.soft_labels import record_layout
 from ssld.stage1_ssld.data.sources import ImageSource
 from ssld.stage1_ssld.data.views import training_view

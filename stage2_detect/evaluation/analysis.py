@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssld.shared.wording import count
+from ssld.shared.wording import count, padded, printable, width_of
 from ssld.stage2_detect.data.coco import CocoData, CocoImage, Id
 from ssld.stage2_detect.models.batch import Detections
 from ssld.stage2_detect.models.boxes import pairwise_intersection
@@ -241,7 +241,7 @@ def report(analysis: Analysis, ap: Mapping[str, float | None]) -> dict[str, Any]
 
 def describe(content: Mapping[str, Any]) -> list[str]:
     """Format a `report` for the log: a table of classes, of many those with the highest and lowest AP, and the most frequent confusions."""
-    width = max([5, *(len(row["class"]) for row in content["classes"])])
+    width = max([5, *(width_of(printable(row["class"])) for row in content["classes"])])
     threshold = content["score_threshold"]
     lines = [
         f"  {'':<{width}} {'AP':>7} {'P':>7} {'R':>7} {'F1':>7} {'objects':>9}   P, R, F1 at a score of {threshold:g}"
@@ -257,7 +257,7 @@ def describe(content: Mapping[str, Any]) -> list[str]:
             lines.append(gap)
         cells = (row["AP"], row["precision"], row["recall"], row["f1"])
         objects = row["right"] + row["missed"]
-        lines.append(f"  {row['class']:<{width}} {' '.join(map(_percent, cells))} {objects:>9}")
+        lines.append(f"  {padded(printable(row['class']), width)} {' '.join(map(_percent, cells))} {objects:>9}")
     names, matrix = content["confusions"]["names"], np.array(content["confusions"]["counts"])[:-1, :-1]
     mixed = matrix * (1 - np.eye(len(matrix), dtype=np.int64))
     order = np.argsort(-mixed, axis=None, kind="stable")[:3]

@@ -20,7 +20,8 @@ import torch
 
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import file_sha256
-from ssld.shared.run_dir import input_digest, read_result
+from ssld.shared.run_dir import read_result
+from ssld.shared.run_identity import input_digest
 from ssld.shared.wording import FEW_IMAGES, count, verdict
 from ssld.stage2_detect.data.coco import CocoData, Id
 from ssld.stage2_detect.evaluation.analysis import (

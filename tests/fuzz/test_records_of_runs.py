@@ -11,7 +11,8 @@ from ssld.pipelines.reports.photos import Photos
 from ssld.pipelines.reports.stage_view import view
 from ssld.pipelines.reports.table import read_record
 from ssld.shared.config.settings import CommandConfig
-from ssld.shared.run_dir import changes_since, read_metrics, read_result
+from ssld.shared.run_dir import read_metrics, read_result
+from ssld.shared.run_identity import changes_since
 from tests.fuzz.conftest import Fuzz, write_json
 from tests.fuzz.mutations import as_json
 

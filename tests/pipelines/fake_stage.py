@@ -36,6 +36,7 @@ class FakeConfig(CommandConfig):
     text: str = ""
     steps: int = Field(1, ge=1)
     seed: int = 0
+    resume: str = "auto"
     metrics: Metrics = Metrics()
     ends: str = "well"
     """how the stage ends: success, a user error, a crash, no result, or waiting for a signal"""
@@ -74,6 +75,7 @@ def work(config: FakeConfig) -> None:
 
 def wait_for_signal(run: RunDir) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
+        (run.path / "stopped").write_text(str(number))
         raise Stopped(f"signal {number}")
 
     signal.signal(signal.SIGTERM, stop)

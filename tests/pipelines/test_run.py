@@ -49,8 +49,7 @@ def test_runs_in_order_and_prints_the_table(
         ["SSLD", "70.0", "75.0", "25.7", "50.0"],
         ["SSLD", "-", "baseline", "+10.0", "+25.0", "-", "-"],
     ]
-    closing = next(line for line in out.splitlines() if line.startswith("5 stages: 0.0 min computing, 0.0 min in all"))
-    assert re.search(r"; largest process \d+\.\d GB$", closing)
+    assert re.search(r"\ntime of this start: \d+\.\d min for 5 stages; largest process \d+\.\d GB\n$", out)
 
 
 def test_second_start_skips_everything(finished: Path, started: list[str], capfd: Any) -> None:
@@ -60,6 +59,26 @@ def test_second_start_skips_everything(finished: Path, started: list[str], capfd
     assert "[5/5] ap: finished earlier" in out
     assert "25.7" in out
     assert "largest process" not in out  # none was started
+
+
+def test_times_of_this_start_and_of_earlier_ones_add_up(finished: Path, started: list[str], capfd: Any) -> None:
+    for name in CHAIN:
+        file = finished.parent / "runs" / name / "result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": 93.0}))
+    (finished.parent / "runs/ap/out.txt").unlink()  # made again before the others are compared
+    assert main([str(finished)]) == 0
+    assert started == ["ap"]
+    lines = capfd.readouterr().out.splitlines()
+    times = {
+        line.partition(":")[0]: float(line.split(": ")[1].split()[0]) for line in lines if line.startswith("time ")
+    }
+    assert times["time of earlier starts"] == pytest.approx(4 * 93 / 60)
+    assert times["time in all"] == pytest.approx(times["time of this start"] + times["time of earlier starts"])
+    assert f"[1/1] ap: finished in {times['time of this start']} min" in lines
+    assert main([str(finished)]) == 0
+    assert [line for line in capfd.readouterr().out.splitlines() if line.startswith("time ")] == [
+        "time of earlier starts: 6.2 min, as the stages have recorded it"
+    ]
 
 
 def test_model_files_go_by_their_content(started: list[str], write_pipeline: Any, tmp_path: Path, capfd: Any) -> None:
@@ -131,6 +150,36 @@ def test_another_configuration_stops_before_anything_runs(
     )
     assert main([str(finished), "--redo", "student"]) == 0
     assert started == ["student", "ap"]
+
+
+def test_a_start_that_ended_by_a_mistake_takes_other_settings(
+    started: list[str], write_pipeline: Any, capfd: Any
+) -> None:
+    """As the stage alone does: it has no work to lose."""
+    assert main([str(write_pipeline({"a": {"command": "teach", "set": {"ends": "user error"}}}))]) == 2
+    file = write_pipeline({"a": {"command": "teach", "set": {"text": "other"}}})
+    assert main([str(file), "--dry-run"]) == 0
+    assert "[1/1] a: new\n" in capfd.readouterr().out
+    assert main([str(file)]) == 0
+    assert started == ["a", "a"]
+
+
+def test_the_dry_run_refuses_what_the_run_refuses(
+    finished: Path, started: list[str], capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (finished.parent / "runs/ap/result.json").unlink()
+    flags = [str(finished), "--stages.ap.resume", "never"]
+    for words in (flags, [*flags, "--dry-run"]):
+        assert main(words) == 2
+        folder = finished.parent / "runs/ap"
+        assert capfd.readouterr().err == (
+            f"error: stage ap: {folder}: holds this run already and --resume is never; give another --output or delete it\n"
+        )
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != finished.parent / "runs")
+    for more in ([], ["--dry-run"]):
+        assert main([str(finished), *more]) == 2
+        assert capfd.readouterr().err == f"error: {finished.parent}/runs: cannot be written; give another --output\n"
+    assert started == []
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("by hand")])

@@ -202,6 +202,33 @@ def test_loss_that_is_not_finite(
     assert sorted(result["changes"]) == ["optim.clip_grad_norm: null -> 1.0", "optim.lr: 0.02 -> 0.002"]
 
 
+def test_memory_that_runs_out_in_an_evaluation_costs_no_step(
+    arguments: Arguments,
+    distill_settings: Settings,
+    user_error: Callable[..., str],
+    call: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Although the next regular checkpoint is that of the last step."""
+    from ssld.stage1_ssld.evaluation import metrics
+
+    def too_large(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
+
+    settings = distill_settings | {"save_every": 100, "evaluate_every": 3}
+    assert call(distill, arguments(settings, "whole")) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "evaluate", too_large)
+        assert "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. " in user_error(
+            distill, arguments(settings)
+        )
+    assert [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000003"]
+    assert call(distill, arguments(settings)) == 0
+    whole, resumed = (read_tensors(tmp_path / name / "student.safetensors") for name in ("whole", "run"))
+    assert content_hash(whole) == content_hash(resumed)
+
+
 @pytest.mark.parametrize(("steps", "where"), [(1, "restarts from step 0"), (3, "continues from step_00000002")])
 def test_weights_that_the_last_update_spoilt(
     arguments: Arguments,

@@ -26,6 +26,22 @@ def test_table_says_what_is_missing(tmp_path: Path, table: dict[str, Any]) -> No
     ]
 
 
+def test_names_of_any_letters_keep_the_columns(tmp_path: Path, table: dict[str, Any]) -> None:
+    """On a terminal, where Chinese letters are two columns wide, an accent of its own none, and control characters are escaped."""
+    names = {"teacher": "细胞 检测", "SSLD": "cafe\u0301", "baseline": "a\tb\x1b[1m"}
+    table = {
+        "rows": {names[name]: row for name, row in table["rows"].items()},
+        "gain": [names[n] for n in table["gain"]],
+    }
+    plain = {"teacher": "x" * 9, "SSLD": "cafe", "baseline": "a?tb?x1b[1m"}  # as wide
+    expected = {"rows": dict(zip(plain.values(), table["rows"].values(), strict=True)), "gain": ["cafe", "a?tb?x1b[1m"]}
+    got, wanted = (table_text(TableConfig(**one), tmp_path).splitlines() for one in (table, expected))
+    assert [line[-20:] for line in got] == [line[-20:] for line in wanted]
+    assert [line.rstrip(" -") for line in got[1:4]] == ["细胞 检测", "cafe\u0301", "a\\tb\\x1b[1m"]
+    for line, other in zip(got, wanted, strict=True):
+        assert len(line) == len(other) - 4 * line.count("细胞") + line.count("\u0301")
+
+
 def test_table_shows_percent_and_signed_differences(
     tmp_path: Path, table: dict[str, Any], fake_stage: ModuleType
 ) -> None:

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ssld.pipelines.checks.settings import settings_lines
 from ssld.pipelines.run import main
 from ssld.pipelines.runner import trial
 from ssld.pipelines.runner.estimate import FILE, Rate, disk_of, rate_key, read_rates, seconds, time_text, write_rates
@@ -13,8 +15,11 @@ from ssld.pipelines.runner.launch import Outcome
 from ssld.pipelines.runner.plan import Planned
 from ssld.pipelines.runner.stages import KINDS, Stage, build_stages, read_pipeline
 from ssld.pipelines.runner.trial import rate_of, shortened
+from ssld.shared.checksums import write_folder_sums
 from ssld.shared.config.settings import parse_config
+from ssld.shared.errors import UserError
 from ssld.shared.run_dir import RunDir
+from ssld.shared.training.checkpoint import load_checkpoint, save_checkpoint
 from ssld.shared.training.checkpoint_folders import MARK
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect.config import TrainConfig
@@ -81,6 +86,8 @@ def test_a_training_that_resumes_needs_the_time_of_what_is_left(
     checkpoints = built[0].run / "checkpoints"
     for step in (30, 60, 90):
         (checkpoints / f"step_{step:08d}").mkdir(parents=True)
+        (checkpoints / f"step_{step:08d}" / "state.json").write_text("{}")
+        write_folder_sums(checkpoints / f"step_{step:08d}")
         if step < 90:
             (checkpoints / f"step_{step:08d}" / MARK).touch()
     assert main([str(file), "--dry-run"]) == 0
@@ -98,6 +105,36 @@ def test_a_training_that_resumes_needs_the_time_of_what_is_left(
     save_images(tmp_path / "photos", "disc", 4, seed=0)  # one step per pass
     assert main([str(file), "--dry-run", "--stages.student.steps", "null", "--stages.student.train_epochs", "59"]) == 2
     assert "is at step 60 already, beyond the " in capfd.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_found_before_the_run(write_pipeline: Any, capfd: Any, tmp_path: Path) -> None:
+    """With the words of the training that would read it; not where the stage is computed again."""
+    (tmp_path / "photos").mkdir()
+    settings = {
+        "student.model": "random:test_resnet",
+        "objective": "labels",
+        "data.train": [str(tmp_path / "photos")],
+        "steps": 9,
+    }
+    settings |= {"batch_size": 4, "optim": {"lr": 0.1, "reference_batch": 4}}
+    file = write_pipeline({"student": {"command": "distill", "set": settings}})
+    built = build_stages(read_pipeline(file), file, output=tmp_path / "runs")
+    run = RunDir(built[0].config, "distill")
+    newest = save_checkpoint(run.checkpoints, 6, {"model": {"w": torch.ones(3)}}, {})
+    run.close()
+    assert main([str(file), "--dry-run"]) == 0
+    (newest / "model.safetensors").write_bytes(b"half")
+    capfd.readouterr()
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(newest)
+    for words in (["--dry-run"], []):
+        assert main([str(file), *words]) == 2
+        assert capfd.readouterr().err == f"error: stage student: {caught.value}\n"
+    for checked in (file, run.path / "config.yaml"):  # a pipeline, and the settings of one command
+        lines, _ = settings_lines(checked, {}, {}, quick=True)
+        faults = [line.text.removeprefix("stage student: ") for line in lines if line.level == "fault"]
+        assert faults == [str(caught.value)]
+    assert main([str(file), "--dry-run", "--redo", "student"]) == 0
 
 
 def test_disk_is_files_and_checkpoints() -> None:

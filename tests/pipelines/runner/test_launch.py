@@ -1,6 +1,7 @@
 """A stage as a process: command line, output, failures and signals."""
 
 import dataclasses
+import fcntl
 import os
 import signal
 import subprocess
@@ -175,16 +176,38 @@ def test_stage_without_a_result_has_failed(fake_kinds: None, write_pipeline: Any
     assert outcome == Outcome(1, ("ended without a result; its last lines:", "working in a"))
 
 
-@pytest.mark.process
-@pytest.mark.parametrize(("error_json", "expected"), [(True, 2), (False, 1)])
-def test_user_error_behind_a_launcher(fake_kinds: None, write_pipeline: Any, error_json: bool, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("record", "lines"), [('{"error": "key: wrong"}', ("key: wrong",)), ("[]", None), (None, None)]
+)
+def test_user_error_behind_a_launcher(
+    fake_kinds: None, write_pipeline: Any, record: str | None, lines: tuple[str, ...] | None
+) -> None:
     stage = one_stage(write_pipeline({"a": {"command": "teach", "processes": 2}}))
     stage.run.mkdir(parents=True)
-    (stage.run / "error.json").write_text('{"error": "key: wrong", "exit_code": 2}')
-    begun = time.time() + (0 if error_json else 60)  # an old file does not describe this start
-    outcome = launch._outcome(stage, 1, ["noise"], begun, stopped=False)
-    assert outcome.code == expected
-    assert outcome.lines[-1] == ("key: wrong" if error_json else "noise")
+    if record:
+        (stage.run / "error.json").write_text(record)
+    expected = Outcome(2, lines) if lines else Outcome(1, ("exit code 1; its last lines:", "noise"))
+    assert launch._outcome(stage, 1, ["noise"], stopped=False) == expected
+
+
+@pytest.mark.process
+def test_the_mistake_of_an_earlier_start_is_not_this_ones(fake_kinds: None, write_pipeline: Any) -> None:
+    """Whatever the clock says of its file."""
+    file = write_pipeline({"a": {"command": "teach", "set": {"ends": "crash"}}})
+    (file.parent / "runs/a").mkdir(parents=True)
+    (file.parent / "runs/a/error.json").write_text('{"error": "key: wrong"}')
+    outcome, _ = run_one(file)
+    assert outcome.lines[0] == "exit code 1; its last lines:"
+
+
+@pytest.mark.process
+def test_a_log_that_cannot_be_written_stops_nothing(fake_kinds: None, write_pipeline: Any, capfd: Any) -> None:
+    file = write_pipeline({"a": {"command": "teach"}})
+    (file.parent / "runs/logs").mkdir(parents=True)
+    (file.parent / "runs/logs/a.txt").symlink_to("/dev/full")
+    with Signals() as signals:
+        assert run_stage(one_stage(file), file.parent / "runs/logs/a.txt", signals) == Outcome(0)
+    assert "working in a\n" in capfd.readouterr().out
 
 
 RUNNER = """
@@ -200,11 +223,8 @@ sys.exit(run.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_reaches_the_stage_in_its_own_group(
-    fake_kinds: None, write_pipeline: Any, tmp_path: Path, number: signal.Signals
-) -> None:
+def start_waiting(write_pipeline: Any, tmp_path: Path) -> "subprocess.Popen[str]":
+    """A runner whose first stage waits for a signal; returns when it does."""
     file = write_pipeline({"a": {"command": "teach", "set": {"ends": "waiting"}}, "b": {"command": "teach"}})
     code = RUNNER.format(here=str(FAKE.parent))
     process = subprocess.Popen(
@@ -214,6 +234,15 @@ def test_signal_reaches_the_stage_in_its_own_group(
     deadline = time.monotonic() + 60
     while not ready.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
+    return process
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_reaches_the_stage_in_its_own_group(
+    fake_kinds: None, write_pipeline: Any, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start_waiting(write_pipeline, tmp_path)
     os.kill(process.pid, number)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 143
@@ -222,6 +251,44 @@ def test_signal_reaches_the_stage_in_its_own_group(
     assert "stage a: stopped; the same command resumes it" in err
     assert "[2/2]" not in out
     assert not (tmp_path / "runs/a/result.json").exists()
+
+
+@pytest.mark.process
+def test_a_killed_runner_stops_its_stage(fake_kinds: None, write_pipeline: Any, tmp_path: Path) -> None:
+    process = start_waiting(write_pipeline, tmp_path)
+    (stage,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate()
+    try:
+        stage.wait(timeout=30)  # half as long as it would wait for a signal
+    finally:
+        if stage.is_running():
+            stage.kill()
+    with (tmp_path / "runs/a/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert (tmp_path / "runs/a/stopped").read_text() == str(signal.SIGTERM.value)
+
+
+@pytest.mark.process
+def test_a_start_waits_for_the_stage_of_a_killed_runner(
+    fake_kinds: None, write_pipeline: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    file = write_pipeline({"a": {"command": "teach"}})
+    run = file.parent / "runs/a"
+    run.mkdir(parents=True)
+    with (run / ".lock").open("w") as lock, Signals() as signals:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waits: list[float] = []
+
+        def wait(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 2:
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(launch.time, "sleep", wait)
+        assert run_stage(one_stage(file), file.parent / "runs/logs/a.txt", signals) == Outcome(0)
+    assert len(waits) == 2
+    assert capfd.readouterr().out.count("runs/a: in use by another process; waiting") == 1
 
 
 LONG_STEP = """

@@ -13,7 +13,8 @@ from torch import nn
 from ssld.shared.distributed import processes, ranks
 from ssld.shared.distributed.processes import best_precision, prepare_model, start_processes
 from ssld.shared.errors import UserError
-from ssld.shared.run_dir import RunDir, changes_since
+from ssld.shared.run_dir import RunDir
+from ssld.shared.run_identity import changes_since
 from ssld.stage1_ssld.config import EvaluateConfig
 
 Settings = Callable[..., EvaluateConfig]

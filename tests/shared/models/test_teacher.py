@@ -106,6 +106,16 @@ def test_fixed_size_teacher_gets_its_size() -> None:
     assert teacher(PIXELS).shape == (3, 1000)
 
 
+def test_random_weights_are_the_same_at_every_start() -> None:
+    """A run that continues would have another teacher than it began with, and every rank its own."""
+    torch.manual_seed(1)
+    first = FrozenTeacher("random:test_resnet")
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), drawn)  # nothing was drawn from the caller's numbers
+    assert FrozenTeacher("random:test_resnet").content_sha256() == first.content_sha256()
+
+
 def test_facts(teacher_file: Path) -> None:
     teacher = FrozenTeacher(str(teacher_file))
     assert teacher.class_names == ["disc", "ring", "stripes"]

@@ -10,7 +10,7 @@ import torch
 
 from ssld.shared.errors import UserError
 from ssld.shared.files import file_sha256
-from ssld.shared.run_dir import input_digest
+from ssld.shared.run_identity import input_digest
 from ssld.stage2_detect.data.coco import CocoData, Id, read_coco
 from ssld.stage2_detect.data.coco_json import write_results
 from ssld.stage2_detect.evaluation import analysis, bootstrap
