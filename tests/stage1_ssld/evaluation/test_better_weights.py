@@ -142,6 +142,7 @@ def test_a_stage_that_spoils_its_student_leaves_the_start(
     assert results[0]["metrics"]["neighbours_last"] < 1
     assert results[1]["metrics"]["agreement"] < 1
     for result in results:  # the teacher's own weights agree with it
+        assert result
         assert result["metrics"]["start_agreement"] == 1
         assert result["metrics"]["start_kl"] == pytest.approx(0, abs=1e-6)
     for which in ("last", "mean", "start"):
