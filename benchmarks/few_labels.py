@@ -5,13 +5,14 @@
     OMP_NUM_THREADS=1 python benchmarks/few_labels.py DATA --output runs/few --labeled 41 --rows retinanet retinanet_sad --base retinanet
 
 DATA holds `bccd/`, `coco-mini/` and `weights/efficientnet_lite{0,2}.safetensors`. Every row is a detector that starts from EfficientNet-Lite0,
-with the settings that `ssld init` writes for the labeled photos on a CPU, at a smaller size (`--side`), and with the same steps: a Faster R-CNN, or a
-RetinaNet in the rows `retinanet...`. What a row adds is in `ROWS`. A seed also chooses which of the training photos are labeled; the others are the
+with the settings that `ssld init` writes for the labeled photos on a CPU, but no augmentation beyond flips, at a smaller size (`--side`), and with the
+same steps: a Faster R-CNN, or a RetinaNet in the rows `retinanet...`. What a row adds is in `ROWS`. A seed also chooses which of the training photos are labeled; the others are the
 unlabeled ones. `--data-set coco-mini` has persons, animals and vehicles as its classes, `--data-set animals` its animals as one.
 
 `retinanet_sad` has the detector of the row `retinanet` of its seed as its teacher, which also writes the pseudo-labels of the unlabeled photos; run
 that row before. `..._ssld` start from one backbone for all seeds: stage 1 under EfficientNet-Lite2, as `ssld init` sets it for a student with
-weights, on the training photos without their labels (nine tenths; the others tell whether it improves).
+weights, on the training photos without their labels (nine tenths; the others tell whether it improves). `..._ssld_batch`: the same with BatchNorm
+by batch statistics.
 
 A run is a process of its own with one thread; its time is processor time of training, without imports. Finished runs are not repeated. Printed: mean
 AP over the seeds and each seed's, the difference to `--base` with a 95 % interval of a paired bootstrap over the evaluation images (seeds averaged,
@@ -51,6 +52,7 @@ _DOUBLED = {"batch_size": 4, "optim": {"reference_batch": 16}}
 _MOVING = _DOUBLED | {"moving_teacher": {"unlabeled": "{folder}/unlabeled.txt"}}
 _RETINANET = {"model": {"kind": "retinanet"}}
 _SSLD = {"backbone": "{ssld}/student.safetensors", "arch": None}
+_SSLD_BATCH = {"backbone": "{ssld_batch}/student.safetensors", "arch": None}
 _SAD = {
     "unlabeled": "{images}",
     "pseudo": "{pseudo}/pseudo_labels.json",
@@ -66,7 +68,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "moving_teacher_cells": _MOVING | {"augment": "cells"},
     "moving_teacher_strong": _MOVING | {"augment": "strong"},
     "ssld": _SSLD,
+    "ssld_batch": _SSLD_BATCH,
+    "strong_ssld": {"augment": "strong"} | _SSLD,
+    "strong_ssld_batch": {"augment": "strong"} | _SSLD_BATCH,
     "moving_teacher_ssld": _MOVING | _SSLD,
+    "moving_teacher_strong_ssld": _MOVING | {"augment": "strong"} | _SSLD,
     "retinanet": _RETINANET,
     "retinanet_sad": _RETINANET | _DOUBLED | _SAD,
     "retinanet_moving_teacher": _RETINANET | _MOVING,
@@ -115,12 +121,14 @@ def run_one(data: Path, folder: Path, name: str, row: str, options: argparse.Nam
     settings["data"] = {key: value for key, value in settings["data"].items() if key.startswith("train_")}
     run = folder / "runs" / f"{row}-{options.steps}-{options.side}"
     settings |= {"steps": options.steps, "threads": 1, "device": "cpu", "output": str(run)}
-    names = {"folder": folder, "images": images, "ssld": folder.parent / f"ssld-{name}"}
+    names = {"folder": folder, "images": images}
+    names |= {kind: folder.parent / f"{kind}-{name}" for kind in ("ssld", "ssld_batch")}
     length = f"{options.steps}-{options.side}"
     names["teacher"] = folder / "runs" / f"retinanet-{length}" / "detector.safetensors"
     names["pseudo"] = folder / f"pseudo-{length}"
-    if row.endswith("_ssld") or row == "ssld":
-        stage1(data, name, names["ssld"])
+    for kind in ("ssld", "ssld_batch"):
+        if row.endswith(kind):
+            stage1(data, name, names[kind], "eval" if kind == "ssld" else "batch")
     if row == "retinanet_sad":
         wanted = {"model": str(names["teacher"]), "images": str(folder / "unlabeled.txt"), "pseudo_labels": True}
         command(predict.main, wanted, names["pseudo"])
@@ -145,7 +153,7 @@ def _filled(value: Any, names: dict[str, Path]) -> Any:
     return value.format(**names) if isinstance(value, str) else value
 
 
-def stage1(data: Path, name: str, output: Path) -> None:
+def stage1(data: Path, name: str, output: Path, batchnorm: str) -> None:
     """Train the backbone of the rows `..._ssld`, unless it is finished: on all training photos, of which it reads no label."""
     content = json.loads((data / DATA[name] / "annotations" / "instances_train.json").read_bytes())
     files = sorted(str(image["file_name"]) for image in content["images"])
@@ -162,6 +170,7 @@ def stage1(data: Path, name: str, output: Path) -> None:
         settings["data"][part] = [source] if part == "train" else source
     for role, model in (("student", "efficientnet_lite0"), ("teacher", "efficientnet_lite2")):
         settings[role] = {"model": str(data / "weights" / f"{model}.safetensors"), "arch": f"tf_{model}"}
+    settings["student"]["batchnorm"] = batchnorm
     command(distill.main, settings, output)
 
 

@@ -211,6 +211,7 @@ def our_settings(folder: Path, images: Path, weights: Path, options: argparse.Na
     pipeline = yaml.safe_load((folder / "init.yaml").read_text(encoding="utf-8"))
     settings: dict[str, Any] = _filled(pipeline["stages"]["detector"]["set"], pipeline["variables"])
     settings.pop("trackers", None)
+    settings.pop("augment", None)  # suits the length that `ssld init` chose, not this one
     scale = options.side / settings["resize"]["short_side"]
     model = settings["model"]
     model["rpn.anchor_sizes"] = [max(4, round(size * scale)) for size in model["rpn.anchor_sizes"]]

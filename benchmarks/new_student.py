@@ -175,7 +175,8 @@ class Bench:
     def student(self, row: Row) -> dict[str, Any]:
         """Settings of a row's stage 1."""
         steps = row.times * self.scale.steps
-        settings: dict[str, Any] = yaml.safe_load(STAGE1) | {"student": {"model": str(self.start())}, "steps": steps}
+        settings: dict[str, Any] = yaml.safe_load(STAGE1) | {"steps": steps}
+        settings["student"] = {"model": str(self.start()), "batchnorm": "batch"}  # the file holds random weights
         if row.losses is None:
             return settings | {"objective": "labels", "data": self.views(self.labeled)}
         settings |= {"losses": list(row.losses), "data": self.views(self.labeled, self.unlabeled)}

@@ -67,6 +67,7 @@ STUDENTS: dict[str, list[str]] = {
     "init": [],
     "frozen": ["--student.batchnorm", "eval"],
     "lr5e-5": ["--optim.lr", "5e-5"],
+    "lr5e-5_frozen": ["--optim.lr", "5e-5", "--student.batchnorm", "eval"],
     "own_size": ["--teacher.size", "260"],
     "wide": ["--data.crop_area", "0.35,1.0"],
     "size224": ["--data.image_size", "224", "--teacher.size", "260"],
@@ -184,7 +185,11 @@ def distilled(photos: Photos, row: str) -> Path:
     steps, output = photos.scale.steps, photos.output / "students" / row
     settings: dict[str, Any] = yaml.safe_load(STAGE1)
     settings |= {
-        "student": {"model": str(photos.weights / f"{STUDENT}.safetensors"), "arch": ARCHES[STUDENT]},
+        "student": {
+            "model": str(photos.weights / f"{STUDENT}.safetensors"),
+            "arch": ARCHES[STUDENT],
+            "batchnorm": "batch",  # the rows `..frozen` keep the running statistics, which is the default
+        },
         "teacher": {
             "model": str(photos.weights / f"{TEACHER}.safetensors"),
             "arch": ARCHES[TEACHER],
