@@ -400,11 +400,13 @@ def test_the_hint_is_on_the_first_that_something_fits(read: Callable[..., CocoDa
         (["a/1.jpg", "b/1.jpg"], ["C:\\Users\\me\\img\\a\\1.jpg", "C:\\Users\\me\\img\\b\\1.jpg"], ["a/1.jpg", "b/1.jpg"]),
         (["a/1.jpg", "2.jpg"], ["/data/local-files/?d=img/a/1.jpg", "/data/local-files/?d=img/2.jpg"], ["a/1.jpg", "2.jpg"]),
         (["x 1.JPG", "2.jpg"], ["https://host/img/x%201.jpg", "2.jpg"], ["x 1.JPG", None]),
-        (["a/1.jpg", "b/2.jpg"], ["1.png", "img/2.jpg"], ["a/1.jpg", "b/2.jpg"]),
+        (["a/1.jpg", "b/2.jpg"], ["1.png", "img/b/2.jpg"], ["a/1.jpg", "b/2.jpg"]),
         # One name fits two files, two names fit one file, or a file that the data set lists already.
         (["a/1.jpg", "b/1.jpg", "2.jpg"], ["1.jpg", "./2.JPG"], None),
         (["1.jpg"], ["a/1.jpg", "b/1.jpg"], None),
         (["1.jpg"], ["a/1.jpg", "1.jpg"], None),
+        # Cameras number their images alike: an image in a folder of another name may be another image.
+        (["b/1.jpg", "2.jpg"], ["a/1.jpg", "img/2.jpg"], None),
     ],
 )  # fmt: skip
 def test_files_that_are_meant(
