@@ -506,6 +506,8 @@ def test_some_boxes_over_the_border_stop_training_only_if_all_look_like_corners(
     assert levels([*over, *[[2, 3, 9, 8]] * 4, *[[30, 20, 9, 8]] * 12]) == ["warning"]  # sides smaller than the corner
     assert levels([*over, *[[2, 3, 9, 8]] * 8]) == ["warning"]  # too few to tell
     assert levels([*over, *[[2, 3, 9, 8]] * 46]) == []
+    width, height = (content()["images"][0][side] for side in ("width", "height"))
+    assert levels([[1, 1, width + 1, height + 1]] * 30) == ["warning"]  # around whole images, two pixels too large
 
 
 def test_entries_of_one_file_with_other_boxes_stop_training_in_bulk(
