@@ -83,8 +83,10 @@ def _with_defaults(record: Any, config: Any) -> Any:
 
 
 def _is_given(config: Any, keys: Sequence[str]) -> bool:
-    """Whether a setting was given, in a file or by a flag, and is not left to its default."""
+    """Whether a setting was given, in a file or by a flag, and is not left to its default; also true of a former setting, which cannot be set."""
     group, rest = getattr(config, keys[0], None), keys[1:]
+    if keys[0] not in type(config).model_fields:
+        return True
     given = keys[0] in config.model_fields_set
     return given and (not rest or not isinstance(group, BaseModel) or _is_given(group, rest))
 

@@ -244,15 +244,13 @@ class StudentConfig(NetworkConfig):
     """BatchNorm mode in training: batch (batch statistics, running ones updated) or eval (running statistics, frozen); null: eval for trained
     weights, batch for random ones"""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_reference(cls, value: Any) -> Any:
+    @model_validator(mode="after")
+    def _chosen_batchnorm(self) -> Self:
         """Keep the statistics of trained weights: those of crops fit no whole photo (docs/distillation.md, "Pretrained students")."""
-        value = {"model": value} if isinstance(value, str) else value
-        if isinstance(value, dict) and value.get("batchnorm") is None:
-            random = str(value.get("model")).startswith("random:")
-            value = value | {"batchnorm": "batch" if random else "eval"}
-        return value
+        if self.batchnorm is None:
+            # Past the frozen model, so that the setting does not count as given.
+            object.__setattr__(self, "batchnorm", "batch" if self.model.startswith("random:") else "eval")
+        return self
 
 
 class EncoderConfig(Config):

@@ -13,12 +13,12 @@ From Python, with a loss of one's own (docs/distillation.md, "Your own loss"):
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
@@ -30,11 +30,6 @@ from ssld.shared.run_dir import read_result
 from ssld.shared.wording import count
 from ssld.stage1_ssld.config import EVALUATION_BATCH, DistillConfig, TeachConfig
 from ssld.stage1_ssld.data_config import register_loss
-
-if TYPE_CHECKING:
-    from ssld.stage1_ssld.distillation.student import Student
-    from ssld.stage1_ssld.distillation.targets import Targets
-
 
 __all__ = ["distill", "main", "register_loss", "train"]
 
@@ -127,6 +122,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         statistics_warning,
         worse_than_start,
     )
+    from ssld.stage1_ssld.distillation.preview import has_trained_start, preview
     from ssld.stage1_ssld.distillation.student import Student
     from ssld.stage1_ssld.distillation.targets import open_targets
     from ssld.stage1_ssld.distillation.teacher import try_teacher
@@ -291,7 +287,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
 
     def compare_with_start() -> Choice | None:
         """Compare the trained weights with the initial ones, and load the better ones where `keep_weights: better` is set."""
-        if val_source is None or teacher is None or not _has_trained_start(config, student, targets):
+        if val_source is None or teacher is None or not has_trained_start(config, student, targets):
             return None
         net = student.evaluated.eval()
         share_buffers(net)
@@ -310,7 +306,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
 
     def measure_start() -> dict[str, float]:
         """Agreement and KL of the initial weights, where they are trained ones with a classifier for these classes."""
-        if teacher is None or student.model.new_head or not _has_trained_start(config, student, targets):
+        if teacher is None or student.model.new_head or not has_trained_start(config, student, targets):
             return {}
         net = student.evaluated.net
         now = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -339,7 +335,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
             teacher.compile()
     model = prepare_model(accelerator, student.learner)
     loaded = [student.model.loaded, *(teacher.loaded if teacher else [])]
-    for line in [*loaded, *_preview(config, student, targets, training.images, steps, ranks)]:
+    for line in [*loaded, *preview(config, student, targets, training.images, steps, ranks)]:
         run.log(line)
     run.log(
         f"lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} to {config.batch_size}, warm-up {warmup_steps} steps"
@@ -463,61 +459,6 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         write_curves(run.path)
     state.finish(metrics, step, [file], run.path / f"{result}_best.safetensors")
     run.log(f"wrote {file}")
-
-
-def _preview(
-    config: DistillConfig | TeachConfig,
-    student: "Student",
-    targets: "Targets",
-    images: int | None,
-    steps: int,
-    ranks: int,
-) -> Iterator[str]:
-    """Log lines on the network, the teacher and the length of the run."""
-    from ssld.shared.models.teacher import FrozenTeacher
-
-    trained = [parameter.numel() for parameter in student.model.parameters() if parameter.requires_grad]
-    frozen = "" if config.trainable == "all" else ", only the classifier is trained"
-    classes = f"{student.classes} classes" if student.classes else "no classes: only features are learned"
-    yield (
-        f"{student.name} ({sum(trained) / 1e6:.2f} M trained parameters, {classes}) at {config.data.image_size} px, "
-        f"objective {config.objective}{frozen}"
-    )
-    if config.optim.layer_decay < 1:
-        factors = set(student.lr_factors(config.optim.layer_decay).values())
-        yield f"layer decay {config.optim.layer_decay:g}: learning-rate factors from {min(factors):.3g} to 1 in {len(factors)} layers"
-    if student.heads:
-        yield student.heads.describe()
-    if student.unreached:
-        yield f"{student.unreached / 1e6:.2f} M parameters of {student.name} are not trained: no loss term depends on them"
-    teacher = config.teacher if isinstance(config, DistillConfig) else None
-    if targets.store:
-        yield f"soft labels from {targets.store.path}: {targets.store.facts()['reference']}, {targets.store.views} views per image"
-    if teacher:
-        names = ", ".join([teacher.model, *(member.model for member in teacher.ensemble)])
-        only = "" if targets.learns_from_teacher and not targets.store else " (for evaluation only)"
-        yield f"teacher {names}, BatchNorm by {'the batch' if teacher.batchnorm == 'batch' else 'running statistics'}{only}"
-        view = (config.data.image_size, config.data.image_size)
-        if isinstance(targets.teacher, FrozenTeacher) and not targets.teacher.size and targets.teacher.own_size != view:
-            own = " x ".join(map(str, targets.teacher.own_size))
-            yield f"teacher sees views of {view[0]} px; its own size is {own} (teacher.size: own)"
-        if "random:" in names:
-            yield "warning: the teacher has random weights"
-    if _has_trained_start(config, student, targets) and not (config.data.evaluates and targets.teacher):
-        missing = "data.val" if targets.teacher else "teacher"
-        yield f"{missing}: not given, so the trained weights are not compared with the initial ones"
-    passes = (
-        f"{images} images, {steps * config.batch_size / images:.1f} passes" if images else "a stream of unknown length"
-    )
-    yield (
-        f"{count(len(config.data.train), 'source')}, {passes}: {steps} steps of {config.batch_size} images "
-        f"({count(ranks, 'process')} x {config.accumulate} accumulated)"
-    )
-
-
-def _has_trained_start(config: DistillConfig | TeachConfig, student: "Student", targets: "Targets") -> bool:
-    """Whether a student under a teacher starts from trained weights, all of which are trained further."""
-    return config.trainable == "all" and targets.learns_from_teacher and student.began_trained
 
 
 def _keeps_better(config: DistillConfig | TeachConfig) -> bool:

@@ -136,17 +136,23 @@ def brought(better: RowConfig, base: RowConfig, runs: Path) -> str | None:
     None if neither, or if other settings differ too, so that nothing could be said about these alone.
     """
     (run, settings), (_, base_settings) = (_detector_settings(row.detector, runs) for row in (better, base))
-    if run is None or _compared_settings(settings) != _compared_settings(base_settings):
+    moving, base_moving = (one.get("moving_teacher") for one in (settings, base_settings))
+    alike = moving == base_moving
+    if run is None or _compared_settings(settings, alike) != _compared_settings(base_settings, alike):
+        return None
+    if not alike and base_moving:
         return None
     parts = []
     distilled, base_distilled = (_distilled(one.get("backbone"), runs) for one in (settings, base_settings))
+    if _first_weights(settings, runs) != _first_weights(base_settings, runs):
+        return None
     if distilled and base_distilled is False:
         parts.append("the teacher's soft labels in stage 1, in place of labels,")
     elif distilled and not base_distilled:
         parts.append("stage 1")
     elif settings.get("backbone") != base_settings.get("backbone"):
         return None
-    if settings.get("moving_teacher") and not base_settings.get("moving_teacher"):
+    if not alike:
         unlabeled = images_read(run, "moving_teacher.unlabeled")
         parts.append(
             f"{count(unlabeled, 'unlabeled photo') if unlabeled else 'the unlabeled photos'} under a moving teacher"
@@ -235,16 +241,24 @@ def _distilled(backbone: Any, runs: Path) -> bool | None:
     return settings.get("objective") != "labels" and _text(settings, "teacher", "model") is not None
 
 
-def _compared_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that stage 1 and a moving teacher leave as they are: the batch of the latter holds unlabeled photos too."""
-    changed = {"backbone", "arch", "moving_teacher", "batch_size", *NOT_IDENTITY}
+def _first_weights(settings: dict[str, Any], runs: Path) -> Any:
+    """Return the reference that a detector's backbone began with: before the stages of `runs` that trained it, if there are any."""
+    backbone, seen = settings.get("backbone"), set()
+    while isinstance(backbone, str) and backbone not in seen and (made_by := _made_by(backbone, runs)) is not None:
+        seen.add(backbone)
+        backbone = _text(_settings(made_by), "student", "model")
+    return backbone
+
+
+def _compared_settings(settings: dict[str, Any], alike: bool) -> dict[str, Any]:
+    """Return the settings that stage 1 leaves as they are, and unless both detectors are `alike` in their moving teacher, this one too: its batch
+    holds unlabeled photos."""
+    changed = {"backbone", "arch", "moving_teacher", *NOT_IDENTITY} | (set() if alike else {"batch_size"})
     kept = {key: value for key, value in settings.items() if key not in changed}
     optim = kept.get("optim")
-    return kept | (
-        {"optim": {key: value for key, value in optim.items() if key != "reference_batch"}}
-        if isinstance(optim, dict)
-        else {}
-    )
+    if isinstance(optim, dict) and not alike:
+        kept["optim"] = {key: value for key, value in optim.items() if key != "reference_batch"}
+    return kept
 
 
 def _described(backbone: str, runs: Path) -> str:

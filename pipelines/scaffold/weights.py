@@ -112,14 +112,19 @@ def faults_of(given: Mapping[str, tuple[str, str | None]]) -> list[str]:
     """Build the network of each reference with its weights, and return a line for each that fails. Imports torch.
 
     Args:
-        given: (reference, timm name of the network or None) by role; a `backbone` has to give maps of features, as a detector needs them.
+        given: (reference, timm name of the network or None) by role; a `backbone` has to give maps of features, as a detector needs them, and a
+            `teacher` may be a pickle, as in stage 1.
     """
-    from ssld.shared.models.backbones import load_backbone
+    from ssld.shared.models.backbones import create_classifier, load_backbone
+    from ssld.shared.models.references import parse_reference
 
     faults = []
     for role, (text, arch) in given.items():
         try:
-            load_backbone(text, arch=arch, features_only=role == "backbone")
+            if role == "backbone":
+                load_backbone(text, arch=arch, features_only=True)
+            else:
+                create_classifier(parse_reference(text, arch, allow_pickle=True))
         except UserError as error:
             faults += [f"--{role} {line}" for line in str(error).splitlines()]
     return faults

@@ -35,6 +35,8 @@ CROWD, FLAT, OUTSIDE, CLIPPED = "marked iscrowd", "without width or height", "ou
 """reasons why training drops or changes boxes"""
 _SUSPECT, _BULK = 0.1, 0.5
 """shares of suspicious boxes above which the log questions the box format, and above which training stops"""
+_FAR = 0.05
+"""share of an image's side by which a box has to reach over the border to be one of those that stop training"""
 _ENOUGH = 20
 """number of boxes from which a pattern in all of them is no chance"""
 
@@ -324,16 +326,20 @@ def format_doubts(validated: ValidatedBoxes, crowd_N: np.ndarray, sizes_N2: np.n
     corners_N4 = validated.corners_N4
     sound_N = ~(validated.degenerate_N | crowd_N)
     sides_N2 = corners_N4[:, 2:] - corners_N4[:, :2]
-    over_N = sound_N & (np.abs(corners_N4 - validated.clipped_N4) > 1).any(1)  # a pixel is rounding
+    beyond_N4 = np.abs(corners_N4 - validated.clipped_N4)
+    over_N = sound_N & (beyond_N4 > 1).any(1)  # a pixel is rounding
+    # Boxes around whole images reach over the border by some pixels: no other format.
+    far_N = over_N & (beyond_N4 > _FAR * np.tile(sizes_N2, 2)).any(1)
     first_N = sound_N & (corners_N4 >= 0).all(1) & (sides_N2 <= 1).all(1)
     first_N &= (corners_N4[:, :2] <= 1).all(1) & (sizes_N2 > 2).all(1)
     # Of corners the second is always the larger one; of x, y, width, height that is so for large objects alone.
     like_corners = bool((sides_N2 > corners_N4[:, :2])[sound_N].all())
-    total, over, first = (int(which_N.sum()) for which_N in (sound_N, over_N, first_N))
+    total, over, far, first = (int(which_N.sum()) for which_N in (sound_N, over_N, far_N, first_N))
     doubts = []
     if over > _SUSPECT * total:
         text = f"{over:,} of the {count(total, 'box')} reach over the border: corners (x1, y1, x2, y2) instead of x, y, width, height?"
-        doubts.append(FormatDoubt(text, is_bulk(over, total) or (like_corners and total >= _ENOUGH)))
+        probable = is_bulk(far, total) or (like_corners and total >= _ENOUGH and far > _SUSPECT * total)
+        doubts.append(FormatDoubt(text, probable))
     if first > _SUSPECT * total:
         text = f"{first:,} of the {count(total, 'box')} have no number above 1: shares of the image instead of pixels?"
         doubts.append(FormatDoubt(text, is_bulk(first, total)))

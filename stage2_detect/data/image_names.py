@@ -51,12 +51,14 @@ def hint(folder: str | Path, missing: Sequence[str]) -> str:
 def fitting_files(folder: str | Path, names: Sequence[str], missing: Sequence[int]) -> dict[int, str]:
     """Return by position the file that is meant by each missing name that fits one, in the forms of `hint`.
 
-    Empty if a name fits several files, or if two names of the file would refer to one file: then the user has to decide.
+    Empty if a name fits several files, or one in a folder of another name (`cam1/1.jpg` and `cam2/1.jpg`), or if two names would refer to one file:
+    then the user has to decide.
     """
     fits = dict(zip(missing, _fits(folder, [names[index] for index in missing]), strict=True))
     found = {index: files[0] for index, files in fits.items() if len(files) == 1}
     meant: dict[str, str] = {}
     clear = all(len(files) < 2 for files in fits.values())
+    clear &= all(_one_ends_in_the_other(names[index], file) for index, file in found.items())
     for index, name in enumerate(map(posixpath.normpath, names)):
         clear &= meant.setdefault(found.get(index, name), name) == name
     return found if clear else {}
@@ -128,6 +130,13 @@ def _fits(folder: str | Path, names: Sequence[str]) -> list[list[str]]:
         return []
 
     return [fits(name) for name in names]
+
+
+def _one_ends_in_the_other(name: str, file: str) -> bool:
+    """Whether two names differ in the folders before them alone, such as `a/b/1.jpg` and `b/1.JPG`."""
+    one, other = (_stem(each).split("/") for each in (name, file))
+    shared = min(len(one), len(other))
+    return one[-shared:] == other[-shared:]
 
 
 def _plain(name: str) -> str:

@@ -191,13 +191,21 @@ def _of_yaml(file: Path) -> YoloLayout:
 def _found_here(root: Path, places: dict[str, list[str]]) -> dict[str, str]:
     """Return for each place that does not exist the longest end of its path that does: `train/images` for `/content/pets/train/images`.
 
-    A folder or list that several places would mean is left out: splits must not become one.
+    Left out is a folder or list that another place means too, or that is inside or above the folder of another place: splits must not share images.
     """
     all_places = {place for several in places.values() for place in several}
     lost = {place for place in all_places if not located(root, place).exists()}
     found = {place: next((end for end in ends_of(place) if (root / end).exists()), "") for place in sorted(lost)}
-    meant = [(root / found[place] if place in lost else located(root, place)).resolve() for place in all_places]
-    return {place: end for place, end in found.items() if end and meant.count((root / end).resolve()) == 1}
+    ends = [end for end in found.values() if end]
+    meant = [
+        path.resolve() for path in (*(root / end for end in ends), *(located(root, one) for one in all_places - lost))
+    ]
+
+    def alone(end: str) -> bool:
+        path = (root / end).resolve()
+        return sum(path.is_relative_to(other) or other.is_relative_to(path) for other in meant) == 1
+
+    return {place: end for place, end in found.items() if end and alone(end)}
 
 
 def _names(content: dict[str, Any], file: Path, root: Path) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import torch
 from safetensors.numpy import save_file
 
 from ssld.pipelines import init
@@ -67,6 +68,9 @@ def test_files_and_names_that_give_no_network(tmp_path: Path, monkeypatch: pytes
     assert (
         weights.faults_of({"backbone": ("net.safetensors", "test_resnet"), "teacher": ("random:test_vit", None)}) == []
     )
+    torch.save(net.state_dict(), "net.pth")  # of a teacher alone, as in stage 1
+    assert weights.faults_of({"teacher": ("net.pth", "test_resnet")}) == []
+    assert weights.faults_of({"backbone": ("net.pth", "test_resnet")})
     for given, line in (
         (("net.safetensors", "test_resnett"), "net.safetensors: test_resnett: timm has no such model; did you mean"),
         (("net.safetensors", "test_efficientnet"), "net.safetensors: does not hold a test_efficientnet"),

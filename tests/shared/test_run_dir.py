@@ -133,6 +133,9 @@ def test_a_default_that_was_another_one_is_named(config: Settings) -> None:
     assert refused == ["rate: 0.3 -> 0.1 (the default; set it to 0.3 to go on as before)"]
     _, refused = changes_since(config.output, changed(plain, rate=0.1, group=None), {})
     assert refused == ["rate: 0.3 -> 0.1", 'group: {"weight": 1.0, "decay": 0.5} -> null']
+    record = config.output / "config.yaml"
+    record.write_text(record.read_text() + "former: 3\n")  # no advice to set what is no setting any more
+    assert "former: 3 -> null" in changes_since(config.output, plain, {})[1]
 
 
 def test_files_of_a_finished_run_that_are_gone_or_changed(config: Settings, capsys: pytest.CaptureFixture[str]) -> None:

@@ -287,6 +287,14 @@ def test_folders_of_another_machine_that_may_be_one_are_refused(tmp_path: Path, 
         assert "/images is neither a folder nor a .txt list of images; correct it, or take " in message
 
 
+def test_no_folder_above_another_split_is_taken_for_a_lost_one(tmp_path: Path, user_error: Callable[..., str]) -> None:
+    """Its images would be the training images too."""
+    root = tmp_path / "set"
+    build(root, "images/{}", "labels/{}")
+    write(root / "data.yaml", "train: images/train\nval: /content/set/valid/images\nnames: [wide, tall]\n")
+    assert "val: /content/set/valid/images is neither a folder" in user_error(main, line(root, tmp_path / "out"))
+
+
 def test_images_listed_twice_or_in_two_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "set"
     build(root, "images/{}", "labels/{}")

@@ -104,6 +104,7 @@ def _content(file: Path) -> dict[str, Any]:
     shapes = content.get("shapes") if isinstance(content, dict) else None
     if not isinstance(shapes, list) or not all(isinstance(shape, dict) for shape in shapes):
         raise UserError(f"{file}: shapes: expected a list of objects")
+    content.pop("imageData", None)  # the whole image, which would fill the memory; the files are read in its place
     return dict(content)
 
 

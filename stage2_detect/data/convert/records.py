@@ -190,8 +190,8 @@ def coco_content(data: SourceData, split: str, *, source: str, allow_loss: bool)
     unlabeled, listed = tally.changed("image", NO_LABELS), len(images) + tally.dropped("image")
     if unlabeled > _MOST * listed and not allow_loss:
         raise UserError(
-            f"{source}: split {split}: {unlabeled:,} of the {count(listed, 'image')} have no label file ({data.searched[split]}) and would be "
-            f"trained on as images without objects; move images that nobody has labeled to another folder, or {ALLOW_LOSS}"
+            f"{source}: split {split}: {unlabeled:,} of the {count(listed, 'image')} have no label file ({data.searched[split]}) and would count "
+            "as images without objects; move images that nobody has labeled to another folder, or set allow_loss: true if nothing is on them"
         )
     if not annotations:
         raise UserError(f"{source}: split {split}: no object is left: {tally.describe()}")

@@ -145,6 +145,7 @@ def test_what_a_detector_had_and_its_control_had_not(tmp_path: Path) -> None:
         "both": rest | distilled | moving,
         "longer": rest | distilled | {"steps": 90},
         "other": rest | {"backbone": "timm:resnet50"},
+        "larger": rest | distilled | {"batch_size": 4},
     }
     for name, settings in trainings.items():
         write(tmp_path / f"d {name}", settings)
@@ -160,6 +161,10 @@ def test_what_a_detector_had_and_its_control_had_not(tmp_path: Path) -> None:
         ("longer", "own"): None,
         ("other", "own"): None,
         ("own", "own"): None,
+        ("stage 1", "other"): None,  # another network
+        ("stage 1", "moving"): None,  # without the unlabeled photos of the other
+        ("larger", "own"): None,
+        ("both", "moving"): "stage 1",
     }
     assert {pair: brought(rows[pair[0]], rows[pair[1]], tmp_path) for pair in words} == words
 

@@ -23,6 +23,7 @@ def test_statistics_stay_or_move(
     distill_settings: dict[str, Any],
     arguments: Callable[..., list[str]],
     call: Callable[..., int],
+    user_error: Callable[..., str],
     tmp_path: Path,
 ) -> None:
     student = {"model": str(teacher_file)} | ({"batchnorm": given} if given else {})
@@ -40,6 +41,10 @@ def test_statistics_stay_or_move(
     assert "conv1.1.weight" in moved  # BatchNorm's own weights learn
     recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert recorded["student"]["batchnorm"] == batchnorm
+    if given == "batch":  # as runs of a version with another default
+        del settings["student"]["batchnorm"]
+        advice = 'student.batchnorm: "batch" -> "eval" (the default; set it to "batch" to go on as before)'
+        assert advice in user_error(distill, arguments(settings))
 
 
 def test_random_weights_have_no_statistics_to_keep(

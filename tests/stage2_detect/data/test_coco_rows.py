@@ -400,11 +400,13 @@ def test_the_hint_is_on_the_first_that_something_fits(read: Callable[..., CocoDa
         (["a/1.jpg", "b/1.jpg"], ["C:\\Users\\me\\img\\a\\1.jpg", "C:\\Users\\me\\img\\b\\1.jpg"], ["a/1.jpg", "b/1.jpg"]),
         (["a/1.jpg", "2.jpg"], ["/data/local-files/?d=img/a/1.jpg", "/data/local-files/?d=img/2.jpg"], ["a/1.jpg", "2.jpg"]),
         (["x 1.JPG", "2.jpg"], ["https://host/img/x%201.jpg", "2.jpg"], ["x 1.JPG", None]),
-        (["a/1.jpg", "b/2.jpg"], ["1.png", "img/2.jpg"], ["a/1.jpg", "b/2.jpg"]),
+        (["a/1.jpg", "b/2.jpg"], ["1.png", "img/b/2.jpg"], ["a/1.jpg", "b/2.jpg"]),
         # One name fits two files, two names fit one file, or a file that the data set lists already.
         (["a/1.jpg", "b/1.jpg", "2.jpg"], ["1.jpg", "./2.JPG"], None),
         (["1.jpg"], ["a/1.jpg", "b/1.jpg"], None),
         (["1.jpg"], ["a/1.jpg", "1.jpg"], None),
+        # Cameras number their images alike: an image in a folder of another name may be another image.
+        (["b/1.jpg", "2.jpg"], ["a/1.jpg", "img/2.jpg"], None),
     ],
 )  # fmt: skip
 def test_files_that_are_meant(
@@ -504,6 +506,8 @@ def test_some_boxes_over_the_border_stop_training_only_if_all_look_like_corners(
     assert levels([*over, *[[2, 3, 9, 8]] * 4, *[[30, 20, 9, 8]] * 12]) == ["warning"]  # sides smaller than the corner
     assert levels([*over, *[[2, 3, 9, 8]] * 8]) == ["warning"]  # too few to tell
     assert levels([*over, *[[2, 3, 9, 8]] * 46]) == []
+    width, height = (content()["images"][0][side] for side in ("width", "height"))
+    assert levels([[1, 1, width + 1, height + 1]] * 30) == ["warning"]  # around whole images, two pixels too large
 
 
 def test_entries_of_one_file_with_other_boxes_stop_training_in_bulk(
