@@ -5,9 +5,10 @@
     OMP_NUM_THREADS=1 python benchmarks/few_labels.py DATA --output runs/few --labeled 41 --rows retinanet retinanet_sad --base retinanet
 
 DATA holds `bccd/`, `coco-mini/` and `weights/efficientnet_lite{0,2}.safetensors`. Every row is a detector that starts from EfficientNet-Lite0,
-with the settings that `ssld init` writes for the labeled photos on a CPU, but no augmentation beyond flips, at a smaller size (`--side`), and with the
-same steps: a Faster R-CNN, or a RetinaNet in the rows `retinanet...`. What a row adds is in `ROWS`. A seed also chooses which of the training photos are labeled; the others are the
-unlabeled ones. `--data-set coco-mini` has persons, animals and vehicles as its classes, `--data-set animals` its animals as one.
+with the settings that `ssld init` writes for the labeled photos on a CPU, but no augmentation beyond flips, at a smaller size (`--side`), and with
+the same steps: a Faster R-CNN, or a RetinaNet in the rows `retinanet...`. What a row adds is in `ROWS`. A seed also chooses which of the training
+photos are labeled; the others are the unlabeled ones. `--data-set coco-mini` has persons, animals and vehicles as its classes, `--data-set animals`
+its animals as one.
 
 `retinanet_sad` has the detector of the row `retinanet` of its seed as its teacher, which also writes the pseudo-labels of the unlabeled photos; run
 that row before. `..._ssld` start from one backbone for all seeds: stage 1 under EfficientNet-Lite2, as `ssld init` sets it for a student with

@@ -451,7 +451,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     began = measure_start()
     if "agreement" in began:
         run.log(f"the initial weights: {describe(began)}")
-        run.log_if(worse_than_start(metrics, began))
+        run.log_if(worse_than_start(metrics, began, batch_statistics=student.uses_batch_statistics()))
         metrics |= {f"start_{name}": began[name] for name in ("agreement", "kl")}
     save_network(step, file, metrics, **({"kept": choice.which} if choice else {}))
     accelerator.end_training()

@@ -25,14 +25,14 @@ from ssld.shared.config.validation import validate
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import write_atomically
 from ssld.shared.run_dir import read_result
-from ssld.shared.wording import count, padded, printable, verdict, width_of
+from ssld.shared.wording import FEW_IMAGES, count, padded, printable, verdict, width_of
 
 COLUMNS = ("backbone", "top-1", "agreement", "detector AP", "AP50")
 _CLASSIFIER, _DETECTOR = ("top1", "agreement"), ("AP", "AP50")
 NONE = "-"
 CLAIMS = {"better": "good", "worse": "bad"}
 """verdicts that claim a difference, and their names on the page"""
-FEW_OBJECTS, FEW_PHOTOS = 100, 50
+FEW_OBJECTS = 100
 """objects and photos of an evaluation below which AP is said to be unsure; about: the interval says how unsure"""
 _MOST = 1e9  # larger numbers are no metric
 _NO_SPREAD = 1e-9  # rounding errors of equal values are smaller
@@ -191,7 +191,7 @@ class Evaluated:
     @property
     def few(self) -> bool:
         """Whether AP on so few images or objects is unsure."""
-        sizes = ((self.images, FEW_PHOTOS), (self.objects, FEW_OBJECTS))
+        sizes = ((self.images, FEW_IMAGES), (self.objects, FEW_OBJECTS))
         return any(number is not None and number < least for number, least in sizes)
 
     @property
@@ -200,8 +200,8 @@ class Evaluated:
         sizes = ((self.images, "image"), (self.objects, "object"))
         parts = [count(number, what) for number, what in sizes if number is not None]
         unsure = ": too few to tell detectors apart unless they differ a lot"
-        unsure += f" (below about {FEW_PHOTOS} images or {FEW_OBJECTS} objects, AP is unsure)"
-        return f"the detectors are evaluated on {' with '.join(parts)}{unsure if self.few else ''}"
+        unsure += f" (below about {FEW_IMAGES} images or {FEW_OBJECTS} objects, AP is unsure)"
+        return f"AP is measured on {' with '.join(parts)}{unsure if self.few else ''}"
 
 
 def evaluated(table: TableConfig, output: Path) -> Evaluated | None:

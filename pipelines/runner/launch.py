@@ -36,7 +36,6 @@ _GRACE_SECONDS = 600  # after a signal: time to end the step and write the check
 _ERROR = b"error: "  # beginning of a line about a user's mistake
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LINGER_SECONDS = 10  # after a normal end: time for loader processes to exit
-_ORPHAN_SECONDS = 120  # time for the stage of a runner that was killed to end its step and write the checkpoint
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def run_stage(stage: Stage, console: Path, signals: Signals, *, quiet: bool = Fa
 
 def _wait_for_orphan(run: Path, signals: Signals) -> None:
     """Wait while another process holds a run directory: after the death of its runner a stage ends its step, and the next start may come at once."""
-    deadline, told = time.monotonic() + _ORPHAN_SECONDS, False
+    deadline, told = time.monotonic() + _GRACE_SECONDS, False
     while _is_held(run) and not signals.received and time.monotonic() < deadline:
         if not told:
             say(f"{shown(run)}: in use by another process; waiting, in case it is the stage of a run that was killed")

@@ -141,19 +141,20 @@ def statistics_warning(values: Mapping[str, float], classes: int) -> str | None:
     )
 
 
-def worse_than_start(metrics: Mapping[str, float], start: Mapping[str, float]) -> str | None:
+def worse_than_start(metrics: Mapping[str, float], start: Mapping[str, float], *, batch_statistics: bool) -> str | None:
     """Return a warning if training took a student away from its teacher, by agreement and by KL; None otherwise.
 
     Args:
         metrics: of the trained weights on held-out images: `agreement` (0..1), `kl` (nats per image), `images`.
         start: the same of the initial weights.
+        batch_statistics: whether BatchNorm normalizes by batch statistics in training.
     """
     if metrics["agreement"] >= start["agreement"] or metrics["kl"] <= start["kl"]:
         return None
     return (
         f"warning: the student agrees with its teacher less than its initial weights do: {100 * metrics['agreement']:.1f} % after "
         f"{100 * start['agreement']:.1f} % of {metrics['images']:.0f} held-out images, KL {metrics['kl']:.3g} after {start['kl']:.3g}. "
-        "A detector may do better without stage 1: compare the two; a lower optim.lr and student.batchnorm: eval are gentler"
+        f"A detector may do better without stage 1: compare the two. Gentler: {'student.batchnorm: eval, ' * batch_statistics}a lower optim.lr"
     )
 
 

@@ -193,16 +193,16 @@ def test_a_single_detector_is_compared_with_nothing(tmp_path: Path) -> None:
     rows = {"detector": {"detector": "ap"}, "student": {"classifier": "ssld"}}
     table = TableConfig.model_validate({"rows": rows})
     assert alone(table, tmp_path) is None  # nothing is measured yet
-    (tmp_path / "ap/result.json").write_text(json.dumps({"metrics": {"AP": 0.3}, "read": {"annotations": photos(39)}}))
+    (tmp_path / "ap/result.json").write_text(json.dumps({"metrics": {"AP": 0.3}, "read": {"annotations": photos(29)}}))
     made = "One detector, from timm's pretrained weights of resnet18d: Faster R-CNN, 320 px, 15 passes over 160 photos"
-    sentence = f"{made}, evaluated on 39 photos. Nothing was compared."
+    sentence = f"{made}, evaluated on 29 photos. Nothing was compared."
     one = alone(table, tmp_path)
     assert one
     assert one[0] == sentence
     assert "ssld init --unlabeled DIR --distill yes" in one[1]
     assert "a second stage with like: detector, " in one[1]
     assert table_text(table, tmp_path).splitlines()[-2:] == list(one)
-    assert "the detectors are evaluated on 39 images: too few" in table_text(table, tmp_path)
+    assert "AP is measured on 29 images: too few" in table_text(table, tmp_path)
     stages = {"detector": {"command": "train"}, "ap": {"command": "evaluate_detector"}, "ssld": {"command": "distill"}}
     pipeline = PipelineConfig.model_validate({"output": "x", "stages": stages, "table": {"rows": rows}})
     page = render(pipeline, tmp_path, title="one")

@@ -136,7 +136,7 @@ def test_differences_beside_the_gain_have_their_interval_and_their_control(tmp_p
     lines = table_text(table, tmp_path).splitlines()
     assert [line.split()[:5] for line in lines if " - " in line] == [["row", x, "-", "row", "a"] for x in "bc"]
     assert sum(line.startswith("95 % interval") for line in lines) == 2
-    assert lines[-1] == "the detectors are evaluated on 64 images with 509 objects"
+    assert lines[-1] == "AP is measured on 64 images with 509 objects"
 
 
 @pytest.mark.parametrize(("images", "objects"), [(29, 99), (30, 100), (None, 99)])
@@ -161,7 +161,8 @@ def test_few_images_and_objects_are_said_with_several_seeds(images: int | None, 
     assert interval.verdict == ("evaluated on 29 images: too few to tell" if images == 29 else "better")
     assert ("detector AP: evaluated on 29 images: too few to tell" in text) == (images == 29)
     size = f"{images} images with {objects} objects" if images else f"{objects} objects"
-    assert f"the detectors are evaluated on {size}: too few" in text  # fewer than 50 images, or 100 objects
+    assert f"AP is measured on {size}" in text
+    assert (f"{size}: too few" in text) == (objects == 99)
     assert "do not cover the choice of evaluation images" in text
 
 
@@ -262,7 +263,7 @@ def test_intervals_of_detectors_are_those_of_this_comparison(
     assert lines[5].split() == ["95", "%", "interval", "+2.0", "to", "+20.0", "-2.0", "to", "+20.0"]
     assert lines[6 : 6 + len(conclusions)] == conclusions
     assert lines[-2].startswith("the intervals cover the choice of the images, not the training")
-    assert lines[-1].startswith(f"the detectors are evaluated on {images} images with 40 objects: too few")
+    assert lines[-1].startswith(f"AP is measured on {images} images with 40 objects: too few")
     shutil.rmtree(tmp_path / "b")
     write_result(tmp_path / "b", {"AP": 0.3, "AP50": 0.5, **counts}, digest="another evaluation")
     difference = gain(table, tmp_path)
