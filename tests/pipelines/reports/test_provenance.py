@@ -164,6 +164,26 @@ def test_what_a_detector_had_and_its_control_had_not(tmp_path: Path) -> None:
     assert {pair: brought(rows[pair[0]], rows[pair[1]], tmp_path) for pair in words} == words
 
 
+@pytest.mark.parametrize("boxes", [(0.0, 0.0), (0.0, 0.3), ()])
+def test_a_moving_teacher_that_found_nothing_is_named(boxes: tuple[float, ...], tmp_path: Path) -> None:
+    """Otherwise the page would say what the unlabeled photos brought where they had no pseudo-box."""
+    own: dict[str, Any] = {"backbone": "timm:resnet18d"}
+    write(tmp_path / "own", own)
+    write(tmp_path / "moving", own | {"moving_teacher": {"unlabeled": "m"}})
+    read = {"metrics": {}, "read": {"moving_teacher.unlabeled": photos(40)}}
+    (tmp_path / "moving/result.json").write_text(json.dumps(read))
+    lines = [{"step": 1, "loss": 2.0}, *({"step": n + 2, "pseudo_boxes": one} for n, one in enumerate(boxes))]
+    (tmp_path / "moving/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = TableConfig.model_validate({"rows": {name: {"detector": name} for name in ("own", "moving")}})
+    words = brought(table.rows["moving"], table.rows["own"], tmp_path)
+    nothing = boxes == (0.0, 0.0)
+    assert words == "40 unlabeled photos under a moving teacher" + (" that found no object in them" if nothing else "")
+    named = start(table.rows["moving"], tmp_path)
+    assert named is not None
+    assert named.text.endswith("no object found in them") == nothing
+    assert ("moving: its moving teacher found no object" in table_text(table, tmp_path)) == nothing
+
+
 @pytest.mark.parametrize("settings", [{}, {"student": 3, "model": []}, {"model": {"model": 1}, "backbone": 4}, [1]])
 def test_runs_without_known_settings_have_no_sentence(settings: Any, tmp_path: Path) -> None:
     write(tmp_path / "a", settings)
