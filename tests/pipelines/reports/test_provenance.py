@@ -133,6 +133,8 @@ def test_what_a_detector_had_and_its_control_had_not(tmp_path: Path) -> None:
     student: dict[str, Any] = {"student": {"model": "timm:resnet18d"}, "teacher": {"model": "timm:resnet50"}}
     write(tmp_path / "ssld", student)
     write(tmp_path / "labels", student | {"objective": "labels"})
+    pool = {"metrics": {}, "read": {"data.train.0": photos(60), "data.train.1": photos(10), "data.val.0": photos(5)}}
+    (tmp_path / "ssld/result.json").write_text(json.dumps(pool))
     rest: dict[str, Any] = {"steps": 60, "batch_size": 2, "optim": {"lr": 0.1, "reference_batch": 8}}
     moving = {"moving_teacher": {"unlabeled": "m"}, "batch_size": 4, "optim": {"lr": 0.1, "reference_batch": 16}}
     own = {"backbone": "timm:resnet18d", "arch": None}
@@ -153,9 +155,9 @@ def test_what_a_detector_had_and_its_control_had_not(tmp_path: Path) -> None:
     rows = {name: RowConfig(detector=(f"d {name}",)) for name in trainings}
     words = {
         ("moving", "own"): "40 unlabeled photos under a moving teacher",
-        ("stage 1", "own"): "stage 1",
+        ("stage 1", "own"): "stage 1 on 70 photos",
         ("stage 1", "labels"): "the teacher's soft labels in stage 1, in place of labels,",
-        ("both", "own"): "stage 1 and the unlabeled photos under a moving teacher",
+        ("both", "own"): "stage 1 on 70 photos and the unlabeled photos under a moving teacher",
         ("both", "stage 1"): "the unlabeled photos under a moving teacher",
         ("longer", "own"): None,
         ("other", "own"): None,
