@@ -143,8 +143,8 @@ def brought(better: RowConfig, base: RowConfig, runs: Path) -> str | None:
     if distilled and base_distilled is False:
         parts.append("the teacher's soft labels in stage 1, in place of labels,")
     elif distilled and not base_distilled:
-        photos = images_read(Path(settings["backbone"]).parent, "data.train")
-        parts.append(f"stage 1 on {count(photos, 'photo')}" if photos else "stage 1")
+        distilled_on = images_read(Path(settings["backbone"]).parent, "data.train")
+        parts.append(f"stage 1 on {count(distilled_on, 'photo')}" if distilled_on else "stage 1")
     elif settings.get("backbone") != base_settings.get("backbone"):
         return None
     if settings.get("moving_teacher") and not base_settings.get("moving_teacher"):
