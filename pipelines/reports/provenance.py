@@ -12,7 +12,7 @@ from ssld.pipelines.config import RowConfig, TableConfig
 from ssld.shared.config.settings import NOT_IDENTITY
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import MALFORMED, UserError
-from ssld.shared.run_dir import read_result
+from ssld.shared.run_dir import read_metrics, read_result
 from ssld.shared.wording import count
 
 _KINDS = {
@@ -149,14 +149,15 @@ def brought(better: RowConfig, base: RowConfig, runs: Path) -> str | None:
     if distilled and base_distilled is False:
         parts.append("the teacher's soft labels in stage 1, in place of labels,")
     elif distilled and not base_distilled:
-        parts.append("stage 1")
+        distilled_on = images_read(Path(settings["backbone"]).parent, "data.train")
+        parts.append(f"stage 1 on {count(distilled_on, 'photo')}" if distilled_on else "stage 1")
     elif settings.get("backbone") != base_settings.get("backbone"):
         return None
     if not alike:
         unlabeled = images_read(run, "moving_teacher.unlabeled")
-        parts.append(
-            f"{count(unlabeled, 'unlabeled photo') if unlabeled else 'the unlabeled photos'} under a moving teacher"
-        )
+        photos = count(unlabeled, "unlabeled photo") if unlabeled else "the unlabeled photos"
+        blind = " that found no object in them" if _found_nothing(run) else ""
+        parts.append(f"{photos} under a moving teacher{blind}")
     return " and ".join(parts) or None
 
 
@@ -229,7 +230,28 @@ def _training(stages: Sequence[str], runs: Path) -> tuple[str, list[str]] | None
 def _moving(run: Path) -> str:
     """Describe the moving teacher of a training."""
     unlabeled = images_read(run, "moving_teacher.unlabeled")
-    return "moving teacher" + (f", {count(unlabeled, 'unlabeled photo')}" if unlabeled else "")
+    words = "moving teacher" + (f", {count(unlabeled, 'unlabeled photo')}" if unlabeled else "")
+    return words + (", no object found in them" if unlabeled and _found_nothing(run) else "")
+
+
+def blind_teachers(table: TableConfig, runs: Path) -> list[str]:
+    """Return a line for each row whose moving teacher found no object, so that its score does not tell what the unlabeled photos bring."""
+    rows = {name: _detector_settings(row.detector, runs) for name, row in table.rows.items()}
+    return [
+        f"{name}: its moving teacher found no object in the unlabeled photos, so this row does not show what they bring; "
+        "train longer, or with a lower moving_teacher.score_threshold"
+        for name, (run, settings) in rows.items()
+        if run is not None and settings.get("moving_teacher") and _found_nothing(run)
+    ]
+
+
+def _found_nothing(run: Path) -> bool:
+    """Return whether no line of a training under a moving teacher has a pseudo-box; False if none tells."""
+    try:
+        found = [boxes for line in read_metrics(run) if isinstance(boxes := line.get("pseudo_boxes"), int | float)]
+    except OSError:
+        return False
+    return bool(found) and not any(found)
 
 
 def _distilled(backbone: Any, runs: Path) -> bool | None:

@@ -133,6 +133,8 @@ def test_what_a_detector_had_and_its_control_had_not(tmp_path: Path) -> None:
     student: dict[str, Any] = {"student": {"model": "timm:resnet18d"}, "teacher": {"model": "timm:resnet50"}}
     write(tmp_path / "ssld", student)
     write(tmp_path / "labels", student | {"objective": "labels"})
+    pool = {"metrics": {}, "read": {"data.train.0": photos(60), "data.train.1": photos(10), "data.val.0": photos(5)}}
+    (tmp_path / "ssld/result.json").write_text(json.dumps(pool))
     rest: dict[str, Any] = {"steps": 60, "batch_size": 2, "optim": {"lr": 0.1, "reference_batch": 8}}
     moving = {"moving_teacher": {"unlabeled": "m"}, "batch_size": 4, "optim": {"lr": 0.1, "reference_batch": 16}}
     own = {"backbone": "timm:resnet18d", "arch": None}
@@ -154,9 +156,9 @@ def test_what_a_detector_had_and_its_control_had_not(tmp_path: Path) -> None:
     rows = {name: RowConfig(detector=(f"d {name}",)) for name in trainings}
     words = {
         ("moving", "own"): "40 unlabeled photos under a moving teacher",
-        ("stage 1", "own"): "stage 1",
+        ("stage 1", "own"): "stage 1 on 70 photos",
         ("stage 1", "labels"): "the teacher's soft labels in stage 1, in place of labels,",
-        ("both", "own"): "stage 1 and the unlabeled photos under a moving teacher",
+        ("both", "own"): "stage 1 on 70 photos and the unlabeled photos under a moving teacher",
         ("both", "stage 1"): "the unlabeled photos under a moving teacher",
         ("longer", "own"): None,
         ("other", "own"): None,
@@ -167,6 +169,26 @@ def test_what_a_detector_had_and_its_control_had_not(tmp_path: Path) -> None:
         ("both", "moving"): "stage 1",
     }
     assert {pair: brought(rows[pair[0]], rows[pair[1]], tmp_path) for pair in words} == words
+
+
+@pytest.mark.parametrize("boxes", [(0.0, 0.0), (0.0, 0.3), ()])
+def test_a_moving_teacher_that_found_nothing_is_named(boxes: tuple[float, ...], tmp_path: Path) -> None:
+    """Otherwise the page would say what the unlabeled photos brought where they had no pseudo-box."""
+    own: dict[str, Any] = {"backbone": "timm:resnet18d"}
+    write(tmp_path / "own", own)
+    write(tmp_path / "moving", own | {"moving_teacher": {"unlabeled": "m"}})
+    read = {"metrics": {}, "read": {"moving_teacher.unlabeled": photos(40)}}
+    (tmp_path / "moving/result.json").write_text(json.dumps(read))
+    lines = [{"step": 1, "loss": 2.0}, *({"step": n + 2, "pseudo_boxes": one} for n, one in enumerate(boxes))]
+    (tmp_path / "moving/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = TableConfig.model_validate({"rows": {name: {"detector": name} for name in ("own", "moving")}})
+    words = brought(table.rows["moving"], table.rows["own"], tmp_path)
+    nothing = boxes == (0.0, 0.0)
+    assert words == "40 unlabeled photos under a moving teacher" + (" that found no object in them" if nothing else "")
+    named = start(table.rows["moving"], tmp_path)
+    assert named is not None
+    assert named.text.endswith("no object found in them") == nothing
+    assert ("moving: its moving teacher found no object" in table_text(table, tmp_path)) == nothing
 
 
 @pytest.mark.parametrize("settings", [{}, {"student": 3, "model": []}, {"model": {"model": 1}, "backbone": 4}, [1]])
