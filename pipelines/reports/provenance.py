@@ -23,6 +23,7 @@ _KINDS = {
     "retinanet": "RetinaNet",
     "gfl": "GFL",
 }
+_LAST_GOOD = "detector_last_good.safetensors"  # left by a training whose moving teacher collapsed
 _PUBLISHED = "coco"  # scheme of published detectors as `init`
 
 
@@ -47,7 +48,7 @@ def compared(table: TableConfig, runs: Path) -> str | None:
     for name, row in table.rows.items():
         if name in trainings:
             start, facts = trainings[name]
-            clauses.append(", ".join([f"{name}: {start}", *(fact for fact in facts if fact not in shared)]))
+            clauses.append(f"{name}: {_with_facts(start, [fact for fact in facts if fact not in shared])}")
         elif text := origin(row, runs):
             clauses.append(f"{name}: {text}")
     if not clauses:
@@ -116,7 +117,7 @@ def origin(row: RowConfig, runs: Path) -> str | None:
     """
     training = _training(row.detector, runs)
     if training is not None:
-        return ", ".join([training[0], *training[1]])
+        return _with_facts(*training)
     run = _first(row.classifier, runs)
     return _backbone(run, runs) if run else None
 
@@ -180,6 +181,11 @@ def _start(settings: dict[str, Any], runs: Path) -> Start | None:
     return Start(f"body of {own.text} under COCO weights", own.path) if scheme else own
 
 
+def _with_facts(start: str, facts: Sequence[str]) -> str:
+    """Join a detector's initial weights and its own facts; a start that stage 1 has made has commas and numbers of its own."""
+    return ("; the detector: " if "," in start and facts else ", " * bool(facts)).join([start, ", ".join(facts)])
+
+
 def _first(stages: Sequence[str], runs: Path) -> Path | None:
     """Return the run directory of the first of several seeds."""
     return runs / stages[0] if stages else None
@@ -234,15 +240,24 @@ def _moving(run: Path) -> str:
     return words + (", no object found in them" if unlabeled and _found_nothing(run) else "")
 
 
-def blind_teachers(table: TableConfig, runs: Path) -> list[str]:
-    """Return a line for each row whose moving teacher found no object, so that its score does not tell what the unlabeled photos bring."""
-    rows = {name: _detector_settings(row.detector, runs) for name, row in table.rows.items()}
-    return [
-        f"{name}: its moving teacher found no object in the unlabeled photos, so this row does not show what they bring; "
-        "train longer, or with a lower moving_teacher.score_threshold"
-        for name, (run, settings) in rows.items()
-        if run is not None and settings.get("moving_teacher") and _found_nothing(run)
-    ]
+def failed_teachers(table: TableConfig, runs: Path) -> list[str]:
+    """Return a line for each row whose moving teacher found no object or collapsed, so that its score does not tell what the unlabeled photos bring."""
+    lines = []
+    for name, row in table.rows.items():
+        run, settings = _detector_settings(row.detector, runs)
+        if run is None or not settings.get("moving_teacher"):
+            continue
+        if _found_nothing(run):
+            lines.append(
+                f"{name}: its moving teacher found no object in the unlabeled photos, so this row does not show what they bring; "
+                "train longer, or with a lower moving_teacher.score_threshold"
+            )
+        elif (run / _LAST_GOOD).exists() and read_result(run):  # a run that ends without a collapse removes it
+            lines.append(
+                f"{name}: its moving teacher collapsed in training, so this row does not show what the unlabeled photos bring; {run / _LAST_GOOD} is "
+                "from before, and the log of the training says what to set"
+            )
+    return lines
 
 
 def _found_nothing(run: Path) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 
 from ssld.pipelines.config import PipelineConfig, RowConfig, TableConfig
 from ssld.pipelines.reports.audit_view import images_of
-from ssld.pipelines.reports.provenance import alone, blind_teachers, images_read
+from ssld.pipelines.reports.provenance import alone, failed_teachers, images_read
 from ssld.shared.config.validation import validate
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import write_atomically
@@ -280,7 +280,7 @@ def table_text(table: TableConfig, output: Path, *, smoke: bool = False) -> str:
     if size := evaluated(table, output):
         lines.append(size.text)
     lines += alone(table, output) or ()
-    lines += blind_teachers(table, output)
+    lines += failed_teachers(table, output)
     if smoke:
         lines.append(SMOKE)
     return "\n".join(lines)

@@ -32,7 +32,7 @@ def test_backbone_and_evaluated_detector(tmp_path: Path) -> None:
     write(tmp_path / "detector", {"backbone": str(tmp_path / "ssld/student.safetensors"), **resize}, images_seen=2400)
     write(tmp_path / "ap", {"model": str(tmp_path / "detector/detector.safetensors")})
     distilled = "student random:resnet18d distilled from teacher/teacher.safetensors, 25,600 images seen, 48 px"
-    expected = f"{distilled}, GFL, 2,400 images seen, 128 px"
+    expected = f"{distilled}; the detector: GFL, 2,400 images seen, 128 px"
     assert origin(RowConfig(detector=("ap", "ap_1")), tmp_path) == expected
     assert origin(RowConfig(detector=("detector",)), tmp_path) == expected
     assert origin(RowConfig.model_validate({"classifier": "ssld", "detector": "ap"}), tmp_path) == expected
@@ -101,7 +101,7 @@ def test_every_start_is_named_and_what_is_shared_is_said_once(tmp_path: Path) ->
     rows = [f"row {n}: {text}, {800 if n else 400} images seen" for n, (_, _, text) in enumerate(STARTS)]
     assert compared(table, tmp_path) == (
         f"Compared: a detector from {last + 1} starts, distilled from big.safetensors, 640 px. "
-        f"{'. '.join(rows)}. row {last}: {stage1}, 800 images seen."
+        f"{'. '.join(rows)}. row {last}: {stage1}; the detector: 800 images seen."
     )
     settings = {"backbone": str(tmp_path / "student/student.safetensors"), "init": COCO}
     write(tmp_path / "both", settings)
@@ -166,7 +166,7 @@ def test_what_a_detector_had_and_its_control_had_not(tmp_path: Path) -> None:
         ("stage 1", "other"): None,  # another network
         ("stage 1", "moving"): None,  # without the unlabeled photos of the other
         ("larger", "own"): None,
-        ("both", "moving"): "stage 1",
+        ("both", "moving"): "stage 1 on 70 photos",
     }
     assert {pair: brought(rows[pair[0]], rows[pair[1]], tmp_path) for pair in words} == words
 
@@ -189,6 +189,9 @@ def test_a_moving_teacher_that_found_nothing_is_named(boxes: tuple[float, ...], 
     assert named is not None
     assert named.text.endswith("no object found in them") == nothing
     assert ("moving: its moving teacher found no object" in table_text(table, tmp_path)) == nothing
+    assert "collapsed" not in table_text(table, tmp_path)
+    (tmp_path / "moving/detector_last_good.safetensors").touch()  # a run that ends without a collapse removes it
+    assert ("moving: its moving teacher collapsed in training" in table_text(table, tmp_path)) != nothing
 
 
 @pytest.mark.parametrize("settings", [{}, {"student": 3, "model": []}, {"model": {"model": 1}, "backbone": 4}, [1]])
