@@ -20,6 +20,7 @@ from ssld.pipelines.checks import data as checked_data
 from ssld.pipelines.runner.estimate import Rate
 from ssld.pipelines.runner.launch import Outcome, Signals
 from ssld.pipelines.runner.stages import KINDS, Stage
+from ssld.pipelines.scaffold import weights
 from ssld.stage2_detect import check_data
 from tests.docs_sandbox import ROOT, TINY, Sandbox, build, commands, script_of, shrunk, tiny_pipeline
 
@@ -67,7 +68,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, call: Callable[..., int], s
         monkeypatch.setattr(module, "ask_torch", lambda: CPU)
     for module in (checked_data, init):
         monkeypatch.setattr(module, "run_script", check_data.main)
-    monkeypatch.setattr(init, "find_downloads_apart", lambda references: [])  # the sandbox replaces what timm names
+    monkeypatch.setattr(weights, "find_downloads_apart", lambda references: [])  # the sandbox replaces what timm names
     rate = Rate(start=1.0, step=0.01)
     monkeypatch.setattr(init, "trials", lambda facts, files: nullcontext(lambda settings, trained, limit: rate))
     monkeypatch.setenv("XDG_CACHE_HOME", str(sandbox.folder / "cache"))

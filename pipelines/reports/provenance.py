@@ -241,7 +241,7 @@ def _moving(run: Path) -> str:
 
 
 def failed_teachers(table: TableConfig, runs: Path) -> list[str]:
-    """Return a line for each row whose moving teacher found no object or collapsed, so that its score does not tell what the unlabeled photos bring."""
+    """Return a line for each row whose moving teacher found no object or collapsed: its score does not tell what unlabeled photos bring."""
     lines = []
     for name, row in table.rows.items():
         run, settings = _detector_settings(row.detector, runs)

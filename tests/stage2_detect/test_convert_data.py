@@ -93,8 +93,12 @@ def test_bulk_loss(tmp_path: Path, user_error: Callable[..., str], capsys: pytes
 
 
 def test_the_error_for_an_unknown_format_lists_the_content(tmp_path: Path, user_error: Callable[..., str]) -> None:
-    write(tmp_path / "set" / "labels.csv", "a,b")
+    write(tmp_path / "set" / "labels.dat", "a,b")
     write(tmp_path / "set" / ".hidden", "")
-    assert user_error(main, line(tmp_path / "set", tmp_path / "o1")).endswith("nor Parquet files; it holds labels.csv")
-    write(tmp_path / "one.csv", "a,b")
-    assert user_error(main, line(tmp_path / "one.csv", tmp_path / "o2")).endswith("it is a single file")
+    assert user_error(main, line(tmp_path / "set", tmp_path / "o1")).endswith("; it holds labels.dat")
+    write(tmp_path / "set" / "labels.csv", "a,b")
+    assert "; labels.csv is a table, whose columns have no fixed meaning;" in user_error(
+        main, line(tmp_path / "set", tmp_path / "o1")
+    )
+    write(tmp_path / "one.dat", "a,b")
+    assert user_error(main, line(tmp_path / "one.dat", tmp_path / "o2")).endswith("it is a single file")
