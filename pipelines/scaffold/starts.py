@@ -278,7 +278,7 @@ def rows_of(
 ) -> list[Row]:
     """Return the detectors of a pipeline in the order of their stages; the first has all settings, the others are `like` it.
 
-    With `moving` the last one is like that of `plain_start`, and learns from unlabeled photos too.
+    With `moving` the last one is like that of `start_of_moving`, and learns from unlabeled photos too.
     """
     alone = len(starts) == 1 and not moving
     own: Start = "random" if backbone.startswith("random:") else "imagenet"
@@ -314,16 +314,20 @@ def rows_of(
             )
         )
     if moving:
-        like = next(row for row in rows if row.start == plain_start(starts))
-        names: dict[str, Any] = {"stage": "detector_moving", "evaluation": "ap_moving", "title": "moving teacher"}
+        like = next(row for row in rows if row.start == start_of_moving(starts))
+        title = f"{like.title}, moving teacher" if like.start == "ssld" else "moving teacher"
+        names: dict[str, Any] = {"stage": "detector_moving", "evaluation": "ap_moving", "title": title}
         own_part: dict[str, Any] = {"leads": False, "backbone": None, "arch": None, "moving": True}
         rows.append(replace(like, like=like.stage, baseline=like.evaluation, **names, **own_part))
     return rows
 
 
-def plain_start(starts: Sequence[Start]) -> Start:
-    """Return the start of the detector under a moving teacher: that of the usual baseline."""
-    return next(start for start in _BASE if start in starts)
+def start_of_moving(starts: Sequence[Start]) -> Start:
+    """Return the start of the detector under a moving teacher.
+
+    Stage 1, because the two gains add up (docs/benchmarks/few_labels_cpu_2026-12-01.md), else that of the usual baseline.
+    """
+    return "ssld" if "ssld" in starts else next(start for start in _BASE if start in starts)
 
 
 def main_row(rows: Sequence[Row]) -> Row:

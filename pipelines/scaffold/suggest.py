@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ssld.pipelines.scaffold.starts import Init, Start, arch_of, plain_start
+from ssld.pipelines.scaffold.starts import Init, Start, arch_of, start_of_moving
 
 Trained = Literal["detector", "coco", "ssld"]
 """trainings that differ in cost: a detector from a backbone, one from a detector trained on COCO, stage 1"""
@@ -78,7 +78,7 @@ class Facts:
     @property
     def moving_kind(self) -> Trained | None:
         """Kind of training that the detector under a moving teacher is like; None if there is none."""
-        return None if self.moving is None else _kind(plain_start(self.starts))
+        return None if self.moving is None else _kind(start_of_moving(self.starts))
 
     @property
     def trainings(self) -> tuple[Trained, ...]:

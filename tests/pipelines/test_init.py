@@ -257,7 +257,7 @@ def test_stage_1_is_left_out_where_nothing_says_that_it_helps(photos: Path, capf
     assert init.main([*line, "--output", "mine.yaml"]) == 0
     assert list(yaml.safe_load(Path("mine.yaml").read_text())["stages"]) == ["detector", "ap", "predictions", "report"]
     out = capfd.readouterr().out
-    assert "stage 1 is left out: the student has pretrained weights, and 3 photos are few; " in out
+    assert "stage 1 is left out: the student has pretrained weights, and 3 photos are few. " in out
     assert "--distill yes adds it" in out
     assert init.main([*line, "--output", "new.yaml", "--backbone", "random:resnet18"]) == 0
     stages = yaml.safe_load(Path("new.yaml").read_text())["stages"]

@@ -91,6 +91,9 @@ def test_beside_stage_1_without_its_held_out_photos(
     assert [name for name in stages if name.startswith(("ssld", "detector"))] == [
         *("ssld", "detector_imagenet", "detector_ssld", "detector_moving")
     ]
+    assert stages["detector_moving"]["like"] == "detector_ssld"  # the gains of stage 1 and of the moving teacher add up
+    assert "backbone" not in stages["detector_moving"]["set"]
+    assert stages["ap_moving"]["set"]["compare"] == "${ap_ssld}/detections.json"
     lists = {
         part: {Path(line).name for line in Path(f"deep/mine_{part}.txt").read_text().splitlines()}
         for part in ("unlabeled", "held_out", "moving")

@@ -189,7 +189,7 @@ def test_settings_are_written_once() -> None:
     [
         (("imagenet",), None, "imagenet", "moving"),
         (("coco",), COCO, "coco", "moving"),
-        (("imagenet", "ssld"), None, "imagenet", "ssld"),
+        (("imagenet", "ssld"), None, "ssld", "ssld"),
         (("coco", "imagenet"), COCO, "imagenet", "coco"),
         (("imagenet", "random"), None, "imagenet", "imagenet"),
         (("ssld",), None, "ssld", "moving"),
