@@ -152,8 +152,9 @@ def worse_than_start(metrics: Mapping[str, float], start: Mapping[str, float], *
     if metrics["agreement"] >= start["agreement"] or metrics["kl"] <= start["kl"]:
         return None
     return (
-        f"warning: the student agrees with its teacher less than its initial weights do: {100 * metrics['agreement']:.1f} % after "
-        f"{100 * start['agreement']:.1f} % of {metrics['images']:.0f} held-out images, KL {metrics['kl']:.3g} after {start['kl']:.3g}. "
+        f"warning: training took the student away from its teacher: on {metrics['images']:.0f} held-out images both give the same class to "
+        f"{100 * metrics['agreement']:.1f} %, with the initial weights to {100 * start['agreement']:.1f} % (KL {metrics['kl']:.3g}, "
+        f"with the initial weights {start['kl']:.3g}). "
         f"A detector may do better without stage 1: compare the two. Gentler: {'student.batchnorm: eval, ' * batch_statistics}a lower optim.lr"
     )
 

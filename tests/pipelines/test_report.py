@@ -303,8 +303,7 @@ def test_a_gain_is_claimed_only_outside_its_interval(
     assert ('class="points good"' in content) == claimed
     assert ('class="points none soft"' in content) != claimed
     assert "The intervals cover the choice of the images, not the training" in text
-    few = f"AP is measured on {images} images with {objects} objects: too few to tell"
-    assert (few in text) == (images < 30 or objects < 100)
+    assert (f"{images} images with {objects} objects: too few to tell" in text) == (images < 30 or objects < 100)
     assert "25.0 20.0 to 50.0" in text  # each AP with its own interval
     # Bars begin at 0; the longest interval ends at the right edge.
     assert 'style="display: block; width: 40.0%"' in content
