@@ -110,8 +110,9 @@ def _refined(embeddings: Embeddings, standard: Standard, center_KD: np.ndarray, 
             x_BD = standard(z_BD)
             score_BK = scores(x_BD, center_KD, offset_K)
             label_B = score_BK.argmax(1)
-            # |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2)
+            # |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2); for an image at its center, rounding may make it negative.
             distance_B = (x_BD.astype(np.float64) ** 2).sum(1) - 2 * score_BK[np.arange(len(label_B)), label_B]
+            distance_B = np.maximum(distance_B, 0)
             _add_rows(sum_KD, label_B, x_BD)
             size_K += np.bincount(label_B, minlength=count)
             distance += float(distance_B.sum())
@@ -125,15 +126,18 @@ def _refined(embeddings: Embeddings, standard: Standard, center_KD: np.ndarray, 
         if len(empty):
             ids = far.ids(len(empty))
             if len(ids) < len(empty):
-                break
+                raise _too_many(count, len(embeddings))
             center_KD[empty] = standard(embeddings.rows(ids))
             refilled += len(empty)
             before = np.inf
-    raise _too_many(count)
+    raise _too_many(count, len(embeddings))
 
 
-def _too_many(count: int) -> UserError:
-    return UserError(f"prototypes: {count} are more than the distinct embeddings of these images allow; give fewer")
+def _too_many(count: int, images: int) -> UserError:
+    return UserError(
+        f"prototypes: {count} are more than the distinct embeddings of these {images} images allow: many images are copies, or the encoder gives "
+        "the same for all; set fewer prototypes, or give other images"
+    )
 
 
 class _Farthest:
@@ -192,7 +196,7 @@ def _balanced(embeddings: Embeddings, standard: Standard, center_KD: np.ndarray,
         offset_K = offset_K + leveller.change(size_K, share)
     assert best is not None
     if best.size_K.min() == 0:
-        raise _too_many(count)
+        raise _too_many(count, len(embeddings))
     return best
 
 

@@ -109,8 +109,22 @@ def test_empty_centers_are_refilled(files: Files, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("balanced", [False, True])
 def test_more_centers_than_different_images(files: Files, balanced: bool) -> None:
     z = np.repeat(np.random.default_rng(0).normal(size=(3, 4)), 10, axis=0)
-    with pytest.raises(UserError, match="prototypes: 5 are more than the distinct embeddings of these images allow"):
+    with pytest.raises(
+        UserError, match="prototypes: 5 are more than the distinct embeddings of these 30 images allow: many"
+    ):
         clustered(files(z), 5, balanced=balanced)
+
+
+def test_as_many_centers_as_images(files: Files) -> None:
+    """Every image is its own center: no distance below 0 from rounding, and no pass more than the one that counts."""
+    embeddings = files(100 + np.random.default_rng(0).normal(size=(30, 64)))
+    lines: list[str] = []
+    standard = standard_of(embeddings)
+    result = find_clusters(embeddings, standard, 30, seed=0, balanced=False, threads=1, log=lines.append)
+    assert (result.size_K == 1).all()
+    distances = [float(line.split("distance ")[1].split(",")[0]) for line in lines if "distance" in line]
+    assert min(distances) >= 0
+    assert len(distances) <= 3
 
 
 def test_balanced_sizes_are_equal(files: Files) -> None:
