@@ -1,6 +1,7 @@
 """K-means over files: statistics, blobs that are recovered, empty centers, equal sizes."""
 
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,6 +139,31 @@ def test_balanced_sizes_are_equal(files: Files) -> None:
     embeddings = files(z)
     label_N = scores(standard_of(embeddings)(z), result.center_KD, result.offset_K).argmax(1)
     np.testing.assert_array_equal(np.bincount(label_N, minlength=4), result.size_K)
+
+
+def test_balancing_takes_the_memory_of_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offsets from parts of the sample are those from all of it at once, without its copies."""
+    draw = np.random.default_rng(0)
+    sample_BD, center_KD = draw.normal(size=(20_000, 8)).astype(np.float32), draw.normal(size=(48, 8))
+
+    def offsets() -> np.ndarray:
+        score_BK = centers._scores_of_sample(sample_BD, center_KD)
+        offset_K, entropy = centers._sinkhorn(score_BK, np.zeros(48))
+        return centers._level(score_BK, offset_K, entropy)
+
+    monkeypatch.setattr(centers, "rows_of", lambda columns: len(sample_BD))
+    expected = offsets()
+    monkeypatch.setattr(centers, "rows_of", lambda columns: 700)
+    tracemalloc.start()
+    try:
+        actual = offsets()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(actual, expected, atol=1e-9)
+    assert peak < 2 * 20_000 * 48 * 4
+    sizes = np.bincount((scores(sample_BD, center_KD, actual)).argmax(1), minlength=48)
+    assert abs(sizes - 20_000 / 48).max() < 0.1 * 20_000 / 48
 
 
 def test_scikit_learn_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
