@@ -4,8 +4,8 @@ embeddings/           one file per shard: pooled features of each image         
 centres.npz           their mean and scale, and the centers of k-means                                 (main rank)
 teacher.safetensors   the encoder with one more linear layer; prototypes.png, the images nearest to some centers   (main rank)
 
-The memory of the main rank's steps grows with prototypes x features, for balanced prototypes with the square of their number, and not with the size of
-the pool.
+The memory of the main rank's steps grows with prototypes x features, for balanced prototypes with the square of their number, not with the size
+of the pool.
 """
 
 import math
