@@ -431,7 +431,7 @@ class PrototypesConfig(ForwardConfig):
     def _spread_over_some(self) -> Self:
         if self.prototypes is not None and self.perplexity >= self.prototypes:
             raise ValueError(
-                f"perplexity: {self.perplexity:g} has to be less than the number of prototypes, {self.prototypes}"
+                f"perplexity: {self.perplexity:g} has to be less than the number of prototypes, {self.prototypes}; lower it"
             )
         return self
 

@@ -278,7 +278,7 @@ class TeacherMember(Config):
     """timm name of the network, for a file that does not name it"""
     size: Side | Literal["own"] | None = None
     """side in pixels to which the student's view is resized for the teacher; a network of fixed size is built for it; own: the input size stored
-    with the weights; null: the size of the view, or the network's own where that is fixed"""
+    with the weights; null: the size of the view, or the network's own where that is fixed or its classes are prototypes"""
 
     @model_validator(mode="before")
     @classmethod

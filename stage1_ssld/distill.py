@@ -126,7 +126,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.stage1_ssld.distillation.student import Student
     from ssld.stage1_ssld.distillation.targets import open_targets
     from ssld.stage1_ssld.distillation.teacher import try_teacher
-    from ssld.stage1_ssld.evaluation.better_weights import MOST_IMAGES, Choice, choose_weights, weights
+    from ssld.stage1_ssld.evaluation.better_weights import LEAST_IMAGES, MOST_IMAGES, Choice, choose_weights, weights
     from ssld.stage1_ssld.evaluation.curves import write_curves
     from ssld.stage1_ssld.evaluation.metrics import describe, evaluate, score_of
 
@@ -298,7 +298,11 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
             order = val_batches(spread(len(views), MOST_IMAGES), min(config.batch_size, EVALUATION_BATCH), 0, 1)
             batches = partial(make_loader, views, order, workers=config.workers, pin_memory=pin_memory)
             choice = choose_weights(net, start, teacher, batches, better=_keeps_better(config))
-            run.log(choice.describe() if choice else "data.val: too few images to compare the student with its start")
+            run.log(
+                choice.describe()
+                if choice
+                else f"data.val: too few images to compare the student with its start (at least {LEAST_IMAGES})"
+            )
         choice = from_main_rank(choice)
         if choice and choice.which != "last":
             net.net.load_state_dict(weights(choice.which, net.net.state_dict(), start))

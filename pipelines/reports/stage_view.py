@@ -445,7 +445,7 @@ def _curation(run: Path, values: Mapping[str, Any], budget: Budget) -> list[Embe
         (
             "prototypes.png",
             "Prototypes",
-            f"Rows of the images nearest to some prototypes, with their probability: {numbers}.",
+            f"Images of some prototypes, the nearest first, with the prototype's probability: {numbers}.",
         ),
     )
     embedded = []

@@ -113,10 +113,10 @@ def faults_of(given: Mapping[str, tuple[str, str | None]]) -> list[str]:
 
     Args:
         given: (reference, timm name of the network or None) by role; a `backbone` has to give maps of features, as a detector needs them, and a
-            `teacher` may be a pickle, as in stage 1.
+            `teacher` needs classes and may be a pickle, as in stage 1.
     """
-    from ssld.shared.models.backbones import create_classifier, load_backbone
-    from ssld.shared.models.references import parse_reference
+    from ssld.shared.models.backbones import load_backbone
+    from ssld.shared.models.teacher import FrozenTeacher
 
     faults = []
     for role, (text, arch) in given.items():
@@ -124,7 +124,7 @@ def faults_of(given: Mapping[str, tuple[str, str | None]]) -> list[str]:
             if role == "backbone":
                 load_backbone(text, arch=arch, features_only=True)
             else:
-                create_classifier(parse_reference(text, arch, allow_pickle=True))
+                FrozenTeacher(text, arch=arch)
         except UserError as error:
             faults += [f"--{role} {line}" for line in str(error).splitlines()]
     return faults

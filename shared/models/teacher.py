@@ -49,7 +49,7 @@ class FrozenTeacher:
         device: where it runs.
         dtype: of its forward pass, by autocast; float32 switches autocast off.
         size: side in pixels to resize its input to, for which a network of fixed size is built; "own" is the size of its weights' own settings;
-            None takes the pixels as they come, or its own size where that is fixed.
+            None takes the pixels as they come, or its own size where that is fixed or its classes are prototypes, which were made at that size.
         batchnorm: "eval" uses running statistics; "batch" those of the batch, as SSLD's teachers did in training (PaddleClas@d178931f,
             docs/en/models/.../distillation_en.md); the running ones stay as they are.
         fold_batchnorm: fold BatchNorm into the convolutions before it where the network can be traced and the outputs are unchanged.
@@ -86,7 +86,8 @@ class FrozenTeacher:
             classifier, inputs = create_classifier(self.reference, image_size=side)
         classifier.requires_grad_(False).eval()
         self.own_size = inputs.size
-        self.size = (side, side) if side else inputs.size if inputs.fixed_size or size == "own" else None
+        at_own_size = inputs.fixed_size or size == "own" or "prototypes" in self.reference.metadata
+        self.size = (side, side) if side else inputs.size if at_own_size else None
         self.num_classes = int(getattr(classifier.net, "num_classes", 0))
         self.class_names: list[str] | None = self.reference.metadata.get("class_names")
         if self.num_classes < 2 and classes:

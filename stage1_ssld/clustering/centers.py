@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ssld.shared.errors import UserError
-from ssld.stage1_ssld.clustering.embedding_files import Embeddings, Standard
+from ssld.stage1_ssld.clustering.embedding_files import Embeddings, Standard, rows_of
 from ssld.stage1_ssld.clustering.prototype_layer import scores, softmax, temperature_for
 
 _BATCH = 1024  # fewest images per mini-batch
@@ -110,8 +110,9 @@ def _refined(embeddings: Embeddings, standard: Standard, center_KD: np.ndarray, 
             x_BD = standard(z_BD)
             score_BK = scores(x_BD, center_KD, offset_K)
             label_B = score_BK.argmax(1)
-            # |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2)
+            # |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2); for an image at its center, rounding may make it negative.
             distance_B = (x_BD.astype(np.float64) ** 2).sum(1) - 2 * score_BK[np.arange(len(label_B)), label_B]
+            distance_B = np.maximum(distance_B, 0)
             _add_rows(sum_KD, label_B, x_BD)
             size_K += np.bincount(label_B, minlength=count)
             distance += float(distance_B.sum())
@@ -125,15 +126,18 @@ def _refined(embeddings: Embeddings, standard: Standard, center_KD: np.ndarray, 
         if len(empty):
             ids = far.ids(len(empty))
             if len(ids) < len(empty):
-                break
+                raise _too_many(count, len(embeddings))
             center_KD[empty] = standard(embeddings.rows(ids))
             refilled += len(empty)
             before = np.inf
-    raise _too_many(count)
+    raise _too_many(count, len(embeddings))
 
 
-def _too_many(count: int) -> UserError:
-    return UserError(f"prototypes: {count} are more than the distinct embeddings of these images allow; give fewer")
+def _too_many(count: int, images: int) -> UserError:
+    return UserError(
+        f"prototypes: {count} are more than the distinct embeddings of these {images} images allow: many images are copies, or the encoder gives "
+        "the same for all; set fewer prototypes, or give other images"
+    )
 
 
 class _Farthest:
@@ -171,7 +175,7 @@ def _balanced(embeddings: Embeddings, standard: Standard, center_KD: np.ndarray,
     offset_K, best, off_by = np.zeros(count), None, np.inf
     for number in range(1, _ROUNDS + _LEVELLING + 1):
         if number <= _ROUNDS:
-            score_BK = scores(sample_BD, center_KD, np.zeros(count))
+            score_BK = _scores_of_sample(sample_BD, center_KD)
             offset_K, entropy = _sinkhorn(score_BK, offset_K)
             offset_K = _level(score_BK, offset_K, entropy)
             leveller = _Leveller(count, entropy)
@@ -192,8 +196,22 @@ def _balanced(embeddings: Embeddings, standard: Standard, center_KD: np.ndarray,
         offset_K = offset_K + leveller.change(size_K, share)
     assert best is not None
     if best.size_K.min() == 0:
-        raise _too_many(count)
+        raise _too_many(count, len(embeddings))
     return best
+
+
+def _scores_of_sample(sample_BD: np.ndarray, center_KD: np.ndarray) -> np.ndarray:
+    """`scores` without offsets, float32 and made in parts: of 65,536 images and 4,096 centers they take 1 GB, in float64 with copies 6 GB."""
+    score_BK = np.empty((len(sample_BD), len(center_KD)), np.float32)
+    for part in _parts(score_BK):
+        score_BK[part] = scores(sample_BD[part], center_KD, np.zeros(len(center_KD)))
+    return score_BK
+
+
+def _parts(score_BK: np.ndarray) -> list[slice]:
+    """Row ranges of a table whose copies in float64 take little memory."""
+    rows = rows_of(score_BK.shape[1])
+    return [slice(first, first + rows) for first in range(0, len(score_BK), rows)]
 
 
 def _sinkhorn(score_BK: np.ndarray, offset_K: np.ndarray) -> tuple[np.ndarray, float]:
@@ -207,7 +225,9 @@ def _sinkhorn(score_BK: np.ndarray, offset_K: np.ndarray) -> tuple[np.ndarray, f
     )
     entropies = np.geomspace(max(widest, sharpest), sharpest, _SHARPENINGS)
     for entropy in np.repeat(entropies, _STEPS_OF_EACH):
-        mass_K = softmax((score_BK + offset_K) / entropy).mean(0)
+        mass_K = np.zeros(count)
+        for part in _parts(score_BK):
+            mass_K += softmax((score_BK[part] + offset_K) / entropy).sum(0) / len(score_BK)
         offset_K = offset_K - entropy * np.log(np.maximum(mass_K * count, 1e-30))
     return offset_K - offset_K.mean(), sharpest
 
@@ -217,7 +237,9 @@ def _level(score_BK: np.ndarray, offset_K: np.ndarray, step: float) -> np.ndarra
     count, share = score_BK.shape[1], len(score_BK) / score_BK.shape[1]
     best, off_by, leveller = offset_K, np.inf, _Leveller(count, step)
     for _ in range(_SAMPLE_LEVELLING):
-        size_K = np.bincount((score_BK + offset_K).argmax(1), minlength=count)
+        size_K = np.zeros(count, np.int64)
+        for part in _parts(score_BK):
+            size_K += np.bincount((score_BK[part] + offset_K).argmax(1), minlength=count)
         if (off := float(abs(size_K - share).max())) < off_by:
             best, off_by = offset_K, off
         offset_K = offset_K + leveller.change(size_K, share)

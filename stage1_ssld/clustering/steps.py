@@ -4,10 +4,12 @@ embeddings/           one file per shard: pooled features of each image         
 centres.npz           their mean and scale, and the centers of k-means                                 (main rank)
 teacher.safetensors   the encoder with one more linear layer; prototypes.png, the images nearest to some centers   (main rank)
 
-The memory of the main rank's steps grows with prototypes x features, not with the size of the pool.
+The memory of the main rank's steps grows with prototypes x features, for balanced prototypes with the square of their number, not with the size
+of the pool.
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from ssld.shared.files import spread
 from ssld.shared.models.backbones import check_networks
 from ssld.shared.run_dir import RunDir
 from ssld.shared.training.quarantine import Quarantine
+from ssld.shared.wording import count
 from ssld.stage1_ssld.clustering.centers import Clusters, find_clusters, require_scikit_learn
 from ssld.stage1_ssld.clustering.embedding_files import Embeddings, Standard, save_embeddings, standard_of
 from ssld.stage1_ssld.clustering.encoder import Encoder
@@ -36,6 +39,8 @@ from ssld.stage1_ssld.curation.shard_pass import Piece, Reading, compare_shards,
 _IMAGES_OF_EACH, _FEWEST, _MOST = 40, 16, 4096  # default number of prototypes: images per prototype, and bounds
 _SAMPLE = 1 << 23  # values (images x prototypes) that the temperature is estimated on
 _DRAWN = 20  # prototypes in prototypes.png
+_FEW = 10  # images per prototype below which a warning says that centers are accidental
+_UNEQUAL = 0.2  # relative deviation of a balanced prototype's size from the mean that a warning names
 
 
 def make_prototypes(config: PrototypesConfig) -> None:
@@ -101,6 +106,8 @@ def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
             f"{metrics['median_size']:g}; {clusters.refilled} empty ones refilled"
         )
         run.log(f"soft labels: median perplexity {perplexity:.2f} at temperature {temperature:.4g}")
+        for line in _doubts(clusters.size_K, balanced=config.balanced):
+            run.log(line)
         teacher, plot = run.path / "teacher.safetensors", run.path / "prototypes.png"
         encoder.save(
             teacher,
@@ -118,14 +125,32 @@ def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
 
 def _count(config: PrototypesConfig, images: int) -> int:
     """Number of prototypes. Raises UserError if the images or the perplexity do not allow it."""
-    count = config.prototypes or prototypes_for(images)
-    if count > images:
+    number = config.prototypes or prototypes_for(images)
+    if number > images:
+        if config.prototypes is None:
+            raise UserError(
+                f"pool: {count(images, 'image')} for {number} prototypes; give more images, or set prototypes"
+            )
         raise UserError(
-            f"prototypes: {count} are more than the {images} images of the pool; give fewer, or more images"
+            f"prototypes: {number} are more than the {count(images, 'image')} of the pool; give fewer, or more images"
         )
-    if config.perplexity >= count:
-        raise UserError(f"perplexity: {config.perplexity:g} has to be less than the number of prototypes, {count}")
-    return count
+    if config.perplexity >= number:
+        raise UserError(
+            f"perplexity: {config.perplexity:g} has to be less than the number of prototypes, {number}; lower it"
+        )
+    return number
+
+
+def _doubts(size_K: np.ndarray, *, balanced: bool) -> Iterator[str]:
+    """Warn of prototypes of few images, and of balanced ones that are not equally large."""
+    share = size_K.mean()
+    if share < _FEW:
+        yield f"warning: {share:.1f} images per prototype are few, so their centers are accidental; give more images or fewer prototypes"
+    if balanced and abs(size_K - share).max() > max(_UNEQUAL * share, 2.0):
+        yield (
+            f"warning: balanced: the prototypes have {size_K.min()} to {size_K.max()} images, not about {share:.0f} each; images with nearly the "
+            "same embedding cannot be divided: leave copies out of the pool (ssld curate)"
+        )
 
 
 def _write_embeddings(path: Path, pieces: list[Piece], embeddings: list[np.ndarray]) -> None:
@@ -194,27 +219,23 @@ def _nearest(
 ) -> dict[int, list[tuple[int, float]]]:
     """Nearest images of some prototypes, from the largest to the smallest, as (row, probability of the prototype).
 
-    Up to `most` images each. Those of other prototypes are left out: next to a small prototype they are the majority, and say nothing about it.
+    Up to `most` images each, of its own: next to a small prototype those of others are the majority, and say nothing about it.
     """
     by_size = np.argsort(-clusters.size_K, kind="stable")
-    drawn = by_size[spread(len(by_size), _DRAWN)]
-    near = {int(k): (np.empty(0, np.int64), np.empty(0)) for k in drawn}
-    for ids_B, z_BD in embeddings.blocks():
+    drawn = by_size[spread(len(by_size), _DRAWN)].tolist()
+    near = {k: (np.empty(0, np.int64), np.empty(0), np.empty(0)) for k in drawn}  # rows, distances, probabilities
+    for ids_B, z_BD in embeddings.blocks(len(by_size)):
         x_BD = standard(z_BD)
-        distance_BS = (x_BD.astype(np.float64) ** 2).sum(1)[:, None] - 2 * scores(
-            x_BD, clusters.center_KD[drawn], np.zeros(len(drawn))
-        )
-        for column, k in enumerate(drawn.tolist()):
-            ids, distances = np.r_[near[k][0], ids_B], np.r_[near[k][1], distance_BS[:, column]]
+        score_BK = scores(x_BD, clusters.center_KD, clusters.offset_K)
+        label_B, square_B = score_BK.argmax(1), (x_BD.astype(np.float64) ** 2).sum(1)
+        for k in drawn:
+            own = np.flatnonzero(label_B == k)
+            distances = square_B[own] - 2 * (score_BK[own, k] - clusters.offset_K[k])
+            own_rows = ids_B[own], distances, softmax(score_BK[own] / temperature)[:, k]
+            ids, distances, shares = (np.r_[before, now] for before, now in zip(near[k], own_rows, strict=True))
             first = np.argsort(distances, kind="stable")[:most]
-            near[k] = ids[first], distances[first]
-    rows = {}
-    for k, (ids, _) in near.items():
-        score_BK = scores(standard(embeddings.rows(ids)), clusters.center_KD, clusters.offset_K)
-        own_B = score_BK.argmax(1) == k
-        probability_B = softmax(score_BK / temperature)[own_B, k]
-        rows[k] = list(zip(ids[own_B].tolist(), probability_B.tolist(), strict=True))
-    return rows
+            near[k] = ids[first], distances[first], shares[first]
+    return {k: list(zip(ids.tolist(), shares.tolist(), strict=True)) for k, (ids, _, shares) in near.items()}
 
 
 def _draw(
@@ -227,5 +248,5 @@ def _draw(
         Row(f"prototype {k}\n{clusters.size_K[k]} images", [Example(views[row], f"{p:.2f}") for row, p in nearest])
         for k, nearest in rows.items()
     ]
-    title = f"Images nearest to {len(drawn)} of {len(clusters.size_K)} prototypes and of them, with the prototype's probability (0 to 1)"
+    title = f"Images of {len(drawn)} of {len(clusters.size_K)} prototypes, the nearest first, with the prototype's probability (0 to 1)"
     draw_examples(path, drawn, columns, title)

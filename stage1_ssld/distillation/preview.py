@@ -40,9 +40,12 @@ def preview(
         only = "" if targets.learns_from_teacher and not targets.store else " (for evaluation only)"
         yield f"teacher {names}, BatchNorm by {'the batch' if teacher.batchnorm == 'batch' else 'running statistics'}{only}"
         view = (config.data.image_size, config.data.image_size)
-        if isinstance(targets.teacher, FrozenTeacher) and not targets.teacher.size and targets.teacher.own_size != view:
-            own = " x ".join(map(str, targets.teacher.own_size))
-            yield f"teacher sees views of {view[0]} px; its own size is {own} (teacher.size: own)"
+        if isinstance(targets.teacher, FrozenTeacher) and view != (targets.teacher.size or targets.teacher.own_size):
+            if targets.teacher.size:
+                yield f"teacher sees views of {view[0]} px, resized to {_pixels(targets.teacher.size)} (teacher.size)"
+            else:
+                own = _pixels(targets.teacher.own_size)
+                yield f"teacher sees views of {view[0]} px; its own size is {own} (teacher.size: own)"
         if "random:" in names:
             yield "warning: the teacher has random weights"
     if has_trained_start(config, student, targets) and not (config.data.evaluates and targets.teacher):
@@ -55,6 +58,10 @@ def preview(
         f"{count(len(config.data.train), 'source')}, {passes}: {steps} steps of {config.batch_size} images "
         f"({count(ranks, 'process')} x {config.accumulate} accumulated)"
     )
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return " x ".join(map(str, size))
 
 
 def has_trained_start(config: DistillConfig | TeachConfig, student: Student, targets: Targets) -> bool:

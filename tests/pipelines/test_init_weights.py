@@ -70,6 +70,11 @@ def test_files_and_names_that_give_no_network(tmp_path: Path, monkeypatch: pytes
     )
     torch.save(net.state_dict(), "net.pth")  # of a teacher alone, as in stage 1
     assert weights.faults_of({"teacher": ("net.pth", "test_resnet")}) == []
+    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), "encoder.pth")
+    (found,) = weights.faults_of({"teacher": ("encoder.pth", "test_vit")})
+    assert found.startswith(
+        "--teacher encoder.pth: has 0 classes, a teacher needs several; run `ssld prototypes` first"
+    )
     assert weights.faults_of({"backbone": ("net.pth", "test_resnet")})
     for given, line in (
         (("net.safetensors", "test_resnett"), "net.safetensors: test_resnett: timm has no such model; did you mean"),

@@ -168,7 +168,7 @@ def test_poolings_and_tokens(made: Any, tiny: Any, arch: str, pool: str | None, 
     teacher = FrozenTeacher(str(run / "teacher.safetensors"))
     torch.manual_seed(5)
     net: Any = timm.create_model(arch)
-    if teacher.size:
+    if hasattr(net, "set_input_size"):
         net.set_input_size(img_size=teacher.size)
     net.reset_classifier(0, pool) if pool else net.reset_classifier(0)
     mean, std = (torch.tensor(net.default_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -176,6 +176,22 @@ def test_poolings_and_tokens(made: Any, tiny: Any, arch: str, pool: str | None, 
         embedding = net.eval()((pixels / 255 - mean) / std)
     torch.testing.assert_close(teacher.embed(pixels), embedding, rtol=1e-4, atol=1e-4)
     assert "its 1000 classes are left out" in (run / "log.txt").read_text()
+
+
+def test_its_views_have_the_size_that_the_prototypes_were_made_at(
+    made: Any, arguments: Any, distill_settings: Any, call: Any, tmp_path: Path
+) -> None:
+    """A CNN takes any size, but the centers hold for one: its soft labels of other sizes are those of resized views, unless a size is set."""
+    file = str(made(encoder="random:test_resnet") / "teacher.safetensors")
+    draw = torch.Generator().manual_seed(2)
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=draw)
+    resized = torch.nn.functional.interpolate(pixels.float(), (64, 64), mode="bilinear", antialias=True)
+    teacher, at_32 = FrozenTeacher(file), FrozenTeacher(file, size=32)
+    torch.testing.assert_close(teacher(pixels), teacher(resized))
+    assert not torch.allclose(teacher(pixels), at_32(pixels), atol=0.1)
+    assert call(distill, arguments(distill_settings | {"teacher": file, "steps": 1}, "student")) == 0
+    log = (tmp_path / "student" / "log.txt").read_text()
+    assert "teacher sees views of 32 px, resized to 64 x 64 (teacher.size)" in log
 
 
 def test_nothing_is_learnt_where_student_and_teacher_are_equal(made: Any, tiny: Any) -> None:
@@ -401,6 +417,34 @@ def test_how_many_prototypes() -> None:
 
 def test_its_own_number_of_prototypes(made: Any, tiny: Any) -> None:
     assert metrics(made(prototypes=None, perplexity=4.0))["prototypes"] == 16
+
+
+def test_a_pool_below_the_default_number_is_named(
+    settings: Any, arguments: Any, user_error: Any, tiny: Any, tmp_path: Path
+) -> None:
+    for file in sorted(tiny.train.rglob("*.png"))[:1]:
+        (tmp_path / "one").mkdir()
+        shutil.copy(file, tmp_path / "one")
+    given = settings | {"pool": [str(tmp_path / "one")], "prototypes": None}
+    assert (
+        user_error(prototypes, arguments(given))
+        == "pool: 1 image for 16 prototypes; give more images, or set prototypes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "balanced", "expected"),
+    [
+        ([40, 12, 8], False, []),
+        ([12, 10, 8], True, []),
+        ([12, 9, 9], True, []),
+        ([3, 5, 4], True, ["warning: 4.0 images per prototype are few, so their centers are accidental"]),
+        ([300, 2, 58], True, ["warning: balanced: the prototypes have 2 to 300 images, not about 120 each"]),
+    ],
+)
+def test_doubtful_prototypes_are_named(sizes: list[int], balanced: bool, expected: list[str]) -> None:
+    lines = list(steps._doubts(np.array(sizes), balanced=balanced))
+    assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
 
 
 def classifier_of(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """K-means over files: statistics, blobs that are recovered, empty centers, equal sizes."""
 
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,8 +110,22 @@ def test_empty_centers_are_refilled(files: Files, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("balanced", [False, True])
 def test_more_centers_than_different_images(files: Files, balanced: bool) -> None:
     z = np.repeat(np.random.default_rng(0).normal(size=(3, 4)), 10, axis=0)
-    with pytest.raises(UserError, match="prototypes: 5 are more than the distinct embeddings of these images allow"):
+    with pytest.raises(
+        UserError, match="prototypes: 5 are more than the distinct embeddings of these 30 images allow: many"
+    ):
         clustered(files(z), 5, balanced=balanced)
+
+
+def test_as_many_centers_as_images(files: Files) -> None:
+    """Every image is its own center: no distance below 0 from rounding, and no pass more than the one that counts."""
+    embeddings = files(100 + np.random.default_rng(0).normal(size=(30, 64)))
+    lines: list[str] = []
+    standard = standard_of(embeddings)
+    result = find_clusters(embeddings, standard, 30, seed=0, balanced=False, threads=1, log=lines.append)
+    assert (result.size_K == 1).all()
+    distances = [float(line.split("distance ")[1].split(",")[0]) for line in lines if "distance" in line]
+    assert min(distances) >= 0
+    assert len(distances) <= 3
 
 
 def test_balanced_sizes_are_equal(files: Files) -> None:
@@ -124,6 +139,31 @@ def test_balanced_sizes_are_equal(files: Files) -> None:
     embeddings = files(z)
     label_N = scores(standard_of(embeddings)(z), result.center_KD, result.offset_K).argmax(1)
     np.testing.assert_array_equal(np.bincount(label_N, minlength=4), result.size_K)
+
+
+def test_balancing_takes_the_memory_of_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offsets from parts of the sample are those from all of it at once, without its copies."""
+    draw = np.random.default_rng(0)
+    sample_BD, center_KD = draw.normal(size=(20_000, 8)).astype(np.float32), draw.normal(size=(48, 8))
+
+    def offsets() -> np.ndarray:
+        score_BK = centers._scores_of_sample(sample_BD, center_KD)
+        offset_K, entropy = centers._sinkhorn(score_BK, np.zeros(48))
+        return centers._level(score_BK, offset_K, entropy)
+
+    monkeypatch.setattr(centers, "rows_of", lambda columns: len(sample_BD))
+    expected = offsets()
+    monkeypatch.setattr(centers, "rows_of", lambda columns: 700)
+    tracemalloc.start()
+    try:
+        actual = offsets()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(actual, expected, atol=1e-9)
+    assert peak < 2 * 20_000 * 48 * 4
+    sizes = np.bincount((scores(sample_BD, center_KD, actual)).argmax(1), minlength=48)
+    assert abs(sizes - 20_000 / 48).max() < 0.1 * 20_000 / 48
 
 
 def test_scikit_learn_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
