@@ -12,6 +12,7 @@ from ssld.stage2_detect.config import ConvertDataConfig
 from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.data.coco_json import with_orientation
 from ssld.stage2_detect.data.convert.hub import files_by_split, is_hub, read_hub
+from ssld.stage2_detect.data.convert.imagefolder import imagefolder_splits, is_imagefolder, read_imagefolder
 from ssld.stage2_detect.data.convert.labelme import is_labelme, labelme_files, read_labelme
 from ssld.stage2_detect.data.convert.records import (
     Content,
@@ -30,7 +31,7 @@ from ssld.stage2_detect.layouts.yolo import find_yolo
 
 LOOKED_FOR = (
     "neither YOLO (data.yaml, or images/ and labels/) nor Pascal VOC (XML files in Annotations/ or beside the images) nor Parquet files "
-    "nor LabelMe's JSON"
+    "nor LabelMe's JSON nor metadata.jsonl or metadata.csv of Hugging Face"
 )
 
 
@@ -52,6 +53,8 @@ def find_splits(source: str) -> list[str] | None:
         return list(find_voc(path.resolve(), []).splits)
     if is_labelme(path):
         return list(labelme_files(path))
+    if is_imagefolder(path):
+        return imagefolder_splits(path)
     return list(files_by_split(path)) if is_hub(source) else None
 
 
@@ -103,6 +106,8 @@ def _read(config: ConvertDataConfig, folder: Path) -> SourceData:
         )
     if is_labelme(path):
         return read_labelme(path, classes=config.classes, splits=config.splits)
+    if is_imagefolder(path):
+        return read_imagefolder(path, classes=config.classes, splits=config.splits, box_format=config.box_format)
     if is_hub(source):
         return read_hub(
             source, pending=folder, classes=config.classes, splits=config.splits, box_format=config.box_format
