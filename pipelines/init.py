@@ -16,6 +16,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _init(arguments: Namespace) -> int:
+    begun = time.monotonic()
     _check_arguments(arguments)
     minutes = 60 * arguments.hours if arguments.hours is not None else arguments.minutes or MINUTES
     probe = ask_torch()
@@ -143,7 +145,7 @@ def _init(arguments: Namespace) -> int:
         write_atomically(file, text)
         say(f"wrote {file}")
     with inside_folder_of(output) as own:
-        _tell(fitting, *keep_rates(own, fitting.rates), minutes)
+        _tell(fitting, *keep_rates(own, fitting.rates), minutes, begun)
     say(f"read {output}, then start it: ssld run {shlex.quote(str(output))}")
     return 0
 
@@ -274,8 +276,8 @@ def _check_moving(facts: Facts) -> None:
         )
 
 
-def _tell(fitting: Fit, stages: list[Stage], costs: Costs, minutes: float) -> None:
-    """Print the choice, the time of each stage, and what more time would change."""
+def _tell(fitting: Fit, stages: list[Stage], costs: Costs, minutes: float, begun: float) -> None:
+    """Print the choice, the time of each stage, what more time would change, and the time since `begun` (of `time.monotonic`)."""
     chosen, facts = fitting.settings, fitting.facts
     for note in fitting.notes:
         say(note)
@@ -297,11 +299,13 @@ def _tell(fitting: Fit, stages: list[Stage], costs: Costs, minutes: float) -> No
         known += time or 0.0
         disk = disk_text(costs.disk[stage.name]) if stage.name in costs.disk else ""
         say("; ".join(text for text in (f"  {stage.name:<{width}}  {_about(time)}", steps_text(stage), disk) if text))
-    total = _about(fitting.seconds)
-    if fitting.seconds is None and known > REPORT_SECONDS:  # an earlier trial of this machine knows a part
-        total = f"more than {duration(known)}"
-    say(f"  {'sum':<{width}}  {total} of {minutes:g} min; {total_text(costs.disk)}")
-    say(f"the trial took {duration(fitting.tried)}; more time: {fitting.more}")
+    total = f"{_about(fitting.seconds)} of the {minutes:g} min"
+    if fitting.seconds is None:  # an earlier trial of this machine may know a part
+        least = f"more than {duration(known)}" if known > REPORT_SECONDS else "unknown time"
+        total = f"{least}; whether it fits the {minutes:g} min is not known"
+    say(f"  {'sum':<{width}}  {total}; {total_text(costs.disk)}")
+    say(f"more time: {fitting.more}")
+    say(f"this took {duration(time.monotonic() - begun)}, {duration(fitting.tried)} of it for the trial")
 
 
 def _evaluation(facts: Facts) -> str:

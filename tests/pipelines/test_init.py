@@ -298,7 +298,7 @@ def test_the_time_is_told_and_kept(photos: Path, capfd: pytest.CaptureFixture[st
     assert init.main([*line, "--minutes", "20", "--output", "mine.yaml"]) == 0
     out = capfd.readouterr().out
     assert "of 20 min; " in out
-    assert re.search(r"\nthe trial took [\d.]+ s; more time: --minutes 60: ", out)
+    assert re.search(r"\nmore time: --minutes 60: .*\nthis took [\d.]+ s, [\d.]+ s of it for the trial\n", out)
     assert run.main(["mine.yaml", "--dry-run"]) == 0
     planned = capfd.readouterr().out
     assert "3 stages in runs/mine: about " in planned

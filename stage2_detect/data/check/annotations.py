@@ -31,13 +31,10 @@ from ssld.stage2_detect.data.coco_json import Convention, load_content, stated_o
 from ssld.stage2_detect.data.coco_rows import (
     CATEGORY_TYPE,
     EMPTY_CROWD,
+    FIXES,
     IMAGE_TYPE,
     NESTED,
-    NO_BOX,
-    NO_CATEGORY,
-    NO_FILE,
     NO_ID,
-    NO_IMAGE,
     NO_SIZE,
     ODD_AREA,
     ODD_CROWD,
@@ -48,7 +45,6 @@ from ssld.stage2_detect.data.coco_rows import (
     UNUSED,
     WHOLE_ID,
     WHOLE_SIZE,
-    Kind,
     Oddity,
     ValidatedRows,
     alike_names,
@@ -68,18 +64,6 @@ MANY_CROWDS = 0.25
 """share of crowd regions in a class above which they are probably single objects that a tool marked as crowd"""
 
 _APART = "each entry is trained on without the boxes of the others"
-_FIXES: dict[tuple[Kind, str], str] = {
-    ("image", NO_ID): "removes them",
-    ("image", TWICE): "keeps one of several equal rows; removes different images with one id, and their boxes",
-    ("image", NO_FILE): "removes them",
-    ("image", NO_SIZE): "uses the sizes of the image files",
-    ("annotation", NO_ID): "gives new ids",
-    ("annotation", TWICE): "gives new ids",
-    ("annotation", NO_IMAGE): "removes them",
-    ("annotation", NO_CATEGORY): "removes them",
-    ("annotation", NO_BOX): "removes them",
-    ("annotation", ODD_CROWD): "sets it to 0",
-}
 _READ_AS = {
     WHOLE_ID: "reads it as an integer",
     IMAGE_TYPE: "uses the type of the image ids",
@@ -171,7 +155,7 @@ def check_rows(name: str, file: Path, folder: Path, *, masks: bool = False, allo
     if not rows.category_ids:
         check.add("fault", "'categories' is empty: training stops")
     for oddity in rows.faults:
-        check.add("fault", f"{_describe(check, oddity)}: training stops", _FIXES.get((oddity.kind, oddity.cause)))
+        check.add("fault", f"{_describe(check, oddity)}: training stops", FIXES.get((oddity.kind, oddity.cause)))
         _repair_fault(check, oddity)
     for oddity in rows.changes:
         read_as = _READ_AS[oddity.cause]

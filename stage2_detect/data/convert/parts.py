@@ -154,7 +154,10 @@ def choose(source: str, splits: Sequence[str]) -> tuple[str, str | None]:
     kinds = _by_kind(source, splits)
     alone = len(splits) == 1 and part_kind(splits[0]) is None
     if "train" not in kinds and not alone:
-        raise UserError(f"data: {source}: has no part to train on, called train (it has {', '.join(splits) or 'none'})")
+        has = ", ".join(splits) or "none"
+        raise UserError(
+            f"data: {source}: has no part to train on, called train (it has {has}); rename it, or give its files in place of the data set"
+        )
     return kinds.get("train", splits[0]), _evaluated(kinds)
 
 

@@ -17,7 +17,7 @@ from ssld.shared.errors import UserError
 
 def test_table_says_what_is_missing(tmp_path: Path, table: dict[str, Any]) -> None:
     assert table_text(TableConfig(**table), tmp_path).splitlines() == [
-        "backbone           top-1    agreement    detector AP    AP50",
+        "model              top-1    agreement    detector AP    AP50",
         "teacher                -            -              -       -",
         "SSLD                   -            -              -       -",
         "baseline               -            -              -       -",
