@@ -293,12 +293,16 @@ def _tell(fitting: Fit, stages: list[Stage], costs: Costs, minutes: float, begun
     width = max(len(stage.name) for stage in stages)
     known = 0.0
     for stage in stages:
-        time = costs.times.get(stage.name)
-        if time is None and isinstance(stage.config, ReportConfig):
-            time = REPORT_SECONDS
-        known += time or 0.0
+        expected = costs.times.get(stage.name)
+        if expected is None and isinstance(stage.config, ReportConfig):
+            expected = REPORT_SECONDS
+        known += expected or 0.0
         disk = disk_text(costs.disk[stage.name]) if stage.name in costs.disk else ""
-        say("; ".join(text for text in (f"  {stage.name:<{width}}  {_about(time)}", steps_text(stage), disk) if text))
+        say(
+            "; ".join(
+                text for text in (f"  {stage.name:<{width}}  {_about(expected)}", steps_text(stage), disk) if text
+            )
+        )
     total = f"{_about(fitting.seconds)} of the {minutes:g} min"
     if fitting.seconds is None:  # an earlier trial of this machine may know a part
         least = f"more than {duration(known)}" if known > REPORT_SECONDS else "unknown time"

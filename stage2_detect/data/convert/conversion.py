@@ -112,13 +112,11 @@ def _read(config: ConvertDataConfig, folder: Path) -> SourceData:
         return read_hub(
             source, pending=folder, classes=config.classes, splits=config.splits, box_format=config.box_format
         )
-    raise UserError(f"source: {source}: {LOOKED_FOR}; {content_of(path)}")
+    raise UserError(f"source: {source}: {other_tool(path) or f'{LOOKED_FOR}; {content_of(path)}'}")
 
 
 def content_of(path: Path) -> str:
-    """Describe what is at a path whose format is unknown: the format of another tool, or `it holds a.txt, b.txt`."""
-    if other := other_tool(path):
-        return other
+    """Describe what is at a path whose format is unknown: `it holds a.txt, b.txt`."""
     names = sorted(one.name for one in path.iterdir() if not is_hidden(one.name)) if path.is_dir() else []
     return (
         f"it holds {some(names, 6)}" if names else "it is an empty folder" if path.is_dir() else "it is a single file"

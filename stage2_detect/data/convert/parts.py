@@ -17,6 +17,7 @@ from ssld.stage2_detect.data.convert.hub import HUB, download
 from ssld.stage2_detect.data.convert.merging import Pairs, common_folder, write_merged
 from ssld.stage2_detect.data_config import DetectionDataConfig, source_inputs
 from ssld.stage2_detect.layouts.coco import CocoLayout, find_coco, part_kind
+from ssld.stage2_detect.layouts.others import other_tool
 from ssld.stage2_detect.layouts.yolo import find_yolo
 
 
@@ -107,9 +108,8 @@ def _open(name: str) -> _Source:
         return _Source(name, path, list(coco.parts), coco)
     splits = find_splits(str(path))
     if splits is None:
-        raise UserError(
-            f"data: {name}: {LOOKED_FOR} nor COCO JSON (train/_annotations.coco.json, annotations/instances_*.json); {content_of(path)}"
-        )
+        unknown = f"{LOOKED_FOR} nor COCO JSON (train/_annotations.coco.json, annotations/instances_*.json); {content_of(path)}"
+        raise UserError(f"data: {name}: {other_tool(path) or unknown}")
     return _Source(name, path, splits, None)
 
 
