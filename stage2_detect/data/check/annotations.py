@@ -56,6 +56,8 @@ from ssld.stage2_detect.data.coco_rows import (
 from ssld.stage2_detect.data.image_names import same_file, same_photo
 from ssld.stage2_detect.data.segmentations import is_shape
 
+MANY_EMPTY = 0.25
+"""share of images without objects above which some of them are probably not labeled"""
 TINY_SIDE = 4.0
 """side in pixels below which an object has too few pixels to be distinguished from noise"""
 FEW = 10
@@ -371,8 +373,9 @@ def _measure(check: FileCheck, used_I: np.ndarray, sides_N2: np.ndarray, owners_
         examples = some([str(rows[index]["file_name"]) for index in empty])
         text = f"{count(len(empty), 'image')} without objects ({examples})"
         effect = ": trained on as negatives; data.keep_empty: false skips them" if check.name == "train" else ""
-        most = is_bulk(len(empty), len(check.image_of))
-        check.add("warning" if most else "note", f"{text}{effect}{'; are they labeled at all?' if most else ''}")
+        many = len(empty) > MANY_EMPTY * len(check.image_of)
+        asked = "; are they labeled at all? Photos that nobody has labeled teach the detector to miss objects, and make its scores wrong"
+        check.add("warning" if many else "note", f"{text}{effect}{asked * many}")
     names = list(dict.fromkeys(check.class_of.values()))
     for alike in alike_names(names):
         check.add("warning", f"the classes {alike} differ in capitals, spaces, dashes or underscores alone: one class?")
