@@ -37,7 +37,7 @@ from ssld.pipelines.runner.estimate import Costs
 from ssld.pipelines.runner.stages import Stage
 from ssld.pipelines.scaffold.augment import choose_augment
 from ssld.pipelines.scaffold.command_line import parser
-from ssld.pipelines.scaffold.fit import REPORT_SECONDS, Fit, fit
+from ssld.pipelines.scaffold.fit import MOVING, REPORT_SECONDS, Fit, fit
 from ssld.pipelines.scaffold.pipeline_file import pipeline_text
 from ssld.pipelines.scaffold.pool import Pool, divide_pool, some_photos, unlisted
 from ssld.pipelines.scaffold.split import split_content
@@ -127,6 +127,11 @@ def _init(arguments: Namespace) -> int:
         say(choice.why)
     if detector and arguments.unlabeled and not moving:
         say(MOVING_HINT)
+    if facts.moving:
+        say(
+            f"--moving_teacher yes: {count(facts.detectors, 'detector')}; the one under the moving teacher takes about {MOVING:g} times as "
+            f"long as the same one without it; a trial tells whether {minutes:g} min are enough"
+        )
     if "detector" not in facts.trainings and facts.detectors:
         networks = networks[:1]  # no detector has the sizes of the others
     try:

@@ -90,7 +90,7 @@ def read_imagefolder(path: Path, *, classes: Path | None, splits: Sequence[str],
     }
     names = read_class_list(classes) if classes else _names(objects, keys, path)
     label_of = {name: label for label, name in enumerate(names)}
-    named = dict(enumerate(names))
+    named: dict[Any, str] = dict(enumerate(names))
     data = SourceData("Hugging Face image folder", names, hint="are its numbers another box_format?")
     present = [root / name for name in list_files(root, IMAGE_SUFFIXES)]
     for split, of_split in rows.items():
