@@ -129,8 +129,8 @@ def _init(arguments: Namespace) -> int:
         say(MOVING_HINT)
     if facts.moving:
         say(
-            f"--moving_teacher yes: {count(facts.detectors, 'detector')}; the one under the moving teacher takes about {MOVING:g} times as "
-            f"long as the same one without it; a trial tells whether {minutes:g} min are enough"
+            f"the detector under a moving teacher takes about {MOVING:g} times as long as the same one without it; a trial tells whether "
+            f"{minutes:g} min are enough for all {count(facts.detectors, 'detector')}"
         )
     if "detector" not in facts.trainings and facts.detectors:
         networks = networks[:1]  # no detector has the sizes of the others
