@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--steps", type=int, default=300, help="of a student")
     parser.add_argument("--teacher-steps", type=int, default=600)
-    parser.add_argument("--threshold", default="0.4", help="of a pseudo-label's score")
+    parser.add_argument("--score_threshold", default="0.4", help="of a pseudo-label's score")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--table-only", action="store_true", help="run nothing")
     arguments, extra = parser.parse_known_args(argv)  # what is left goes to train.py
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if kind == "retinanet":
                 predict = [sys.executable, str(ROOT / "stage2_detect" / "predict.py"), "--model", str(files[kind])]
                 predict += ["--images", str(data / "train"), "--exclude", str(labeled), "--pseudo_labels", "true"]
-                lines.append([*predict, "--threshold", arguments.threshold, "--output", str(pseudo)])
+                lines.append([*predict, "--score_threshold", arguments.score_threshold, "--output", str(pseudo)])
         for seed, kind in itertools.product(range(seeds), arguments.kinds):
             annotations = data / "train.json" if kind == "gfl" else labeled
             for name, flags in rows[kind].items():

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     parser.add_argument("file", help="detector file")
     parser.add_argument("images", help="folder of JPEG and PNG files")
     parser.add_argument("--output", required=True, help="folder for the drawn images")
-    parser.add_argument("--threshold", type=float, default=0.5, help="least score, 0 to 1")
+    parser.add_argument("--score_threshold", type=float, default=0.5, help="least score, 0 to 1")
     arguments = parser.parse_args(argv)
     files = sorted(file for file in Path(arguments.images).glob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     total: Counter[str] = Counter()
     for start in range(0, len(files), 32):  # so that any number of images fits into memory
         some = files[start : start + 32]
-        for file, detections in zip(some, detector.predict(some, threshold=arguments.threshold), strict=True):
+        for file, detections in zip(
+            some, detector.predict(some, score_threshold=arguments.score_threshold), strict=True
+        ):
             total.update(detections.names)
             detections.draw(file).save(output / f"{file.stem}.png")
             print(f"{file.name}: {dict(Counter(detections.names))}")

@@ -258,7 +258,7 @@ def server_of(argv: Sequence[str] | None = None) -> DetectionServer:
     parser.add_argument("model", type=Path, help="detector.onnx of an export")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score, 0 to 1")
+    parser.add_argument("--score_threshold", type=float, default=0.5, help="lowest score, 0 to 1")
     parser.add_argument("--batch_size", type=int, default=8, help="most images per batch")
     parser.add_argument("--threads", type=int, default=0, help="threads of the network; 0: all cores")
     parser.add_argument("--connections", type=int, default=100, help="most connections at once")
@@ -277,7 +277,7 @@ def server_of(argv: Sequence[str] | None = None) -> DetectionServer:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     detector = module.OnnxDetector(str(limits.model), threads=limits.threads)
-    batcher = Batcher(detector, threshold=limits.threshold, most=limits.batch_size, waiting=limits.waiting)
+    batcher = Batcher(detector, threshold=limits.score_threshold, most=limits.batch_size, waiting=limits.waiting)
     return DetectionServer(limits.host, limits.port, module, batcher, limits)
 
 

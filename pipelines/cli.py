@@ -53,7 +53,7 @@ COMMANDS = {
     ),
     "convert-data": (
         "ssld.stage2_detect.convert_data",
-        "convert YOLO, Pascal VOC, LabelMe or Parquet detection data to COCO JSON",
+        "convert YOLO, Pascal VOC, LabelMe or Hugging Face detection data to COCO JSON",
     ),
     "inspect": (
         "",

@@ -76,7 +76,7 @@ def rebased_value(text: str) -> str:
         return text
     if text[:1] in ("[", "{"):
         with suppress(ValueError):
-            return json.dumps(_each_rebased(json.loads(text)))
+            return json.dumps(_each_rebased(json.loads(text)), ensure_ascii=False)
     items = [text] if _is_there(text) else text.split(",")
     return ",".join(map(_each_rebased, items))
 

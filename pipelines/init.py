@@ -16,6 +16,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,7 +37,7 @@ from ssld.pipelines.runner.estimate import Costs
 from ssld.pipelines.runner.stages import Stage
 from ssld.pipelines.scaffold.augment import choose_augment
 from ssld.pipelines.scaffold.command_line import parser
-from ssld.pipelines.scaffold.fit import REPORT_SECONDS, Fit, fit
+from ssld.pipelines.scaffold.fit import MOVING, REPORT_SECONDS, Fit, fit
 from ssld.pipelines.scaffold.pipeline_file import pipeline_text
 from ssld.pipelines.scaffold.pool import Pool, divide_pool, some_photos, unlisted
 from ssld.pipelines.scaffold.split import split_content
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _init(arguments: Namespace) -> int:
+    begun = time.monotonic()
     _check_arguments(arguments)
     minutes = 60 * arguments.hours if arguments.hours is not None else arguments.minutes or MINUTES
     probe = ask_torch()
@@ -125,6 +127,11 @@ def _init(arguments: Namespace) -> int:
         say(choice.why)
     if detector and arguments.unlabeled and not moving:
         say(MOVING_HINT)
+    if facts.moving:
+        say(
+            f"the detector under a moving teacher takes about {MOVING:g} times as long as the same one without it; a trial tells whether "
+            f"{minutes:g} min are enough for all {count(facts.detectors, 'detector')}"
+        )
     if "detector" not in facts.trainings and facts.detectors:
         networks = networks[:1]  # no detector has the sizes of the others
     try:
@@ -143,7 +150,7 @@ def _init(arguments: Namespace) -> int:
         write_atomically(file, text)
         say(f"wrote {file}")
     with inside_folder_of(output) as own:
-        _tell(fitting, *keep_rates(own, fitting.rates), minutes)
+        _tell(fitting, *keep_rates(own, fitting.rates), minutes, begun)
     say(f"read {output}, then start it: ssld run {shlex.quote(str(output))}")
     return 0
 
@@ -274,8 +281,8 @@ def _check_moving(facts: Facts) -> None:
         )
 
 
-def _tell(fitting: Fit, stages: list[Stage], costs: Costs, minutes: float) -> None:
-    """Print the choice, the time of each stage, and what more time would change."""
+def _tell(fitting: Fit, stages: list[Stage], costs: Costs, minutes: float, begun: float) -> None:
+    """Print the choice, the time of each stage, what more time would change, and the time since `begun` (of `time.monotonic`)."""
     chosen, facts = fitting.settings, fitting.facts
     for note in fitting.notes:
         say(note)
@@ -291,17 +298,23 @@ def _tell(fitting: Fit, stages: list[Stage], costs: Costs, minutes: float) -> No
     width = max(len(stage.name) for stage in stages)
     known = 0.0
     for stage in stages:
-        time = costs.times.get(stage.name)
-        if time is None and isinstance(stage.config, ReportConfig):
-            time = REPORT_SECONDS
-        known += time or 0.0
+        expected = costs.times.get(stage.name)
+        if expected is None and isinstance(stage.config, ReportConfig):
+            expected = REPORT_SECONDS
+        known += expected or 0.0
         disk = disk_text(costs.disk[stage.name]) if stage.name in costs.disk else ""
-        say("; ".join(text for text in (f"  {stage.name:<{width}}  {_about(time)}", steps_text(stage), disk) if text))
-    total = _about(fitting.seconds)
-    if fitting.seconds is None and known > REPORT_SECONDS:  # an earlier trial of this machine knows a part
-        total = f"more than {duration(known)}"
-    say(f"  {'sum':<{width}}  {total} of {minutes:g} min; {total_text(costs.disk)}")
-    say(f"the trial took {duration(fitting.tried)}; more time: {fitting.more}")
+        say(
+            "; ".join(
+                text for text in (f"  {stage.name:<{width}}  {_about(expected)}", steps_text(stage), disk) if text
+            )
+        )
+    total = f"{_about(fitting.seconds)} of the {minutes:g} min"
+    if fitting.seconds is None:  # an earlier trial of this machine may know a part
+        least = f"more than {duration(known)}" if known > REPORT_SECONDS else "unknown time"
+        total = f"{least}; whether it fits the {minutes:g} min is not known"
+    say(f"  {'sum':<{width}}  {total}; {total_text(costs.disk)}")
+    say(f"more time: {fitting.more}")
+    say(f"this took {duration(time.monotonic() - begun)}, {duration(fitting.tried)} of it for the trial")
 
 
 def _evaluation(facts: Facts) -> str:

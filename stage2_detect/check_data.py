@@ -368,7 +368,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--data",
         metavar="PATH",
-        help="data set to check, instead of the files: data.yaml or folder (YOLO), folder (VOC, LabelMe, COCO, Roboflow), hub:ORG/NAME",
+        help="data set to check, instead of the files: data.yaml or folder (YOLO), folder (VOC, LabelMe, COCO, Roboflow, Hugging Face), hub:ORG/NAME",
     )
     files: dict[str, Any] = {"type": Path, "nargs": "+", "action": "extend"}
     parser.add_argument(

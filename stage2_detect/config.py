@@ -344,8 +344,8 @@ class EvaluateConfig(RunDetectorConfig):
 
     alternatives: ClassVar[Alternatives] = (("data", "annotations"), ("data", "images"))
     data: str | None = None
-    """data set as in training: data.yaml or folder (YOLO), folder (VOC, LabelMe, COCO, Roboflow's exports), Parquet files or hub:ORG/NAME; null: the
-    files of the next two settings"""
+    """data set as in training: data.yaml or folder (YOLO), folder (VOC, LabelMe, COCO, Roboflow, Hugging Face), Parquet files or hub:ORG/NAME;
+    null: the files of the next two settings"""
     split: str | None = None
     """name of the part of `data` to evaluate on; null: val, valid or validation, else test"""
     annotations: Path | list[Path] | None = None
@@ -398,13 +398,13 @@ class ConvertDataConfig(CommandConfig):
 
     source: str
     """data to convert: data.yaml or folder (YOLO), folder with Annotations/ (Pascal VOC), folder of JSON files (LabelMe),
-    Parquet file or folder of Parquet files, or hub:ORG/NAME"""
+    folder with metadata.jsonl or metadata.csv (Hugging Face), Parquet file or folder of Parquet files, or hub:ORG/NAME"""
     splits: list[str] = []
     """names of the splits to convert; empty: all"""
     classes: Path | None = None
     """text file with one class name per line, in order of class number; null: names from the data"""
     box_format: Literal["xywh", "xyxy", "xyxy_relative", "cxcywh_relative"] = "xywh"
-    """box format in Parquet files: xywh or xyxy in pixels, xyxy_relative or cxcywh_relative in shares of the image size"""
+    """box format in data of Hugging Face: xywh or xyxy in pixels, xyxy_relative or cxcywh_relative in shares of the image size"""
     voc_inclusive: bool = True
     """read VOC corners as first and last pixel counted from 1, as in Pascal VOC; false: as edges counted from 0"""
     voc_difficult: Literal["ignore", "keep"] = "ignore"

@@ -51,13 +51,13 @@ class LoadedDetector:
         self,
         images: Sequence[GivenImage],
         *,
-        threshold: float = 0.5,
+        score_threshold: float = 0.5,
         batch_size: int = 4,
         tile: int | None = None,
         overlap: float = 0.2,
     ) -> list[ImageDetections]:
         """Detect objects in images; see `predictor.predict`."""
-        return predict(self, images, threshold=threshold, batch_size=batch_size, tile=tile, overlap=overlap)
+        return predict(self, images, score_threshold=score_threshold, batch_size=batch_size, tile=tile, overlap=overlap)
 
 
 def save_detector(

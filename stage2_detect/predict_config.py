@@ -22,8 +22,9 @@ class PredictConfig(RunDetectorConfig):
     other_names: ClassVar[Mapping[str, str]] = {
         "source": "images",
         "weights": "model",
-        "conf": "threshold",
-        "score": "threshold",
+        "threshold": "score_threshold",
+        "conf": "score_threshold",
+        "score": "score_threshold",
         "save": "write",
         "imgsz": "short_side",
     }
@@ -37,7 +38,7 @@ class PredictConfig(RunDetectorConfig):
     """text before the path of each image in label_studio.json: the place from which Label Studio reads the images"""
     pseudo_labels: bool = False
     """write only pseudo_labels.json, for ssld train --pseudo: the images with at least one box"""
-    threshold: Fraction | None = None
+    score_threshold: Fraction | None = None
     """lowest score of a written box, 0 to 1; null: 0.5, or 0.4 with pseudo_labels (the only threshold in SAD's released settings)"""
     classes: list[str] = []
     """names of the classes to write; empty: all"""
@@ -67,8 +68,12 @@ class PredictConfig(RunDetectorConfig):
 
     @property
     def least(self) -> float:
-        """The threshold as it is for this run."""
-        return (PSEUDO_THRESHOLD if self.pseudo_labels else THRESHOLD) if self.threshold is None else self.threshold
+        """The score threshold as it is for this run."""
+        return (
+            (PSEUDO_THRESHOLD if self.pseudo_labels else THRESHOLD)
+            if self.score_threshold is None
+            else self.score_threshold
+        )
 
     def writes(self, *kinds: Written) -> bool:
         """Whether any of these files is written in this run."""

@@ -62,7 +62,7 @@ TINY: dict[str, dict[str, str]] = {
         "distill.check_ap": "0",
     },
     "stage2_detect/evaluate.py": _HERE | {"batch_size": "4"},
-    "stage2_detect/predict.py": _HERE | {"threshold": "0.005"},
+    "stage2_detect/predict.py": _HERE | {"score_threshold": "0.005"},
     "stage2_detect/audit.py": _HERE | {"score_threshold": "0.005"},
     "stage2_detect/export.py": {"threads": "1", "batch_size": "2", "formats": "torch", "canvas": "[64, 64]"},
 }

@@ -95,10 +95,12 @@ def test_predict_loop(tmp_path: Path) -> None:
     names = [photo.name for photo in sorted((tmp_path / "photos").iterdir())]
     for name, other in zip(names, ("A.JPG", "b.jpeg"), strict=False):
         (tmp_path / "photos" / name).rename(tmp_path / "photos" / other)
-    total = main_of("predict_loop")([str(file), str(tmp_path / "photos"), "--output", str(out), "--threshold", "0.005"])
+    total = main_of("predict_loop")(
+        [str(file), str(tmp_path / "photos"), "--output", str(out), "--score_threshold", "0.005"]
+    )
     photos = sorted((tmp_path / "photos").iterdir())
     assert {"A.JPG", "b.jpeg"} <= {photo.name for photo in photos}
-    expected = [detections.names for detections in load_detector(file).predict(photos, threshold=0.005)]
+    expected = [detections.names for detections in load_detector(file).predict(photos, score_threshold=0.005)]
     assert total == Counter(name for names in expected for name in names)
     assert sum(total.values()) > 0
     assert sorted(image.name for image in out.iterdir()) == [f"{photo.stem}.png" for photo in photos]

@@ -147,7 +147,7 @@ def test_the_same_files_after_a_kill_at_any_call(tmp_path: Path, teacher_file: P
     model = {"model": str(detector / "detector.safetensors"), "images": boxes["images"]}
     cases.add("ap", "ssld.stage2_detect.evaluate", TORCH | model | boxes)
     predicted = cases.add("predicted", "ssld.stage2_detect.predict",
-        TORCH | model | {"threshold": 0.005, "batch_size": 1, "write": ["json", "images", "csv", "yolo", "crops"]})  # fmt: skip
+        TORCH | model | {"score_threshold": 0.005, "batch_size": 1, "write": ["json", "images", "csv", "yolo", "crops"]})  # fmt: skip
     cases.add("report", "ssld.pipelines.report", {"runs": str(predicted)})
     redo(cases, tmp_path)
     reports = cases.run(imports=IMPORTS)

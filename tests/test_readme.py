@@ -178,9 +178,9 @@ def test_the_lines_of_python_print_the_detections(tmp_path: Path, monkeypatch: p
     save_random_detector(tmp_path / file[1], "gfl", tmp_path / "train.json")
     shutil.copy(tmp_path / "photos" / "train_0.png", tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    exec(code.replace('["photo.jpg"]', '["photo.jpg"], threshold=0.002'), {})
+    exec(code.replace('["photo.jpg"]', '["photo.jpg"], score_threshold=0.002'), {})
     printed = capsys.readouterr().out.splitlines()
-    expected = load_detector(tmp_path / file[1]).predict([tmp_path / "photo.jpg"], threshold=0.002)[0]
+    expected = load_detector(tmp_path / file[1]).predict([tmp_path / "photo.jpg"], score_threshold=0.002)[0]
     assert printed
     assert [line.split()[0] for line in printed] == expected.names
     assert [float(line.split()[1]) for line in printed] == [round(score, 2) for _, score, _ in expected]

@@ -82,7 +82,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(model: Path) -> Iterator[Any]:
-    flags = ["--port", "0", "--threads", "1", "--threshold", "0", "--max_bytes", "200000", "--max_pixels", "40000"]
+    flags = [
+        "--port",
+        "0",
+        "--threads",
+        "1",
+        "--score_threshold",
+        "0",
+        "--max_bytes",
+        "200000",
+        "--max_pixels",
+        "40000",
+    ]
     with serve.server_of([str(model), *flags, "--upload_seconds", "1", "--connections", "60"]) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()

@@ -26,7 +26,7 @@ def main(data: Path) -> None:
     file = data / "bccd" / "images" / PHOTO
     content = json.loads((data / "bccd" / "annotations" / "instances_test.json").read_text(encoding="utf-8"))
     detector = ssld.load_detector("runs/cells/detector/detector.safetensors")
-    (detections,) = detector.predict([file], threshold=0.6)
+    (detections,) = detector.predict([file], score_threshold=0.6)
     panels = {"annotations": annotated(file, content), "detections and their scores": detections.draw(file)}
     height = max((WIDTH - 4) * panel.height // panel.width for panel in panels.values())
     sheet = Image.new("RGB", (len(panels) * WIDTH, STRIP + height), "white")

@@ -1,4 +1,4 @@
-"""Table at the end of a pipeline: scores of each backbone as a classifier and in a detector.
+"""Table at the end of a pipeline: scores of each backbone as a classifier, and of each detector.
 
 Numbers come from the stages' result.json, as fractions, and are printed in percent. A number that no stage measured is printed as "-". Does not
 import torch.
@@ -27,7 +27,7 @@ from ssld.shared.files import write_atomically
 from ssld.shared.run_dir import read_result
 from ssld.shared.wording import FEW_IMAGES, count, padded, printable, verdict, width_of
 
-COLUMNS = ("backbone", "top-1", "agreement", "detector AP", "AP50")
+COLUMNS = ("model", "top-1", "agreement", "detector AP", "AP50")
 _CLASSIFIER, _DETECTOR = ("top1", "agreement"), ("AP", "AP50")
 NONE = "-"
 CLAIMS = {"better": "good", "worse": "bad"}

@@ -388,4 +388,4 @@ def _is_plain(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else "null" if value is None else json.dumps(value)
+    return value if isinstance(value, str) else "null" if value is None else json.dumps(value, ensure_ascii=False)

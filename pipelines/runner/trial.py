@@ -25,6 +25,7 @@ from ssld.shared.config.training import TrainingConfig
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.run_dir import read_metrics
 from ssld.shared.terminal import say
+from ssld.shared.wording import duration
 from ssld.stage1_ssld.config import ConvertPaddleConfig, DistillConfig
 from ssld.stage2_detect.config import ConvertDataConfig, ConvertForeignConfig, TrainConfig
 from ssld.stage2_detect.config import ConvertPaddleConfig as ConvertPaddleDetectorConfig
@@ -102,7 +103,8 @@ def _try_stage(stage: Stage, signals: Signals, limit: float | None) -> Rate | No
     """Run a stage, a training for `STEPS` steps only, and return its rate; None if not one step ended within the limit."""
     whole = not isinstance(stage.config, TrainingConfig)
     images, val_images = training_images(stage.config), evaluation_images(stage.config) or 0
-    say(f"trial of {stage.name}: {'whole' if whole else f'{STEPS} steps'}")
+    within = "" if limit is None else f", in {duration(limit)} at most"
+    say(f"trial of {stage.name}: {'whole' if whole else f'{STEPS} steps'}{within}")
     begun = time.monotonic()
     with _stopped_after(limit, signals) as stopped:
         outcome = run_stage(

@@ -17,7 +17,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--data",
         metavar="PATH",
-        help="annotated photos by one path: data.yaml or folder (YOLO), folder (Pascal VOC, LabelMe, COCO, Roboflow), Parquet files or hub:ORG/NAME",
+        help="annotated photos by one path: data.yaml or folder (YOLO), folder (VOC, LabelMe, COCO, Roboflow, Hugging Face), Parquet, hub:ORG/NAME",
     )
     parser.add_argument(
         "--images",

@@ -26,7 +26,7 @@ COMMON = (
     "data.val_annotations", "data.val_images", "annotations", "images", "compare", "unlabeled", "pseudo", "distill.teacher",
     "store", "keep", "count", "output", "steps", "train_epochs", "train_images", "batch_size", "data.image_size", "image_size",
     "model.kind", "optim.name", "optim.lr", "optim.warmup_steps", "optim.warmup_epochs", "precision", "workers",
-    "evaluate_every", "patience", "score_threshold", "threshold", "write", "tile", "device", "print_config",
+    "evaluate_every", "patience", "score_threshold", "write", "tile", "device", "print_config",
 )
 # fmt: on
 """common keys, in the order of the help; a command has some of them"""

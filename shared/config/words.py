@@ -73,7 +73,9 @@ def with_paths(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
         if there and key[-1] == "path" and word == "null":
             words.append("./null")
         else:
-            words.append(json.dumps([word]) if there and _lists_sources(config_type, key) else word)
+            listed = there and _lists_sources(config_type, key)
+            # The parser takes the text between the quotes as it is: escapes, as of ü, would become part of the path.
+            words.append(f'["{word}"]' if listed and '"' not in word else json.dumps([word]) if listed else word)
     return words
 
 

@@ -18,8 +18,8 @@ from ssld.shared.errors import UserError
 from ssld.shared.files import atomically
 from ssld.shared.machine import without_collector
 from ssld.shared.wording import some
+from ssld.stage2_detect.data.coco_rows import FIXES, changes_of, validate_rows
 from ssld.stage2_detect.data.coco_rows import Id as Id
-from ssld.stage2_detect.data.coco_rows import changes_of, validate_rows
 from ssld.stage2_detect.layouts.others import other_tool
 
 if TYPE_CHECKING:  # data are checked and converted without torch
@@ -72,7 +72,9 @@ def read_table(file: str, *, segmentations: bool) -> CocoTable:
     if rows.faults:
         first = rows.faults[0]
         more = f" (the first of {len(first.names):,})" if len(first.names) > 1 else ""
-        raise UserError(f"{file}: {first.sentence}{more}")
+        fix = FIXES.get((first.kind, first.cause))
+        advice = f"; in a copy, `ssld doctor --fix DIR` {fix}" if fix else ""
+        raise UserError(f"{file}: {first.sentence}{more}{advice}")
     kept = [index for index in range(len(rows.category_ids)) if index not in rows.unused]
     label_of = np.zeros(len(rows.category_ids), dtype=np.int64)
     label_of[kept] = np.arange(len(kept))

@@ -38,6 +38,19 @@ NO_IMAGE = "of an image that is not in the file"
 NO_CATEGORY = "of a category that is not in the file"
 NO_BOX = "without a bbox of four finite numbers"
 ODD_CROWD = "with an iscrowd that is neither 0 nor 1"
+FIXES: Mapping[tuple[Kind, str], str] = {
+    ("image", NO_ID): "removes them",
+    ("image", TWICE): "keeps one of several equal rows; removes different images with one id, and their boxes",
+    ("image", NO_FILE): "removes them",
+    ("image", NO_SIZE): "uses the sizes of the image files",
+    ("annotation", NO_ID): "gives new ids",
+    ("annotation", TWICE): "gives new ids",
+    ("annotation", NO_IMAGE): "removes them",
+    ("annotation", NO_CATEGORY): "removes them",
+    ("annotation", NO_BOX): "removes them",
+    ("annotation", ODD_CROWD): "sets it to 0",
+}
+"""what `ssld doctor --fix` does with the rows of a fault, in a copy of the file"""
 # Causes of changes.
 WHOLE_ID = "with an id like 1.0 for 1"
 IMAGE_TYPE = "with an image_id that differs in type, number against text"

@@ -40,6 +40,11 @@ _KINDS = {
     "retinanet": "RetinaNet",
     "gfl": "GFL",
 }
+_AVERAGES = {
+    False: "moving average of the weights over the training steps, not those of the last step",
+    True: "the moving teacher: the moving average of the weights over the training steps, not those of the last step",
+}
+"""origin of averaged weights, by whether a moving teacher was trained"""
 _AP = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
 
@@ -131,6 +136,7 @@ def _facts(metadata: dict[str, Any], name: str, parameters: int) -> list[tuple[s
         *([("deformable convolutions", f"strides {', '.join(map(str, deformable))}")] if deformable else []),
         ("parameters", f"{parameters / 1e6:.2f} M"),
         ("classes", _classes(metadata["class_names"])),
+        *([("weights", _AVERAGES[bool(metadata.get("moving_teacher"))])] if metadata.get("weights") == "ema" else []),
         ("size in evaluation", f"short side {resize['short_side']}, long side at most {resize['long_side']}"),
         ("interpolation", resize["interpolation"]),
         ("mean, standard deviation", f"{numbers(metadata['mean'])}; {numbers(metadata['std'])}"),
@@ -172,6 +178,8 @@ def _data(recipe: dict[str, Any] | None) -> list[str]:
     lines = [f"- training: {_named(source or data['train_annotations'])}"]
     if recipe.get("unlabeled"):
         lines.append(f"- and images without annotations: {folder_name(str(recipe['unlabeled']))}")
+    if moving := recipe.get("moving_teacher"):
+        lines.append(f"- and images without annotations, under a moving teacher: {_named(moving['unlabeled'])}")
     if recipe.get("pseudo"):
         lines.append(f"- and pseudo-labels of another detector: {folder_name(str(recipe['pseudo']))}")
     validation = f"its evaluation part, if any ({_named(source)})" if source else _named(data.get("val_annotations"))

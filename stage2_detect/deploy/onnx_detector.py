@@ -42,9 +42,9 @@ class OnnxDetector:
         self.mask_threshold, sides = float(facts.get("mask_threshold", 0.5)), self.session.get_inputs()[0].shape[2:]
         self.canvas = None if any(isinstance(side, str) for side in sides) else sides
 
-    def predict(self, images: Sequence[Any], threshold: float = 0.5) -> list[Detections]:
+    def predict(self, images: Sequence[Any], score_threshold: float = 0.5) -> list[Detections]:
         """Detect in paths or open files, PIL images (whose EXIF is ignored) or uint8 RGB arrays [H, W, 3], one after the other."""
-        return [self.run([self.prepare(one)], [one.shape], threshold)[0] for one in map(decode, images)]
+        return [self.run([self.prepare(one)], [one.shape], score_threshold)[0] for one in map(decode, images)]
 
     def prepare(self, pixels: np.ndarray) -> Prepared:
         """Resize uint8 [H, W, 3] as in the evaluation of the detector, and pad it."""
@@ -60,7 +60,7 @@ class OnnxDetector:
         canvas[:, :high, :wide] = pixels.transpose(2, 0, 1)
         return canvas, size, scale
 
-    def run(self, batch: Sequence[Prepared], shapes: Sequence[Any], threshold: float = 0.5) -> list[Detections]:
+    def run(self, batch: Sequence[Prepared], shapes: Sequence[Any], score_threshold: float = 0.5) -> list[Detections]:
         """Detect in prepared images, padded to one shape; `shapes` begin with H and W of each image before `prepare`."""
         pixels, sizes, scales = zip(*batch, strict=True)
         outputs = self.session.run(None, {"pixels": np.stack(pixels), "sizes": np.array(sizes)})
@@ -68,7 +68,7 @@ class OnnxDetector:
         rows = zip(*outputs, scales, shapes, strict=True)
         for boxes, scores, labels, count, *maps, scale, shape in rows:
             boxes = (boxes[:count] / np.float32(scale)).clip(0, np.array([shape[1], shape[0]] * 2, np.float32))
-            kept = (scores[:count] >= threshold) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+            kept = (scores[:count] >= score_threshold) & (boxes[:, 2:] > boxes[:, :2]).all(1)
             boxes, scores, labels = boxes[kept], scores[:count][kept], labels[:count][kept]
             masks = pasted(maps[0][:count][kept], boxes, shape, self.mask_threshold) if maps else None
             found.append(Detections(boxes, scores, labels, [self.class_names[label] for label in labels], masks))

@@ -2,14 +2,15 @@
 
 Supported are Roboflow's export (`train/_annotations.coco.json` beside the images), COCO's own folders (`annotations/instances_train2017.json` and
 `train2017/`), `train.json` and `val.json` beside folders of images, the output of `convert_data.py`, and one annotation file. The part that a file
-belongs to is the first of the words train, val, test, ... in its name, else in the name of its folder. Its image folder is the first of the usual
-places that holds the first image of the file, so that no file has to be parsed as a whole.
+belongs to is the first of the words train, val, test, ... in its name, else in the name of its folder; the data set's own folder has to be called so
+alone. Its image folder is the first of the usual places that holds the first image of the file, so that no file has to be parsed as a whole.
 """
 
 import json
 import mmap
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
@@ -48,7 +49,7 @@ def find_coco(path: Path) -> CocoLayout | None:
     if path.is_file():
         if path.suffix.lower() != ".json" or not _is_coco(path):
             return None
-        return CocoLayout({_part_of(path) or "train": (path, _images_of(path))})
+        return CocoLayout({_part_of(path, path.parent) or "train": (path, _images_of(path))})
     if not path.is_dir():
         return None
     if converted := _converted(path):
@@ -57,7 +58,7 @@ def find_coco(path: Path) -> CocoLayout | None:
     instances = [file for file in files if file.stem.lower().startswith("instances")]
     layout = CocoLayout()
     for file in instances or files:
-        part = _part_of(file) or ("train" if len(files) == 1 else file.stem)
+        part = _part_of(file, path) or ("train" if len(files) == 1 else file.stem)
         if part in layout.parts:
             others = [str(one.relative_to(path)) for one in (layout.parts[part][0], file)]
             raise UserError(f"{path}: {' and '.join(others)} are both of the part {part}; name the files themselves")
@@ -77,9 +78,14 @@ def part_kind(name: str) -> str | None:
     return None
 
 
-def _part_of(file: Path) -> str | None:
-    """Return the name of the part that an annotation file belongs to, as its file or its folder spells it."""
-    for name in (file.stem, file.parent.name):
+def _part_of(file: Path, root: Path | None = None) -> str | None:
+    """Return the name of the part that an annotation file belongs to, as its file or its folder spells it.
+
+    The folder `root` of the whole data set counts if its name is one word alone: `valid`, but not `first test`.
+    """
+    folder = file.absolute().parent
+    counts = root is None or folder != root.absolute() or re.fullmatch(r"[A-Za-z]+\d*", folder.name)
+    for name in (file.stem, *([folder.name] if counts else [])):
         word = next((one for one in re.findall("[A-Za-z]+", name) if part_kind(one)), None)
         if word:
             return word
@@ -105,14 +111,22 @@ def _is_run(folder: Path) -> bool:
 def _is_coco(file: Path) -> bool:
     """Whether a JSON file has the keys of a COCO file; searched without parsing it."""
     try:
-        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with _content(file) as content:
             return all(content.find(key) >= 0 for key in _KEYS)
     except (OSError, ValueError):  # unreadable or empty
         return False
 
 
-def _first_name(file: Path) -> str | None:
+@contextmanager
+def _content(file: Path) -> Iterator[mmap.mmap | bytes]:
+    """Yield the content of a JSON file in UTF-8, mapped unless the file is in UTF-16 or UTF-32. Raises OSError or ValueError."""
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        encoding = json.detect_encoding(content[:4])
+        yield content if encoding.startswith("utf-8") else content[:].decode(encoding).encode()
+
+
+def _first_name(file: Path) -> str | None:
+    with _content(file) as content:
         found = _FIRST_NAME.search(content)
         try:
             return str(json.loads(found[1])) if found else None

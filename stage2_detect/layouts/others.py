@@ -14,6 +14,8 @@ _HEAD = 1 << 16
 """bytes of a file that are looked at"""
 _MOST = 50
 """files of a folder that are looked at"""
+IMAGE_FOLDER_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""names, in lower case, of the files with the rows of Hugging Face's image folders"""
 _TOOLS = (
     (
         (b'"shapes"', b'"imagePath"'),
@@ -41,8 +43,8 @@ def other_tool(path: Path) -> str | None:
         name = file.name if file == path else file.relative_to(path)
         if head.startswith(_ARCHIVES):
             return f"{name} is packed; unpack it"
-        if file.name.lower() in ("metadata.jsonl", "metadata.csv"):
-            return f"{name} is of an image folder of Hugging Face; convert it to Parquet with push_to_hub or to_parquet, or to COCO"
+        if file.name.lower() in IMAGE_FOLDER_FILES:
+            return f"{name} is of an image folder of Hugging Face; give its folder by --data, or convert it by `ssld convert-data`"
         for texts, what in _TOOLS:
             if all(text in head for text in texts):
                 return f"{name} is {what}"

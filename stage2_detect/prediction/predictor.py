@@ -158,7 +158,7 @@ def predict(
     loaded: "LoadedDetector",
     images: Sequence[GivenImage],
     *,
-    threshold: float = 0.5,
+    score_threshold: float = 0.5,
     batch_size: int = 4,
     tile: int | None = None,
     overlap: float = 0.2,
@@ -169,7 +169,7 @@ def predict(
     there, and the host waits for the GPU once or twice per batch, three times with masks.
 
     Args:
-        threshold: lowest score.
+        score_threshold: lowest score.
         batch_size: images, or tiles, per forward pass.
         tile: side in pixels of square tiles in which to detect beside the whole image (see `tiles.py`); None: no tiles.
         overlap: of neighboring tiles, as a share of their side, from 0 to below 1.
@@ -188,7 +188,7 @@ def predict(
     device = next(loaded.fast.parameters()).device
     decoded = (_Decoded(_pixels(image)) for image in images)
     loader = ImageLoader(window_batches(decoded, batch_size, tile, overlap), pixels_of_window, Sizing.of(loaded.resize))
-    results = detect_images(loaded.fast, loader, device=device, dtype=torch.float32, threshold=threshold)
+    results = detect_images(loaded.fast, loader, device=device, dtype=torch.float32, threshold=score_threshold)
     with images_of_any_size(tile is not None):
         return [_as_arrays(loaded, of_image) for _, of_image, _ in results]
 

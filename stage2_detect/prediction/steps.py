@@ -260,7 +260,7 @@ def assemble(
             of = f" of {', '.join(config.classes)}" if config.classes else ""
             raise UserError(
                 f"{config.images}: no box{of} with a score of {config.least:g} or more in {count(len(work.names), 'image')}; "
-                f"the best has {best:.2f}: give a lower --threshold, or a detector that fits these images"
+                f"the best has {best:.2f}: give a lower --score_threshold, or a detector that fits these images"
             )
     content = data_set(loaded, images, rows, description="detections", threshold=config.least, videos=entries)
     return content, sorted(bad), best

@@ -281,7 +281,7 @@ def test_settings_of_a_command(coco: Path, capfd: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("command", "values"),
     [
-        ("predict", {"model": "FILE", "images": "DIR", "threshold": 0.5}),
+        ("predict", {"model": "FILE", "images": "DIR", "score_threshold": 0.5}),
         ("audit", {"model": "FILE", "images": "DIR", "count": 5}),
         ("curate", {"pool": [{"path": "DIR"}], "teacher": {"model": "random:test_resnet"}, "keep": 3}),
         ("evaluate_detector", {"model": "FILE", "annotations": "JSON", "images": "DIR", "workers": 1}),

@@ -11,7 +11,7 @@ from PIL import Image
 from ssld.pipelines import init, run
 from ssld.pipelines.config import flatten
 from ssld.pipelines.runner.estimate import read_rates
-from ssld.pipelines.scaffold import pool
+from ssld.pipelines.scaffold import fit, pool
 from ssld.shared.config.settings import identity
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.unlabeled_images import unlabeled_images
@@ -39,6 +39,10 @@ def test_both_detectors_differ_in_the_teacher_alone(photos: Path, capfd: Output)
     out = capfd.readouterr().out
     assert "1 photo dropped: 1 copies of training photos (first: copy.png)" in out
     assert "--moving_teacher yes" not in out
+    assert (
+        f"under a moving teacher takes about {fit.MOVING:g} times as long as the same one without it; a trial tells whether"
+        in out
+    )
     content = yaml.safe_load(Path("deep/mine.yaml").read_text())
     assert list(content["stages"]) == [
         *("detector_imagenet", "detector_moving", "ap_imagenet", "ap_moving", "predictions", "report")

@@ -95,7 +95,7 @@ def html(pipeline: Path) -> str:
 
 def test_numbers(html: str) -> None:
     text = " ".join(Page(html).text.split())
-    assert "backbone detector AP AP50 top-1 agreement" in text  # a phone would cut off the last columns
+    assert "model detector AP AP50 top-1 agreement" in text  # a phone would cut off the last columns
     assert "SSLD 25.7 48.1 69.1 71.2" in text
     assert "teacher - - - -" in text
     assert "points of" not in text  # the baseline has no number yet: nothing is compared

@@ -62,7 +62,8 @@ def test_waits_of_a_prediction(kind: str, gpu: SimulatedCuda) -> None:
 @pytest.mark.parametrize("kind", table.PREDICTION)
 def test_detections_are_those_of_the_cpu(kind: str, gpu: SimulatedCuda) -> None:
     found, expected = (
-        networks.for_prediction(kind, device).predict(networks.photos(2), threshold=0.0) for device in ("cuda", "cpu")
+        networks.for_prediction(kind, device).predict(networks.photos(2), score_threshold=0.0)
+        for device in ("cuda", "cpu")
     )
     for one, other in zip(found, expected, strict=True):
         assert len(one) == len(other) > 3

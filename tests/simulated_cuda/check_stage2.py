@@ -129,7 +129,7 @@ def test_a_detector_file_is_evaluated_looked_through_and_exported(
     for precision in ("fp32", "bf16", "fp16"):
         line = [*common, *ground_truth, "--precision", precision, "--output", str(tmp_path / precision)]
         assert call(evaluate.main, [*line, "--tta.flip", "true"]) == 0
-    found = ["--images", data["val_images"], "--threshold", "0"]
+    found = ["--images", data["val_images"], "--score_threshold", "0"]
     assert call(predict.main, [*common, *found, "--tile", "48", "--output", str(tmp_path / "predicted")]) == 0
     assert len(json.loads((tmp_path / "predicted" / "predictions.json").read_text())["annotations"]) > 5
     assert call(predict.main, [*common, *found, "--pseudo_labels", "true", "--output", str(tmp_path / "pseudo")]) == 0

@@ -127,4 +127,4 @@ def prediction(kind: str, images: int, device: str) -> Callable[[], None]:
 
 
 def _predict(loaded: LoadedDetector, given: list[np.ndarray]) -> None:
-    assert all(len(found) for found in loaded.predict(given, threshold=0.0, batch_size=len(given)))
+    assert all(len(found) for found in loaded.predict(given, score_threshold=0.0, batch_size=len(given)))

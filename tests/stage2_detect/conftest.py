@@ -200,6 +200,6 @@ def predict_line(detector_file: Path, photos: Path, tmp_path: Path) -> Callable[
 
     def flags(*more: str, images: Path | str = photos, output: str = "predicted") -> list[str]:
         arguments = ["--model", str(detector_file), "--images", str(images), "--output", str(tmp_path / output)]
-        return [*arguments, "--threads", "1", "--workers", "0", "--device", "cpu", "--threshold", "0.3", *more]
+        return [*arguments, "--threads", "1", "--workers", "0", "--device", "cpu", "--score_threshold", "0.3", *more]
 
     return flags

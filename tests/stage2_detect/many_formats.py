@@ -103,6 +103,17 @@ def labelme(root: Path) -> Path:
     return root
 
 
+def imagefolder(root: Path) -> Path:
+    for part, name in (("train", "train"), ("valid", "validation")):
+        rows = []
+        for number in range(BOXES[part]):
+            _image(root / name / f"{number}.png", part, number)
+            rows.append({"file_name": f"{number}.png", "objects": {"bbox": [BOX], "categories": [NAMES[number % 2]]}})
+        write(root / name / "metadata.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    return root
+
+
 FORMATS = {
-    function.__name__: function for function in (roboflow_coco, coco_folders, yolo, yolo_file, voc, parquet, labelme)
+    function.__name__: function
+    for function in (roboflow_coco, coco_folders, yolo, yolo_file, voc, parquet, labelme, imagefolder)
 }

@@ -126,7 +126,7 @@ def test_the_most_doubtful_photos_are_listed_without_copies(
     )
 
     assert len(ImageSource(SourceConfig(path=str(run / LIST)), 0)) == values["listed"]  # a source of stage 1
-    assert call(predict.main, predict_line("--threshold", "0.2", "--write", "json", images=run / LIST)) == 0
+    assert call(predict.main, predict_line("--score_threshold", "0.2", "--write", "json", images=run / LIST)) == 0
     predicted = content(tmp_path / "predicted" / "predictions.json")
     names = {image["id"]: image["file_name"] for image in predicted["images"]}
     assert sorted(names.values()) == sorted(listed(run, photos))

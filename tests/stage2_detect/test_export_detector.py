@@ -362,7 +362,7 @@ def test_the_files_by_themselves(exported: Path, detector_file: Path, tiny_coco:
     best = scores[0, :6]
     place = int((best[:-1] - best[1:]).argmax())
     threshold = float(best[place] + best[place + 1]) / 2
-    (result,) = load_detector(detector_file).predict([tiny_coco.val_images / "0.png"], threshold=threshold)
+    (result,) = load_detector(detector_file).predict([tiny_coco.val_images / "0.png"], score_threshold=threshold)
     many = int((scores[0, : count[0]] >= threshold).sum())
     assert many == len(result) > 0
     # Padding is not the same in both, which shows near the border of the image.

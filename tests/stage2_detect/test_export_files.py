@@ -55,3 +55,36 @@ def test_the_card_names_all_pictures(more: dict[str, Any], detector_file: Path) 
     unlabeled = ["- and images without annotations: me/street"] if "unlabeled" in more else []
     pseudo = ["- and pseudo-labels of another detector: predicted/pseudo_labels.json"] if "pseudo" in more else []
     assert data == ["- training: town/train.json", *unlabeled, *pseudo, "- evaluation: none"]
+
+
+def test_the_card_says_that_weights_are_an_average() -> None:
+    settings = {
+        "output": "runs/x",
+        "backbone": "random:test_resnet",
+        "data": {"train_annotations": "/home/me/town/train.json", "train_images": "/home/me/town"},
+        "steps": 2,
+        "batch_size": 2,
+        "optim": {"lr": 0.1, "reference_batch": 2},
+        "moving_teacher": {"unlabeled": "/home/me/street"},
+    }
+    recipe = dump(TrainConfig.model_validate(settings))
+    metadata = {
+        "arch": "resnet18",
+        "class_names": ["cat"],
+        "mean": [0.5],
+        "std": [0.5],
+        **{key: recipe[key] for key in ("model", "resize")},
+    }
+    averages = {"last": "", "ema": "| weights | moving average of the weights over the training steps, "}
+    for weights, expected in averages.items():
+        card = detector_card(metadata | {"weights": weights}, recipe, push_to_hub=None, parameters=1, checks={})
+        assert [row[: len(expected)] for row in card.splitlines() if row.startswith("| weights")] == [expected] * bool(
+            expected
+        )
+    taught = {"weights": "ema", "moving_teacher": recipe["moving_teacher"]}
+    card = detector_card(metadata | taught, recipe, push_to_hub=None, parameters=1, checks={})
+    assert (
+        "| weights | the moving teacher: the moving average of the weights over the training steps, not those of the"
+        in card
+    )
+    assert "- and images without annotations, under a moving teacher: me/street" in card

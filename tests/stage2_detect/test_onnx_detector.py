@@ -137,8 +137,8 @@ def test_the_file_finds_what_the_detector_finds(pair: tuple[LoadedDetector, Path
         images.append(tmp_path / name)
     images.append(Image.fromarray(images[1]).convert("RGBA"))
     count = 0
-    for image, ours in zip(images, detector.predict(images, threshold=0.3), strict=True):
-        (expected,) = loaded.predict([image], threshold=0.3, batch_size=1)
+    for image, ours in zip(images, detector.predict(images, score_threshold=0.3), strict=True):
+        (expected,) = loaded.predict([image], score_threshold=0.3, batch_size=1)
         count += len(expected)
         assert ours.names == expected.names
         np.testing.assert_array_equal(ours.labels, expected.labels_N)
@@ -157,7 +157,10 @@ def test_boxes_end_at_the_border_of_the_image(pair: tuple[LoadedDetector, Path])
     detector = OnnxDetector(str(run / "detector.onnx"), threads=1)
     for height, width in ((300, 410), (699, 652)):
         image, limits = photo(height, width), [width, height]
-        (ours,), (expected,) = detector.predict([image], 0.01), loaded.predict([image], threshold=0.01, batch_size=1)
+        (ours,), (expected,) = (
+            detector.predict([image], 0.01),
+            loaded.predict([image], score_threshold=0.01, batch_size=1),
+        )
         np.testing.assert_allclose(ours.boxes, expected.boxes_N4, atol=0.01)
         for boxes in (ours.boxes, np.asarray(expected.boxes_N4)):
             assert np.equal(boxes[:, 2:], limits).any()
@@ -172,7 +175,7 @@ def test_a_batch_and_an_image_without_detections(pair: tuple[LoadedDetector, Pat
         (alone,) = detector.predict([image], 0.3)
         assert alone.names == one.names
         np.testing.assert_allclose(one.boxes, alone.boxes, atol=1e-2)
-    (nothing,) = detector.predict([photo(64, 64)], threshold=1.0)
+    (nothing,) = detector.predict([photo(64, 64)], score_threshold=1.0)
     assert nothing.names == []
     assert nothing.boxes.shape == (0, 4)
     assert nothing.masks is not None

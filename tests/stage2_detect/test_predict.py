@@ -105,7 +105,7 @@ def test_test_time_augmentation_and_classes(call: Call, predict_line: Any, tmp_p
 
 
 def test_masks_are_written_and_measured(call: Call, predict_line: Any, mask_file: Path, tmp_path: Path) -> None:
-    flags = predict_line("--threshold", "0", "--model", str(mask_file))
+    flags = predict_line("--score_threshold", "0", "--model", str(mask_file))
     assert call(predict.main, flags) == 0
     rows = COCO(str(tmp_path / "predicted" / "predictions.json")).dataset["annotations"]
     assert rows
@@ -114,7 +114,7 @@ def test_masks_are_written_and_measured(call: Call, predict_line: Any, mask_file
     assert (
         call(
             predict.main,
-            [*predict_line("--threshold", "0", "--model", str(mask_file), output="tta"), "--tta.flip", "true"],
+            [*predict_line("--score_threshold", "0", "--model", str(mask_file), output="tta"), "--tta.flip", "true"],
         )
         == 0
     )
@@ -124,7 +124,7 @@ def test_masks_are_written_and_measured(call: Call, predict_line: Any, mask_file
 
 
 def test_without_detections_the_highest_score_is_logged(call: Call, predict_line: Any, tmp_path: Path) -> None:
-    assert call(predict.main, predict_line("--threshold", "1.0")) == 0
+    assert call(predict.main, predict_line("--score_threshold", "1.0")) == 0
     assert "; the highest score is 0." in (tmp_path / "predicted" / "log.txt").read_text()
 
 
@@ -138,7 +138,7 @@ def test_pseudo_labels_are_annotations_of_pictures_with_boxes(
     boxes = content(tmp_path / "predicted" / "predictions.json")["annotations"]
     best = sorted(max(row["score"] for row in boxes if row["image_id"] == i) for i in {r["image_id"] for r in boxes})
     threshold = best[len(best) // 2]  # half of the images are below
-    flags = predict_line("--pseudo_labels", "true", "--threshold", repr(threshold), output="pseudo")
+    flags = predict_line("--pseudo_labels", "true", "--score_threshold", repr(threshold), output="pseudo")
     assert call(predict.main, flags) == 0
     run = tmp_path / "pseudo"
     assert files_below(run) == RECORDS | {"pseudo_labels.json"}
@@ -154,7 +154,7 @@ def test_the_threshold_of_pseudo_labels_is_sads(predict_line: Any) -> None:
     settings: dict[str, Any] = {"model": "m", "images": "i", "output": "o"}
     assert PredictConfig(**settings).least == 0.5
     assert PredictConfig(**settings, pseudo_labels=True).least == 0.4
-    assert PredictConfig(**settings, pseudo_labels=True, threshold=0.0).least == 0.0
+    assert PredictConfig(**settings, pseudo_labels=True, score_threshold=0.0).least == 0.0
 
 
 def test_labeled_pictures_are_left_out(call: Call, predict_line: Any, tmp_path: Path, photos: Path) -> None:

@@ -141,12 +141,12 @@ def test_none_can_be_read(user_error: Error, predict_line: Any, photos: Path, tm
 def test_no_box_above_the_threshold(
     user_error: Error, call: Call, predict_line: Any, photos: Path, tmp_path: Path
 ) -> None:
-    message = user_error(predict.main, predict_line("--pseudo_labels", "true", "--threshold", "1.0"))
+    message = user_error(predict.main, predict_line("--pseudo_labels", "true", "--score_threshold", "1.0"))
     assert message.startswith(f"{photos}: no box with a score of 1 or more in 12 images; the best has 0.")
-    assert message.endswith("give a lower --threshold, or a detector that fits these images")
+    assert message.endswith("give a lower --score_threshold, or a detector that fits these images")
     assert not (tmp_path / "predicted" / "pseudo_labels.json").exists()
     # The folder can be used again.
-    assert call(predict.main, predict_line("--pseudo_labels", "true", "--threshold", "0.1")) == 0
+    assert call(predict.main, predict_line("--pseudo_labels", "true", "--score_threshold", "0.1")) == 0
 
 
 def test_mistakes(
@@ -182,7 +182,7 @@ def test_mistakes(
         (predict_line("--exclude", str(tmp_path / "all.json")), "names all images of"),
         (predict_line("--exclude", str(tmp_path / "none.json")), "has a file name of"),
         (predict_line(output="photos/predicted"), "is inside `images`"),
-        (predict_line("--threshold", "1.5"), "threshold"),
+        (predict_line("--score_threshold", "1.5"), "score_threshold"),
     ):
         drawn = user_error(predict.main, flags)
         assert message in drawn, (message, drawn)

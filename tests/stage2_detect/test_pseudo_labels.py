@@ -43,7 +43,16 @@ def unlabeled(tiny_coco: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pseudo_file(unlabeled: Path, detector_file: Path, call: Call, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pseudo-labels that predict.py writes for the unlabeled images."""
     run = tmp_path_factory.mktemp("pseudo") / "run"
-    flags = ["--model", str(detector_file), "--images", str(unlabeled), "--output", str(run), "--threshold", "0.3"]
+    flags = [
+        "--model",
+        str(detector_file),
+        "--images",
+        str(unlabeled),
+        "--output",
+        str(run),
+        "--score_threshold",
+        "0.3",
+    ]
     flags += ["--pseudo_labels", "true", "--threads", "1", "--workers", "0", "--device", "cpu"]
     assert call(predict.main, flags) == 0
     return run / "pseudo_labels.json"
@@ -150,7 +159,15 @@ def test_augmentation_of_the_unlabeled_alone(tiny_coco: Any, pseudo_file: Path, 
 def test_shapes_come_along_for_mask_heads(
     mask_file: Path, unlabeled: Path, call: Call, tmp_path: Path, tiny_coco: Any
 ) -> None:
-    flags = ["--model", str(mask_file), "--images", str(unlabeled), "--output", str(tmp_path / "run"), "--threshold"]
+    flags = [
+        "--model",
+        str(mask_file),
+        "--images",
+        str(unlabeled),
+        "--output",
+        str(tmp_path / "run"),
+        "--score_threshold",
+    ]
     flags += ["0", "--pseudo_labels", "true", "--threads", "1", "--workers", "0", "--device", "cpu"]
     assert call(predict.main, flags) == 0
     file = tmp_path / "run" / "pseudo_labels.json"

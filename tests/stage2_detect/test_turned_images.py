@@ -126,8 +126,8 @@ def test_a_file_has_the_same_boxes_in_the_command_and_in_the_call(
     for image in written["images"]:
         path = folder / image["file_name"]
         scene = drawn[int(path.name[0])]
-        (called,) = loaded.predict([path], threshold=0.3, batch_size=1, tile=tile)
-        (plain,) = loaded.predict([scene.pixels], threshold=0.3, batch_size=1, tile=tile)
+        (called,) = loaded.predict([path], score_threshold=0.3, batch_size=1, tile=tile)
+        (plain,) = loaded.predict([scene.pixels], score_threshold=0.3, batch_size=1, tile=tile)
         rows = [row for row in written["annotations"] if row["image_id"] == image["id"]]
         corners = [[x, y, x + w, y + h] for x, y, w, h in (row["bbox"] for row in rows)]
         assert np.array_equal(called.boxes_N4, plain.boxes_N4)

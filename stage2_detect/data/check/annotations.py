@@ -31,13 +31,10 @@ from ssld.stage2_detect.data.coco_json import Convention, load_content, stated_o
 from ssld.stage2_detect.data.coco_rows import (
     CATEGORY_TYPE,
     EMPTY_CROWD,
+    FIXES,
     IMAGE_TYPE,
     NESTED,
-    NO_BOX,
-    NO_CATEGORY,
-    NO_FILE,
     NO_ID,
-    NO_IMAGE,
     NO_SIZE,
     ODD_AREA,
     ODD_CROWD,
@@ -48,7 +45,6 @@ from ssld.stage2_detect.data.coco_rows import (
     UNUSED,
     WHOLE_ID,
     WHOLE_SIZE,
-    Kind,
     Oddity,
     ValidatedRows,
     alike_names,
@@ -60,6 +56,8 @@ from ssld.stage2_detect.data.coco_rows import (
 from ssld.stage2_detect.data.image_names import same_file, same_photo
 from ssld.stage2_detect.data.segmentations import is_shape
 
+MANY_EMPTY = 0.25
+"""share of images without objects above which some of them are probably not labeled"""
 TINY_SIDE = 4.0
 """side in pixels below which an object has too few pixels to be distinguished from noise"""
 FEW = 10
@@ -68,18 +66,6 @@ MANY_CROWDS = 0.25
 """share of crowd regions in a class above which they are probably single objects that a tool marked as crowd"""
 
 _APART = "each entry is trained on without the boxes of the others"
-_FIXES: dict[tuple[Kind, str], str] = {
-    ("image", NO_ID): "removes them",
-    ("image", TWICE): "keeps one of several equal rows; removes different images with one id, and their boxes",
-    ("image", NO_FILE): "removes them",
-    ("image", NO_SIZE): "uses the sizes of the image files",
-    ("annotation", NO_ID): "gives new ids",
-    ("annotation", TWICE): "gives new ids",
-    ("annotation", NO_IMAGE): "removes them",
-    ("annotation", NO_CATEGORY): "removes them",
-    ("annotation", NO_BOX): "removes them",
-    ("annotation", ODD_CROWD): "sets it to 0",
-}
 _READ_AS = {
     WHOLE_ID: "reads it as an integer",
     IMAGE_TYPE: "uses the type of the image ids",
@@ -171,7 +157,7 @@ def check_rows(name: str, file: Path, folder: Path, *, masks: bool = False, allo
     if not rows.category_ids:
         check.add("fault", "'categories' is empty: training stops")
     for oddity in rows.faults:
-        check.add("fault", f"{_describe(check, oddity)}: training stops", _FIXES.get((oddity.kind, oddity.cause)))
+        check.add("fault", f"{_describe(check, oddity)}: training stops", FIXES.get((oddity.kind, oddity.cause)))
         _repair_fault(check, oddity)
     for oddity in rows.changes:
         read_as = _READ_AS[oddity.cause]
@@ -387,8 +373,9 @@ def _measure(check: FileCheck, used_I: np.ndarray, sides_N2: np.ndarray, owners_
         examples = some([str(rows[index]["file_name"]) for index in empty])
         text = f"{count(len(empty), 'image')} without objects ({examples})"
         effect = ": trained on as negatives; data.keep_empty: false skips them" if check.name == "train" else ""
-        most = is_bulk(len(empty), len(check.image_of))
-        check.add("warning" if most else "note", f"{text}{effect}{'; are they labeled at all?' if most else ''}")
+        many = len(empty) > MANY_EMPTY * len(check.image_of)
+        asked = "; are they labeled at all? Photos that nobody has labeled teach the detector to miss objects, and make its scores wrong"
+        check.add("warning" if many else "note", f"{text}{effect}{asked * many}")
     names = list(dict.fromkeys(check.class_of.values()))
     for alike in alike_names(names):
         check.add("warning", f"the classes {alike} differ in capitals, spaces, dashes or underscores alone: one class?")

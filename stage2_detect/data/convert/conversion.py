@@ -12,6 +12,7 @@ from ssld.stage2_detect.config import ConvertDataConfig
 from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.data.coco_json import with_orientation
 from ssld.stage2_detect.data.convert.hub import files_by_split, is_hub, read_hub
+from ssld.stage2_detect.data.convert.imagefolder import imagefolder_splits, is_imagefolder, read_imagefolder
 from ssld.stage2_detect.data.convert.labelme import is_labelme, labelme_files, read_labelme
 from ssld.stage2_detect.data.convert.records import (
     Content,
@@ -30,7 +31,7 @@ from ssld.stage2_detect.layouts.yolo import find_yolo
 
 LOOKED_FOR = (
     "neither YOLO (data.yaml, or images/ and labels/) nor Pascal VOC (XML files in Annotations/ or beside the images) nor Parquet files "
-    "nor LabelMe's JSON"
+    "nor LabelMe's JSON nor metadata.jsonl or metadata.csv of Hugging Face"
 )
 
 
@@ -52,6 +53,8 @@ def find_splits(source: str) -> list[str] | None:
         return list(find_voc(path.resolve(), []).splits)
     if is_labelme(path):
         return list(labelme_files(path))
+    if is_imagefolder(path):
+        return imagefolder_splits(path)
     return list(files_by_split(path)) if is_hub(source) else None
 
 
@@ -103,17 +106,17 @@ def _read(config: ConvertDataConfig, folder: Path) -> SourceData:
         )
     if is_labelme(path):
         return read_labelme(path, classes=config.classes, splits=config.splits)
+    if is_imagefolder(path):
+        return read_imagefolder(path, classes=config.classes, splits=config.splits, box_format=config.box_format)
     if is_hub(source):
         return read_hub(
             source, pending=folder, classes=config.classes, splits=config.splits, box_format=config.box_format
         )
-    raise UserError(f"source: {source}: {LOOKED_FOR}; {content_of(path)}")
+    raise UserError(f"source: {source}: {other_tool(path) or f'{LOOKED_FOR}; {content_of(path)}'}")
 
 
 def content_of(path: Path) -> str:
-    """Describe what is at a path whose format is unknown: the format of another tool, or `it holds a.txt, b.txt`."""
-    if other := other_tool(path):
-        return other
+    """Describe what is at a path whose format is unknown: `it holds a.txt, b.txt`."""
     names = sorted(one.name for one in path.iterdir() if not is_hidden(one.name)) if path.is_dir() else []
     return (
         f"it holds {some(names, 6)}" if names else "it is an empty folder" if path.is_dir() else "it is a single file"

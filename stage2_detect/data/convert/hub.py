@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,37 +23,21 @@ from ssld.shared.errors import UserError
 from ssld.shared.files import list_files
 from ssld.shared.tally import Tally
 from ssld.shared.wording import count
+from ssld.stage2_detect.data.convert.hub_objects import BoxFormat, Keys, keys_of, objects_of, read_object, side_of
 from ssld.stage2_detect.data.convert.records import (
-    Corners,
     SourceData,
     SourceImage,
-    SourceObject,
     check_class_names,
-    finite_number,
-    is_marked,
     read_class_list,
     size_of_bytes,
 )
-from ssld.stage2_detect.data.segmentations import is_shape
 
-BoxFormat = Literal["xywh", "xyxy", "xyxy_relative", "cxcywh_relative"]
 HUB, PARQUET = "hub:", ".parquet"
-_CATEGORIES = ("category", "categories", "category_id", "label", "labels")
-_CROWDS = ("iscrowd", "is_crowd", "crowd")
 _SHARD = re.compile(r"(?P<split>.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
 _SPLIT = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 )  # safe as a folder name: it is taken from the names of untrusted files
 _ROWS_AT_A_TIME = 32
-
-
-class _Keys(NamedTuple):
-    """Names of the fields of `objects`."""
-
-    category: str
-    crowd: str | None
-    area: str | None
-    shape: str | None
 
 
 def is_hub(source: str) -> bool:
@@ -130,7 +114,7 @@ def files_by_split(path: Path) -> dict[str, list[Path]]:
     return by_split
 
 
-def _keys_of(file: Path) -> _Keys:
+def _keys_of(file: Path) -> Keys:
     """Check the columns of a file by its schema and return the names of the fields."""
     try:
         schema = pq.read_schema(file)
@@ -145,14 +129,10 @@ def _keys_of(file: Path) -> _Keys:
     if not pa.types.is_struct(kind):
         raise UserError(f"{file}: objects: expected a struct of lists or a list of structs, got {kind}")
     names = [field.name for field in kind]
-    category = next((name for name in _CATEGORIES if name in names), None)
-    if "bbox" not in names or category is None:
-        raise UserError(f"{file}: objects: needs bbox and one of {', '.join(_CATEGORIES)} (it has {', '.join(names)})")
-    crowd = next((name for name in _CROWDS if name in names), None)
-    return _Keys(category, crowd, *(name if name in names else None for name in ("area", "segmentation")))
+    return keys_of(names, str(file))
 
 
-def _class_names(files: list[Path], keys: dict[Path, _Keys]) -> list[str]:
+def _class_names(files: list[Path], keys: dict[Path, Keys]) -> list[str]:
     known = {tuple(names) for names in (_names_in_metadata(file, keys[file].category) for file in files) if names}
     if len(known) > 1:
         raise UserError(f"{files[0]}: the files of this data set name different classes")
@@ -162,7 +142,7 @@ def _class_names(files: list[Path], keys: dict[Path, _Keys]) -> list[str]:
         categories: set[Any] = set()
         for file in files:
             for number, row in _rows(file, ["objects"]):
-                for one in _objects(row["objects"], f"{file}, row {number}"):
+                for one in objects_of(row["objects"], f"{file}, row {number}"):
                     category = one.get(keys[file].category)
                     if isinstance(category, list | dict):
                         raise UserError(f"{file}, row {number}: category {category!r}, expected a name or a number")
@@ -209,22 +189,8 @@ def _rows(file: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]
         raise UserError(f"{file}: damaged after row {number - 1} ({reason}); fetch it again") from None
 
 
-def _objects(objects: Any, place: str) -> list[dict[str, Any]]:
-    """Return the objects of a struct of lists or a list of structs. Raises UserError for lists of unequal length."""
-    if objects is None:
-        return []
-    if isinstance(objects, list):
-        return [one or {} for one in objects]
-    lists = {key: value for key, value in objects.items() if value is not None}
-    if not all(isinstance(value, list) for value in lists.values()):
-        raise UserError(f"{place}: objects: expected lists, one entry for each object")
-    if len({len(value) for value in lists.values()}) > 1:
-        raise UserError(f"{place}: objects: its lists are of unequal length")
-    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
-
-
 def _read_file(
-    file: Path, keys: _Keys, folder: Path, first: int, label_of: dict[Any, int], box_format: BoxFormat
+    file: Path, keys: Keys, folder: Path, first: int, label_of: dict[Any, int], box_format: BoxFormat
 ) -> Iterator[SourceImage]:
     """Yield the images of a file and write them to `folder`, numbered from `first`."""
     present = pq.read_schema(file).names
@@ -235,91 +201,16 @@ def _read_file(
         encoded = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(encoded, bytes) or not encoded:
             raise UserError(f"{place}: holds no image bytes")
-        wide, high = (_side(row.get(key), place, key) for key in ("width", "height"))
+        wide, high = (side_of(row.get(key), place, key) for key in ("width", "height"))
         width, height = size_of_bytes(encoded, place, (wide, high) if wide and high else None, place)
         objects = [
-            _read_object(one, keys, f"{place}, object {index}", label_of, box_format, (width, height))
-            for index, one in enumerate(_objects(row["objects"], place))
+            read_object(one, keys, f"{place}, object {index}", label_of, box_format, (width, height))
+            for index, one in enumerate(objects_of(row["objects"], place))
         ]
         image = folder / f"{first + number:08d}{_suffix(encoded)}"
         image.write_bytes(encoded)
         image_id = row.get("image_id")
         yield SourceImage(image, width, height, objects, image_id if isinstance(image_id, int) else None)
-
-
-def _side(value: Any, place: str, name: str) -> int:
-    """Return a width or height; 0 for a missing one (None, or NaN in an empty cell of a table)."""
-    return 0 if value is None or value != value else int(finite_number(str(value), place, name))
-
-
-def _read_object(
-    one: dict[str, Any],
-    keys: _Keys,
-    place: str,
-    label_of: dict[Any, int],
-    box_format: BoxFormat,
-    size: tuple[int, int],
-) -> SourceObject:
-    category = one.get(keys.category)
-    if isinstance(category, float) and category.is_integer():  # a column with empty cells has floats
-        category = int(category)
-    if isinstance(category, list | dict):
-        label = -1
-    elif isinstance(category, int) and not isinstance(category, bool):
-        label = category
-    else:
-        label = label_of.get(category, -1)
-    if not 0 <= label < len(label_of):
-        raise UserError(f"{place}: category {category!r}, but there are {len(label_of)} classes")
-    box = one.get("bbox")
-    if not isinstance(box, list) or len(box) != 4:
-        raise UserError(f"{place}: bbox {box!r}, expected four numbers")
-    a, b, c, d = (finite_number(str(value), place, "bbox") for value in box)
-    corners = _corners((a, b, c, d), box_format, size)
-    if corners[2] < corners[0] or corners[3] < corners[1]:
-        raise UserError(f"{place}: bbox {box!r} has a negative side as {box_format}; give another --box_format")
-    area = one.get(keys.area) if keys.area else None
-    return SourceObject(
-        label,
-        corners,
-        place,
-        crowd=keys.crowd is not None and is_marked(one.get(keys.crowd), place, keys.crowd),
-        shape=_shape(one.get(keys.shape) if keys.shape else None, place, size),
-        area=None if area is None else finite_number(str(area), place, "area"),
-    )
-
-
-def _shape(value: Any, place: str, size: tuple[int, int]) -> list[list[float]] | dict[str, Any] | None:
-    """Return an RLE, or the polygons of at least three points; None without any."""
-    if not value:
-        return None
-    if isinstance(value, dict) and {"size", "counts"} <= value.keys():
-        counts = value["counts"]
-        code = {"size": value["size"], "counts": counts.decode("latin-1") if isinstance(counts, bytes) else counts}
-        width, height = size
-        if not is_shape(code, height, width):
-            raise UserError(f"{place}: segmentation: not an RLE of an image {height} pixels high and {width} wide")
-        return code
-    if not isinstance(value, list) or not all(isinstance(one, list) and len(one) % 2 == 0 for one in value):
-        raise UserError(f"{place}: segmentation: neither polygons, lists of x, y, x, y, ..., nor RLE, size and counts")
-    polygons = [[finite_number(str(number), place, "segmentation") for number in one] for one in value]
-    polygons = [polygon for polygon in polygons if len(polygon) >= 6]
-    if polygons and not is_shape(polygons, size[1], size[0]):
-        raise UserError(f"{place}: segmentation: a polygon reaches too far out of the image")
-    return polygons or None
-
-
-def _corners(box: Corners, box_format: BoxFormat, size: tuple[int, int]) -> Corners:
-    """Convert a box to x1, y1, x2, y2 in pixels."""
-    a, b, c, d = box
-    if box_format == "xywh":
-        return a, b, a + c, b + d
-    if box_format == "xyxy":
-        return box
-    width, height = size
-    if box_format == "xyxy_relative":
-        return a * width, b * height, c * width, d * height
-    return (a - c / 2) * width, (b - d / 2) * height, (a + c / 2) * width, (b + d / 2) * height
 
 
 def _drop_repeated_ids(images: list[SourceImage]) -> None:

@@ -17,6 +17,7 @@ from ssld.stage2_detect.data.convert.hub import HUB, download
 from ssld.stage2_detect.data.convert.merging import Pairs, common_folder, write_merged
 from ssld.stage2_detect.data_config import DetectionDataConfig, source_inputs
 from ssld.stage2_detect.layouts.coco import CocoLayout, find_coco, part_kind
+from ssld.stage2_detect.layouts.others import other_tool
 from ssld.stage2_detect.layouts.yolo import find_yolo
 
 
@@ -107,9 +108,8 @@ def _open(name: str) -> _Source:
         return _Source(name, path, list(coco.parts), coco)
     splits = find_splits(str(path))
     if splits is None:
-        raise UserError(
-            f"data: {name}: {LOOKED_FOR} nor COCO JSON (train/_annotations.coco.json, annotations/instances_*.json); {content_of(path)}"
-        )
+        unknown = f"{LOOKED_FOR} nor COCO JSON (train/_annotations.coco.json, annotations/instances_*.json); {content_of(path)}"
+        raise UserError(f"data: {name}: {other_tool(path) or unknown}")
     return _Source(name, path, splits, None)
 
 
@@ -154,7 +154,10 @@ def choose(source: str, splits: Sequence[str]) -> tuple[str, str | None]:
     kinds = _by_kind(source, splits)
     alone = len(splits) == 1 and part_kind(splits[0]) is None
     if "train" not in kinds and not alone:
-        raise UserError(f"data: {source}: has no part to train on, called train (it has {', '.join(splits) or 'none'})")
+        has = ", ".join(splits) or "none"
+        raise UserError(
+            f"data: {source}: has no part to train on, called train (it has {has}); rename it, or give its files in place of the data set"
+        )
     return kinds.get("train", splits[0]), _evaluated(kinds)
 
 

@@ -17,7 +17,7 @@ from ssld.shared.errors import UserError
 
 def test_table_says_what_is_missing(tmp_path: Path, table: dict[str, Any]) -> None:
     assert table_text(TableConfig(**table), tmp_path).splitlines() == [
-        "backbone           top-1    agreement    detector AP    AP50",
+        "model              top-1    agreement    detector AP    AP50",
         "teacher                -            -              -       -",
         "SSLD                   -            -              -       -",
         "baseline               -            -              -       -",
@@ -258,7 +258,7 @@ def test_intervals_of_detectors_are_those_of_this_comparison(
     write_result(tmp_path / "b", {"AP": 0.3, "AP50": 0.5, **counts}, digest="abc")
     table = TableConfig.model_validate({"rows": {n: {"detector": n} for n in "ab"}, "gain": ["a", "b"]})
     lines = table_text(table, tmp_path).splitlines()
-    assert lines[0].split() == ["backbone", "detector", "AP", "AP50"]  # no row has a classifier
+    assert lines[0].split() == ["model", "detector", "AP", "AP50"]  # no row has a classifier
     assert lines[4].split() == ["a", "-", "b", "+10.0", "+10.0"]
     assert lines[5].split() == ["95", "%", "interval", "+2.0", "to", "+20.0", "-2.0", "to", "+20.0"]
     assert lines[6 : 6 + len(conclusions)] == conclusions

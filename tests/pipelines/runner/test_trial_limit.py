@@ -63,8 +63,11 @@ def measured(
 
 
 @pytest.mark.parametrize("shell", ["sleep 100", 'trap "" TERM; sleep 100'], ids=["stops", "ignores SIGTERM"])
-def test_a_training_ends_at_the_limit(shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_ends_at_the_limit(
+    shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert measured(monkeypatch, tmp_path, shell, steps=0, limit=0.1) == []
+    assert "trial of one: 3 steps, in 0.1 s at most\n" in capfd.readouterr().out
     (rate,) = measured(monkeypatch, tmp_path, shell, steps=2, limit=0.1)
     assert rate.step == 2.0
     assert (rate.files, rate.model, rate.checkpoint) == (0, 0, 0)  # unknown, so no estimate of the disk space uses them

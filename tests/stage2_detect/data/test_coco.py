@@ -156,12 +156,16 @@ FAULTS: list[tuple[str, Callable[[dict], Any], str]] = [
         lambda d: d["annotations"][1].update(category_id=1),
         "annotation 5 has category_id 1, which is no",
     ),
-    ("no annotation id", lambda d: d["annotations"][1].pop("id"), "annotation number 2 has no id"),
+    (
+        "no annotation id",
+        lambda d: d["annotations"][1].pop("id"),
+        "annotation number 2 has no id; in a copy, `ssld doctor --fix DIR` gives new ids",
+    ),
     ("image twice", lambda d: d["images"][2].update(id=7), "image 7 has an id that occurs more than once"),
     (
         "annotation twice",
         lambda d: d["annotations"][1].update(id=0),
-        "annotation 0 has an id that occurs more than once",
+        "annotation 0 has an id that occurs more than once; in a copy, `ssld doctor --fix DIR` gives new ids",
     ),
     ("category twice", lambda d: d["categories"][1].update(id=90), "category 90 has an id that occurs more than once"),
     ("name twice", lambda d: d["categories"][1].update(name="cup"), "two categories are called 'cup'"),

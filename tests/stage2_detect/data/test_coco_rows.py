@@ -548,7 +548,7 @@ def test_classes_that_differ_in_spelling_alone_are_questioned(read: Callable[...
         assert [one.level for one in findings if question in one.text] == ["warning"] * expected
 
 
-def test_mostly_images_without_objects_are_a_warning(folder: Path) -> None:
+def test_many_images_without_objects_are_a_warning(folder: Path) -> None:
     for owners, level in ((1, "warning"), (3, "note")):
         whole = content()
         for row in whole["annotations"]:
@@ -557,7 +557,7 @@ def test_mostly_images_without_objects_are_a_warning(folder: Path) -> None:
         findings = check_rows("train", folder / "data.json", folder).findings
         found = [one for one in findings if "without objects" in one.text]
         assert [one.level for one in found] == [level]
-        assert found[0].text.endswith("are they labeled at all?") == (level == "warning")
+        assert found[0].text.count("are they labeled at all?") == (level == "warning")
 
 
 def test_a_large_share_of_crowds_is_a_warning(folder: Path) -> None:

@@ -28,7 +28,7 @@ def test_three_lines_find_what_the_command_finds(
     detections = content(tmp_path / "predicted" / "predictions.json")
     detector = load_detector(str(detector_file))
     files = [photos / image["file_name"] for image in detections["images"]]
-    visible = detector.predict(files, threshold=0.3)
+    visible = detector.predict(files, score_threshold=0.3)
     assert len(visible) == 12
     for image, objects in zip(detections["images"], visible, strict=True):
         rows = [row for row in detections["annotations"] if row["image_id"] == image["id"]]
@@ -43,14 +43,14 @@ def test_three_lines_find_what_the_command_finds(
 def test_kinds_of_pictures_and_a_batch_of_unequal_ones(detector_file: Path, photos: Path) -> None:
     detector = load_detector(detector_file)
     photo = Image.open(photos / "5.png")
-    (one,) = detector.predict([photos / "5.png"], threshold=0.2)
+    (one,) = detector.predict([photos / "5.png"], score_threshold=0.2)
     assert len(one)
     for other in (str(photos / "5.png"), photo, np.array(photo)):
-        (same,) = detector.predict([other], threshold=0.2)
+        (same,) = detector.predict([other], score_threshold=0.2)
         np.testing.assert_array_equal(same.boxes_N4, one.boxes_N4)
     wide = Image.new("RGB", (90, 40), (30, 30, 30))
     wide.paste(photo.crop((0, 0, 40, 40)), (10, 0))
-    pair = detector.predict([photo, wide], threshold=0.05)
+    pair = detector.predict([photo, wide], score_threshold=0.05)
     assert pair[1].boxes_N4[:, 2].max() <= 90
     assert pair[1].boxes_N4[:, 3].max() <= 40
     with pytest.raises(TypeError, match="takes a list"):
@@ -71,7 +71,7 @@ def test_objects_are_drawn_as_the_command_draws_them(
     call: Call, predict_line: Any, detector_file: Path, photos: Path, tmp_path: Path
 ) -> None:
     assert call(predict.main, predict_line(images=photos / "5.png")) == 0
-    (objects,) = load_detector(detector_file).predict([photos / "5.png"], threshold=0.3)
+    (objects,) = load_detector(detector_file).predict([photos / "5.png"], score_threshold=0.3)
     assert len(objects)
     drawn = objects.draw(photos / "5.png")
     drawn.save(tmp_path / "mine.jpg", quality=92)

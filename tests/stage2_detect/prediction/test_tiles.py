@@ -226,7 +226,19 @@ def boxes_of(detector_file: Path, tmp_path: Path, call: Callable[..., int]) -> C
 
     def run(images: Path, name: str, *more: str) -> list[dict[str, Any]]:
         line = ["--model", str(detector_file), "--images", str(images), "--output", str(tmp_path / name)]
-        line += ["--threads", "1", "--workers", "0", "--device", "cpu", "--threshold", "0.3", "--write", "json", *more]
+        line += [
+            "--threads",
+            "1",
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+            "--score_threshold",
+            "0.3",
+            "--write",
+            "json",
+            *more,
+        ]
         assert call(predict.main, line) == 0
         rows: list[dict[str, Any]] = json.loads((tmp_path / name / "predictions.json").read_text())["annotations"]
         return rows
@@ -261,7 +273,7 @@ def test_tiles_find_what_scenes_show_alone(
         assert mask_codec.iou([box], same, [0] * len(same)).max() > 0.5
     assert len(detections) > len(boxes_of(mosaic, "whole"))
     # The same in three lines.
-    (objects,) = load_detector(detector_file).predict([mosaic / "mosaic.png"], threshold=0.3, tile=64, overlap=0)
+    (objects,) = load_detector(detector_file).predict([mosaic / "mosaic.png"], score_threshold=0.3, tile=64, overlap=0)
     corners = [[x, y, x + width, y + height] for x, y, width, height in (row["bbox"] for row in detections)]
     np.testing.assert_allclose(objects.boxes_N4, corners, atol=2e-3)
     with_views = boxes_of(mosaic, "tta", "--tile", "64", "--overlap", "0", "--tta.flip", "true")
@@ -278,7 +290,7 @@ def test_tiles_are_for_pictures_of_any_size(
     assert "nothing can be read in 1 file" in message
     assert boxes_of(mosaic, "tiled", "--tile", "64")
     detector = load_detector(detector_file)
-    assert len(detector.predict([mosaic / "mosaic.png"], threshold=0.3, tile=64)[0])
+    assert len(detector.predict([mosaic / "mosaic.png"], score_threshold=0.3, tile=64)[0])
     assert Image.MAX_IMAGE_PIXELS == 1000
     with pytest.raises(UserError, match="cannot read"):
         detector.predict([mosaic / "mosaic.png"])

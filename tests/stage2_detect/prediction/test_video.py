@@ -42,7 +42,7 @@ def clip(tiny_coco: Any, tmp_path: Path) -> Path:
 def line(detector_file: Path, tmp_path: Path) -> Line:
     def flags(images: Path, output: str, *more: str) -> list[str]:
         visible = ["--model", str(detector_file), "--images", str(images), "--output", str(tmp_path / output)]
-        return [*visible, "--threads", "1", "--workers", "0", "--device", "cpu", "--threshold", "0.3", *more]
+        return [*visible, "--threads", "1", "--workers", "0", "--device", "cpu", "--score_threshold", "0.3", *more]
 
     return flags
 
@@ -262,7 +262,7 @@ def test_a_part_of_another_video_is_refused(tmp_path: Path) -> None:
 
 
 def test_masks_on_a_video(call: Callable[..., int], line: Line, clip: Path, mask_file: Path, tmp_path: Path) -> None:
-    flags = line(clip, "predicted", "--model", str(mask_file), "--threshold", "0.1")
+    flags = line(clip, "predicted", "--model", str(mask_file), "--score_threshold", "0.1")
     assert call(predict.main, flags) == 0
     rows = content(tmp_path / "predicted" / "predictions.json")["annotations"]
     assert rows, "lower the threshold"
@@ -287,6 +287,6 @@ def test_mistakes(
 
 def test_three_lines_take_frames(clip: Path, detector_file: Path) -> None:
     frames = [frame.pixels_HWC for frame in read_frames(str(clip))]
-    objects = load_detector(detector_file).predict(frames, threshold=0.3)
+    objects = load_detector(detector_file).predict(frames, score_threshold=0.3)
     assert len(objects) == 12
     assert sum(map(len, objects)) > 0
