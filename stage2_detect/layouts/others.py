@@ -7,16 +7,17 @@ docs.supervisely.com, docs.voxel51.com.
 from collections.abc import Iterator
 from pathlib import Path
 
-from ssld.shared.files import is_hidden
+from ssld.shared.files import ARCHIVES, is_hidden
 
-_ARCHIVES = (b"PK\3\4", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"BZh", b"\xfd7zXZ")
+LABELME_KEYS = (b'"shapes"', b'"imagePath"')
+"""keys that every file of LabelMe has"""
 _HEAD = 1 << 16
 """bytes of a file that are looked at"""
 _MOST = 50
 """files of a folder that are looked at"""
 _TOOLS = (
     (
-        (b'"shapes"', b'"imagePath"'),
+        LABELME_KEYS,
         "LabelMe's JSON, one file per image; give the folder by --data, or convert it by `ssld convert-data`",
     ),
     ((b'"_via_',), "VIA's project; export the annotations as COCO"),
@@ -39,7 +40,7 @@ def other_tool(path: Path) -> str | None:
         except OSError:
             continue
         name = file.name if file == path else file.relative_to(path)
-        if head.startswith(_ARCHIVES):
+        if head.startswith(tuple(ARCHIVES)):
             return f"{name} is packed; unpack it"
         if file.name.lower() in ("metadata.jsonl", "metadata.csv"):
             return f"{name} is of an image folder of Hugging Face; convert it to Parquet with push_to_hub or to_parquet, or to COCO"

@@ -31,8 +31,8 @@ from ssld.stage2_detect.data.convert.records import (
     unread_kind,
 )
 from ssld.stage2_detect.layouts.coco import TEST, TRAIN, VAL
+from ssld.stage2_detect.layouts.others import LABELME_KEYS
 
-_KEYS = (b'"shapes"', b'"imagePath"')
 _SPLITS = (*TRAIN, *VAL, *TEST)
 _LOOKED_AT = 20
 """JSON files of a folder that are looked at to recognize the format"""
@@ -93,7 +93,7 @@ def _is_one(file: Path) -> bool:
         encoded = file.read_bytes()
     except OSError:
         return False
-    return all(key in encoded for key in _KEYS)
+    return all(key in encoded for key in LABELME_KEYS)
 
 
 def _content(file: Path) -> dict[str, Any]:
