@@ -24,6 +24,7 @@ from ssld.stage2_detect.data.convert.records import (
     SourceImage,
     SourceObject,
     check_class_names,
+    check_splits,
     drop_image,
     finite_number,
     read_class_list,
@@ -65,9 +66,7 @@ def read_labelme(path: Path, *, classes: Path | None, splits: list[str]) -> Sour
     """
     folder = path.resolve()
     files = labelme_files(folder)
-    unknown = [split for split in splits if split not in files]
-    if unknown:
-        raise UserError(f"{path}: has no split {unknown[0]!r} (it has {', '.join(files)})")
+    check_splits(splits, files, path)
     contents = {split: {file: _content(file) for file in files[split]} for split in splits or files}
     labels = {
         _label(shape, f"{file}, shape {number}")
