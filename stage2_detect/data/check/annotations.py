@@ -178,10 +178,9 @@ def check_rows(name: str, file: Path, folder: Path, *, masks: bool = False, allo
         reader = "training" if name == "train" else "evaluation"
         check.add("warning", f"{_describe(check, oddity)}: {reader} {read_as}", read_as)
     try:
-        check.stated = stated_orientation(file.name, content)
+        check.stated = stated_orientation(content)
     except UserError as error:
-        text = str(error).removeprefix(f"{file.name}: ")
-        check.add("fault", f"{text}: training stops", "sets it from the sizes of the images")
+        check.add("fault", f"{error}: training stops", "sets it from the sizes of the images")
         check.repair.orientation = "upright"  # unless the images show otherwise
     accept_changes(check.repair, rows)
     first_of = _check_names(check, allow_loss=allow_loss)
