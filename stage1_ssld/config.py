@@ -60,7 +60,7 @@ _LENGTHS = ("steps", "train_epochs", "train_images")
 EVALUATION_BATCH = 128
 """Most images per evaluation batch; the memory trial of auto_batch runs one too."""
 
-_NONE: Any = None
+_NONE: Any = None  # as a default it fits the types that type checkers see below
 if TYPE_CHECKING:  # `DistillConfig.fitted` has replaced None before anything reads these settings
     ChosenBatchSize = int
     ChosenOptim = Stage1OptimConfig
