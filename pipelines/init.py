@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _init(arguments: Namespace) -> int:
+    """Choose, try and write a pipeline; returns the exit code. Nothing is written before all of it is known."""
     begun = time.monotonic()
     _check_arguments(arguments)
     minutes = 60 * arguments.hours if arguments.hours is not None else arguments.minutes or MINUTES
@@ -350,6 +351,7 @@ def _files(content: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _check_arguments(arguments: Namespace) -> None:
+    """Raise UserError for flags that do not go together, values out of range, and missing paths: before weights are searched and steps tried."""
     output: Path = arguments.output
     if output.suffix not in (".yaml", ".yml"):
         raise UserError(f"--output {output}: give the name of a YAML file, as mine.yaml")

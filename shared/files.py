@@ -32,6 +32,16 @@ VIDEO_SUFFIXES = (
 )
 # fmt: on
 """suffixes of video formats; .gif is added where it is animated"""
+ARCHIVES = {
+    b"PK\x03\x04": "zip",
+    b"\x1f\x8b\x08": "gzip",  # RFC 1952; the third byte is its only method
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstandard",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!\x1a\x07": "RAR",
+}
+"""program that packs files, by their first bytes"""
 
 
 def user_cache() -> Path:

@@ -1,9 +1,8 @@
 """Images as uint8 tensors, and randomness that belongs to one view of one image.
 
-PIL decodes, or torchcodec where the setting names it: torchvision's decoders warn that they are deprecated since 0.29, and
-fail on BMP, TIFF, 16-bit PNG and WebP with EXIF. This module only decodes; crop, resize and normalization happen on the tensor, later. Alpha is
-dropped, not blended, as OpenCV and torchvision do. Deliberately absent: animations (the first frame counts), color
-profiles.
+PIL decodes, or torchcodec where the setting names it: torchvision's decoders warn that they are deprecated since 0.29, and fail on BMP, TIFF, 16-bit
+PNG and WebP with EXIF. This module only decodes; crop, resize and normalization happen on the tensor, later. Alpha is dropped, not blended, as OpenCV
+and torchvision do. Deliberately absent: animations (the first frame counts), color profiles.
 
 Legend: C 3 channels (RGB), H height, W width.
 """
@@ -45,10 +44,8 @@ _UPRIGHT = {
 _BACK = _UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 _SIDEWAYS = 5  # from this value on width and height are exchanged
 _TURNED_BY_PILLOW = "TIFF"  # alone among the formats: its size is the upright one from the start, its pixels are turned as they are loaded
-_PNG_TEXTS = (
-    b"Raw profile type exif",
-    b"XML:com.adobe.xmp",
-)  # keywords of text in which Pillow looks for an orientation
+_PNG_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+"""keywords of the texts in a PNG in which Pillow looks for an orientation"""
 
 
 class ImageHeader(NamedTuple):
@@ -182,9 +179,8 @@ def seeded_torch(key: str, view: int, seed: int) -> Iterator[None]:
     """Seed torch's global generator (CPU) from (seed, key, view), and restore its state afterwards."""
     state = torch.default_generator.get_state()
     try:
-        torch.default_generator.manual_seed(
-            stable_seed(seed, key, view)
-        )  # torch.manual_seed would seed accelerators too
+        # Not torch.manual_seed, which would seed accelerators too.
+        torch.default_generator.manual_seed(stable_seed(seed, key, view))
         yield
     finally:
         torch.default_generator.set_state(state)

@@ -62,6 +62,8 @@ class RunDir:
         scratch: files and folders in it from which a killed run is resumed; they are deleted when it is finished.
 
     Attributes:
+        path: the folder.
+        inputs: digests of the files that the command reads, by the key of the setting; on the main rank.
         status: "new", "unfinished" (the same run was started in this folder, or files of the finished run are gone or changed) or "finished".
         changed: lines on the settings that differ from those of the last start, on the main rank.
         write: function that prints a line.

@@ -14,6 +14,7 @@ WEAK_AP50 = 0.5
 # Control characters, invisible ones that turn or join text, halves of characters, and what else ends a line.
 _UNPRINTED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _MOST_KNOWN, _SIMILAR = 40, 8
+"""known words that a line lists at most, and the most similar ones that it lists of more"""
 
 
 def count(number: int, what: str, plural: str | None = None) -> str:
@@ -58,10 +59,9 @@ def did_you_mean(word: str, known: Sequence[str], others: Mapping[str, str] = Ma
         others: other names of known words, such as those of other programs, and the known words.
     """
     others = {name: now for name, now in (RENAMED | dict(others)).items() if now in known}
-    longer = [
-        name for name in known if name.startswith(f"{word}_")
-    ]  # `samples` is nearer to `samples_per_image` than to `sampling`
-    inner = [name for name in known if name.endswith(f".{word.lstrip('-')}")]  # `--lr` is `--optim.lr`
+    # `samples` is nearer to `samples_per_image` than to `sampling`, and `--lr` is `--optim.lr`.
+    longer = [name for name in known if name.startswith(f"{word}_")]
+    inner = [name for name in known if name.endswith(f".{word.lstrip('-')}")]
     renamed = [others[name] for name in (word,) if name in others]
     alike = [others.get(name, name) for name in _alike(word, [*known, *others])]
     near = [word][: word in known] or renamed or longer[:1] or inner[:1] or alike or _parts(word, known)

@@ -37,7 +37,7 @@ class Stage1Config(TrainingConfig):
     optim: Stage1OptimConfig
     ema: EmaConfig | None = None
     trainable: Literal["all", "classifier"] = "all"
-    """parameters to train; all, or the classifier alone, with everything before it frozen, BatchNorm too (the Fix phase)"""
+    """parameters to train; all, or the classifier alone, with everything before it frozen, BatchNorm too (Fix phase of SSLD)"""
     best_by: Literal["top1", "agreement"] | None = None
     """metric that selects the best weights and counts for `patience`; null: top1 with labels, agreement otherwise"""
     patience: Count | None = None
@@ -60,7 +60,7 @@ _LENGTHS = ("steps", "train_epochs", "train_images")
 EVALUATION_BATCH = 128
 """Most images per evaluation batch; the memory trial of auto_batch runs one too."""
 
-_NONE: Any = None
+_NONE: Any = None  # as a default it fits the types that type checkers see below
 if TYPE_CHECKING:  # `DistillConfig.fitted` has replaced None before anything reads these settings
     ChosenBatchSize = int
     ChosenOptim = Stage1OptimConfig
@@ -77,7 +77,7 @@ class DistillConfig(Stage1Config):
     batch_size: ChosenBatchSize = Field(_NONE)
     """global batch size: images per optimizer step, over all processes and accumulated passes; null: 256 on a GPU, 32 on a CPU, at most all images"""
     optim: ChosenOptim = Field(_NONE)
-    """optimizer and its schedule; null: AdamW, at a rate for a pretrained or a random student, and image_size of the student"""
+    """optimizer and its schedule; null: AdamW at the rate of a pretrained or a random student, and data.image_size, if not given, is the student's"""
     student: StudentConfig
     teacher: TeacherConfig | None = None
     store: Path | None = None
@@ -348,7 +348,7 @@ class CurateConfig(ForwardConfig):
     keep: Images
     """most images to keep per class (k)"""
     min_score: float = Field(0.0, ge=0, lt=1)
-    """smallest probability of an image's most likely class, 0 to 1"""
+    """smallest probability of an image's most likely class, 0 to below 1"""
     val: list[SourceConfig] = []
     """validation images; near-duplicates of them are dropped"""
     train: list[SourceConfig] = []

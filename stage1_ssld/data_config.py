@@ -99,7 +99,7 @@ class DataConfig(Config):
     image_size: Side = 224
     """side of the views in pixels"""
     train_view: Literal["random", "center"] = "random"
-    """kind of training view; random: crop, flip and augmentation; center: the evaluation view, for the Fix phase"""
+    """kind of training view; random: crop, flip and augmentation; center: the evaluation view, for SSLD's Fix phase"""
     crop_area: tuple[Part, Part] = (0.08, 1.0)
     """smallest and largest area of a training crop, as fractions of the image"""
     crop_ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)

@@ -78,6 +78,11 @@ def distill(config: DistillConfig) -> None:
 def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> None:
     """Train a network and write `<result>.safetensors` (last step) and, with `evaluate_every`, `<result>_best.safetensors` to the run directory.
 
+    Args:
+        config: the settings.
+        command: name of the entry script, for the records.
+        result: name of the files, without their suffix.
+
     Raises:
         UserError: anything the user can fix.
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
@@ -113,7 +118,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.stage1_ssld.data.sources import open_sources
     from ssld.stage1_ssld.data.streams import plan_streams
     from ssld.stage1_ssld.distillation.features import STATISTICS_IMAGES
-    from ssld.stage1_ssld.distillation.fitting import fit
+    from ssld.stage1_ssld.distillation.fitting import with_chosen_settings
     from ssld.stage1_ssld.distillation.losses import entropy
     from ssld.stage1_ssld.distillation.memory_trial import whole_step
     from ssld.stage1_ssld.distillation.objective import (
@@ -145,7 +150,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     accelerator, config = start_processes(config, fixed_size=True)
     device, dtype, rank, ranks = accelerator.device, DTYPES[config.precision], accelerator.process_index, world_size()
     pin_memory = pins_memory()
-    config = fit(config, sum(map(len, sources)), notes, device=device, ranks=ranks)
+    config = with_chosen_settings(config, sum(map(len, sources)), notes, device=device, ranks=ranks)
     data = config.data
     run = RunDir(config, command, main=accelerator.is_main_process)
     if from_main_rank(run.status) == "finished":
@@ -360,7 +365,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         pairs = student.heads.pairs(predictions, teacher_features) if student.heads and teacher_features else None
         return objective(logits, soft, labels, mixed, pairs)
 
-    step, scored = start, -1
+    step, scored = start, -1  # the step that `metrics` are of; -1: none
     drawn: list[Any] = []  # images of the first step, for batches.jpg
     metrics: dict[str, float] = {}
     with (
@@ -396,7 +401,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                         if config.look:
                             accelerator.end_training()
                             return
-                torch.manual_seed(seed)  # drop-path
+                torch.manual_seed(seed)  # drop-path is then the same after a resumption
                 # DDP reduces gradients once a step, in the last backward pass.
                 with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(model):
                     outputs = model(pixels)
@@ -432,12 +437,13 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 with progress.pausing(), state.kept(step):
                     metrics, scored = evaluate_now(step), step
                     keep_best(step, metrics)
-            if step == steps or state.exhausted(config.patience):
+            last = step == steps or state.exhausted(config.patience)
+            if last:
                 state.check_last_update(step, lambda: losses_of(model(pixels), teacher_features, soft, labels, mixed))  # noqa: B023 - called here
-            stopping = stop.agreed() and step < steps
-            if step % config.save_every == 0 or step == steps or stopping or state.exhausted(config.patience):
+            stopping = stop.agreed() and not last
+            if step % config.save_every == 0 or last or stopping:
                 state.save(step)
-            if stopping and not state.exhausted(config.patience):
+            if stopping:
                 raise Stopped(f"checkpoint of step {step} written to {run.checkpoints}")
 
     # ---- finish
@@ -452,11 +458,11 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         if choice.which != "last":
             metrics = evaluate_now(step)
         metrics |= {f"neighbours_{which}": share for which, share in choice.shares.items()}
-    began = measure_start()
-    if "agreement" in began:
-        run.log(f"the initial weights: {describe(began)}")
-        run.log_if(worse_than_start(metrics, began, batch_statistics=student.uses_batch_statistics()))
-        metrics |= {f"start_{name}": began[name] for name in ("agreement", "kl")}
+    of_start = measure_start()
+    if "agreement" in of_start:
+        run.log(f"the initial weights: {describe(of_start)}")
+        run.log_if(worse_than_start(metrics, of_start, batch_statistics=student.uses_batch_statistics()))
+        metrics |= {f"start_{name}": of_start[name] for name in ("agreement", "kl")}
     save_network(step, file, metrics, **({"kept": choice.which} if choice else {}))
     accelerator.end_training()
     if accelerator.is_main_process:

@@ -60,7 +60,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     source = open_sources([config.data], "data", **allowed)[0]
     bank = open_sources([config.bank], "bank", **allowed)[0] if config.bank else None
     if bank:
-        bank.number = 1
+        bank.number = 1  # its images have other keys than those of `data`, which is source 0
     votes = neighbor_labels(source, bank, config.neighbours) if bank else None
     accelerator, config = start_processes(config)
     device, dtype = accelerator.device, DTYPES[config.precision]

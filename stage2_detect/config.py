@@ -137,7 +137,7 @@ class TrainConfig(TrainingConfig):
         f"moving_teacher.{key}" for key in ("score_threshold", "weight", "ema_decay", "collapse")
     }
     backbone: ModelText | None = None
-    """backbone file, timm:NAME or random:NAME; unused if `init` is a detector file; beside coco:NAME, the backbone of the start"""
+    """backbone file, timm:NAME or random:NAME; unused if `init` is a detector file; replaces the backbone of coco:NAME"""
     arch: str | None = None
     """timm name of the backbone, for a file whose metadata lack it"""
     data: DetectionDataConfig

@@ -18,7 +18,8 @@ class DetectionDataConfig(Config):
     """Data set to train on: one path (`data: PATH`), or COCO JSON files and the image folders that their file names are relative to."""
 
     source: str | None = None
-    """data set, also as --data: data.yaml, folder (YOLO, VOC, LabelMe, COCO, Hugging Face), COCO JSON, Parquet, hub:ORG/NAME; null: files below"""
+    """data set, also as --data PATH: data.yaml, folder (YOLO, VOC, LabelMe, COCO, Roboflow, Hugging Face), COCO JSON, Parquet, hub:ORG/NAME; null:
+    COCO files by the next settings"""
     train_annotations: Path | list[Path] | None = None
     """COCO JSON file to train on, or a list of files"""
     train_images: Path | list[Path] | None = None

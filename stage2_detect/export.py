@@ -45,7 +45,14 @@ def export_detector(config: ExportDetectorConfig) -> None:
     from ssld.stage2_detect.data.coco import read_coco
     from ssld.stage2_detect.data.padding import PAD_MULTIPLE
     from ssld.stage2_detect.deploy.card import write_folder
-    from ssld.stage2_detect.deploy.check import batches_of, check, find, graph_of, images_of, measure
+    from ssld.stage2_detect.deploy.check import (
+        batches_of,
+        check_outputs,
+        find_photos,
+        graph_of,
+        images_of,
+        measure_speeds,
+    )
     from ssld.stage2_detect.deploy.gate import LowerPrecision, files_of, int8_ratios
     from ssld.stage2_detect.deploy.writing import LEAST, openvino_runner, require_openvino, runner, write, write_runtime
     from ssld.stage2_detect.detector_file import load_named
@@ -69,7 +76,9 @@ def export_detector(config: ExportDetectorConfig) -> None:
             class_names=loaded.class_names,
         )
         if config.int8:
-            find(config, files_of(data))
+            find_photos(
+                config, files_of(data)
+            )  # raises, before minutes of tracing, where all are those of the evaluation
     run = RunDir(config, "export_detector")
     if run.status == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")
@@ -96,14 +105,14 @@ def export_detector(config: ExportDetectorConfig) -> None:
             started = time.monotonic()
             canvas = write(name, temporary[name], loaded, canvas, run.log)
             run.log(f"{FILES[name]}: written after {time.monotonic() - started:.0f} s")
-        many = batches_of(images, loaded.resize, canvas, config.batch_size)
+        batches = batches_of(images, loaded.resize, canvas, config.batch_size)
         for name in config.formats:
             runs[FILES[name]] = runner(name, temporary[name])
-            metrics[name] = check(runs[FILES[name]], loaded.model, many, config, FILES[name], run.log)
+            metrics[name] = check_outputs(runs[FILES[name]], loaded.model, batches, config, FILES[name], run.log)
         if config.openvino:
             label = f"{FILES['onnx']} by OpenVINO"
             runs[label] = openvino_runner(temporary["onnx"])
-            metrics["openvino"] = check(runs[label], loaded.model, many, config, label, run.log)
+            metrics["openvino"] = check_outputs(runs[label], loaded.model, batches, config, label, run.log)
         int8: dict[str, object] = {}
         if data is not None:
             lower = LowerPrecision(config, loaded, data, canvas, temporary, run.log)
@@ -112,7 +121,7 @@ def export_detector(config: ExportDetectorConfig) -> None:
             runs |= lower.runs
         if config.benchmark or int8:
             run.log("measuring speeds")
-            seconds = measure(runs, loaded, many, run.log)
+            seconds = measure_speeds(runs, loaded, batches, run.log)
             metrics["seconds"] = seconds
             if int8:
                 metrics["int8"] = int8 | {"latency_of_torch": int8_ratios(seconds["latency"], run.log)}

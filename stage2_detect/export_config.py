@@ -35,7 +35,7 @@ class ExportDetectorConfig(CommandConfig):
     formats: list[Literal["onnx", "torch"]] = Field(["onnx", "torch"], min_length=1)
     """formats to write: onnx (detector.onnx), torch (detector.pt2, a torch.export program)"""
     canvas: tuple[Side, Side] | None = None
-    """height and width of the padded input in pixels, multiples of 32; null: dynamic from 160 on, or the recipe's largest if impossible"""
+    """height and width of the padded input in pixels, multiples of 32; null: any from 160 on, or the recipe's largest if that is impossible"""
     box_tolerance: float = Field(0.05, gt=0, le=1000)
     """largest accepted difference of a box coordinate, in pixels of the input, above 0 to 1000"""
     score_tolerance: float = Field(1e-3, gt=0, le=1)
@@ -43,7 +43,7 @@ class ExportDetectorConfig(CommandConfig):
     missing_tolerance: float = Field(0.01, ge=0, lt=1)
     """largest accepted share of detections without counterpart (rounding decides about scores at a threshold), 0 to below 1"""
     benchmark: bool = False
-    """measure latency (batch 1) and throughput (batch_size) of torch and of the exported files too; int8 does so always"""
+    """measure latency (batch 1) and throughput (batch_size) of torch and of the exported files; measured in any case with int8"""
     int8: bool = False
     """write detector_int8.onnx too: INT8 by ONNX Runtime with ranges from `images`; kept if its AP passes max_ap_drop"""
     fp16: bool = False
@@ -53,7 +53,8 @@ class ExportDetectorConfig(CommandConfig):
     calibration: Calibration = "minmax"
     """ranges of INT8 from the values on these images: minmax (all of them), mse (least rounding error), percentile (without 0.01 % at either end)"""
     float_rounds: int = Field(4, ge=0, le=8)
-    """attempts to keep the layers that INT8 makes noisiest in float32, 4, 8, 16, ... of them, where AP falls by more than max_ap_drop, 0 to 8"""
+    """attempts, 0 to 8, to lose less AP where the loss is above max_ap_drop: the layers with the largest rounding errors, 4, then 8, 16, ... of them,
+    stay in float32"""
     reduce_range: bool = False
     """write the weights of INT8 with 7 bits, for x86 CPUs without VNNI, on which sums of 8-bit products can overflow"""
     val_annotations: Path | None = None

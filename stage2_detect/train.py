@@ -3,10 +3,9 @@
     python stage2_detect/train.py --backbone runs/ssld/student.safetensors --config stage2_detect/configs/faster_rcnn.yaml
 
 Writes `detector.safetensors` (last step) and, with `evaluate_every`, `detector_best.safetensors`; where a moving teacher collapses,
-`detector_last_good.safetensors` of the last checkpoint before; with evaluation images
-`analysis.json` and `pictures/` of the last evaluation, as `evaluate.py` does. Initial weights come, in this order, from (1)
-the newest checkpoint of this run, (2) `init`, a detector file or published weights (`coco:NAME`), the latter perhaps with another backbone, (3)
-the backbone, with random heads.
+`detector_last_good.safetensors` of the last checkpoint before; with evaluation images `analysis.json` and `pictures/` of the last evaluation, as
+`evaluate.py` does. Initial weights come, in this order, from (1) the newest checkpoint of this run, (2) `init`, a detector file or published weights
+(`coco:NAME`), the latter perhaps with another backbone, (3) the backbone, with random heads.
 """
 
 import sys
@@ -254,7 +253,7 @@ def train(config: TrainConfig) -> None:
         return
 
     # ---- the loop
-    step, scored = start, -1
+    step, scored = start, -1  # the step that `metrics` are of; -1: none
     metrics: dict[str, Any] = {}
     with StopRequest() as stop, state.progress.begin(start, steps) as progress:
         stream = iter(loader)
@@ -267,13 +266,12 @@ def train(config: TrainConfig) -> None:
                 with progress.waiting():
                     batch = next(stream)
                 quarantine.add(str(image.name) for image in batch.unreadable)
-                images, targets = (
-                    batch.images.to(device, non_blocking=True),
-                    batch.targets.to(device, non_blocking=True),
-                )
-                torch.manual_seed(stable_seed(config.seed, step, micro, accelerator.process_index))  # drop-path
+                images = batch.images.to(device, non_blocking=True)
+                targets = batch.targets.to(device, non_blocking=True)
+                weak = [batch.weak.to(device, non_blocking=True)] if batch.weak else []  # views for a moving teacher
+                # Drop-path is then the same after a resumption.
+                torch.manual_seed(stable_seed(config.seed, step, micro, accelerator.process_index))
                 # DDP reduces gradients once per step, in the last backward pass.
-                weak = [batch.weak.to(device, non_blocking=True)] if batch.weak else []
                 with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(model):
                     losses = model(images, targets, *weak)
                     loss = torch.stack(list(losses.values())).sum()
@@ -299,15 +297,15 @@ def train(config: TrainConfig) -> None:
                 with progress.pausing(), state.kept(step):
                     metrics, scored = evaluate_now(step), step
                     keep_best(step, metrics)
-            if step == steps or state.exhausted(config.patience):
+            last = step == steps or state.exhausted(config.patience)
+            if last:
                 state.check_last_update(step, lambda: model.train()(images, targets, *weak))  # noqa: B023 - called here
-            stopping = stop.agreed() and step < steps
-            due = step % config.save_every == 0 or step == steps or (moving and step == burn_in)
-            if due or stopping or state.exhausted(config.patience):
+            stopping = stop.agreed() and not last
+            if step % config.save_every == 0 or last or stopping or (moving and step == burn_in):
                 state.save(step)
                 if collapse and collapse.healthy and burn_in <= step < steps:
                     save_model(run.path / "detector_last_good.safetensors", step, metrics)
-            if stopping and not state.exhausted(config.patience):
+            if stopping:
                 raise Stopped(f"checkpoint of step {step} written to {run.checkpoints}")
 
     # ---- finish

@@ -176,6 +176,11 @@ def test_a_module_is_described_and_short(file: Path) -> None:
     assert len(text.splitlines()) <= LONGEST
 
 
+def test_files_of_tests_are_short() -> None:
+    files = (ROOT / "tests").rglob("*.py")
+    assert [name_of(file) for file in files if len(file.read_text(encoding="utf-8").splitlines()) > LONGEST] == []
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_names_beside_a_script_hide_no_library(package: str) -> None:
     """Run by path, a script's own folder is first on the path: its files and folders must not be named like something that libraries import."""

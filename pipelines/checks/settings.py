@@ -134,7 +134,7 @@ def _download_lines(commands: list[tuple[str, CommandConfig]]) -> Iterator[Line]
         for text in unnamed_networks(config):
             yield Line("fault", "settings", f"{name}: {text}" if name else text)
     for download in find_downloads_apart(references):
-        yield Line("note" if download.possible else "fault", "settings", download.text)
+        yield Line("note" if download.possible else "fault", "settings", download.line)
 
 
 def _time_line(costs: Costs, file: Path) -> Line:

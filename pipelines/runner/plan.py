@@ -109,10 +109,10 @@ def downloads(plan: list[Planned]) -> list[str]:
             texts |= {f"stage {planned.stage.name}: {key}": text for key, text in config.remote_references().items()}
             impossible += [f"stage {planned.stage.name}: {line}" for line in unnamed_networks(config)]
     needed = find_downloads_apart(texts)
-    impossible += [download.text for download in needed if not download.possible]
+    impossible += [download.line for download in needed if not download.possible]
     if impossible:
         raise UserError(*impossible)
-    return [download.text for download in needed]
+    return [download.line for download in needed]
 
 
 def unnamed_networks(config: CommandConfig) -> Iterator[str]:

@@ -80,7 +80,9 @@ class Fit:
     tried: float
     """seconds of the trials"""
     reason: str
+    """why no larger shape was chosen"""
     more: str
+    """what `MORE` times the time would change"""
     notes: tuple[str, ...]
     """lines on what was left out"""
 

@@ -3,9 +3,6 @@
 Does not import torch; the networks of files are built in a process of their own.
 """
 
-import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 from ssld.pipelines.runner.plan import names_architecture
 from ssld.pipelines.scaffold.starts import Init, Start, absence, download_of
 from ssld.pipelines.scaffold.suggest import Networks
+from ssld.shared.apart import call_apart
 from ssld.shared.errors import UserError
 from ssld.shared.models.damage import refuse_damaged
 from ssld.shared.models.downloads import Download, find_downloads_apart, kind_of
@@ -44,28 +42,27 @@ def available(
     remote = download_of(init) if init and not init.here else {}
     found = find_downloads_apart({text: text for text in texts} | remote)
     absent = None
-    if init and not init.here and not any(one.possible for one in found if one.text.startswith(f"{init.reference}: ")):
+    if init and not init.here and not any(one.possible for one in found if one.key == init.reference):
         if not init.optional:
             raise UserError(absence(init))
         init, absent = None, init
-    missing = {text: one for text in texts for one in found if one.text.startswith(f"{text}: ")}
+    missing = {one.key: one for one in found if one.key in texts}
     impossible = [text for text, one in missing.items() if not one.possible]
     left = [one for one in networks if not any(getattr(one, role) in impossible for role in roles)]
     if not left and init and init.here and given is None and not distills and not own:
         say(f"{impossible[0]} is not on this machine: the detector starts from {init.reference} alone")
         return Available(networks[:1], init, ("coco",))
     if not left:
-        raise UserError(*(_impossible(text, texts[text], missing[text]) for text in impossible))
+        raise UserError(*(_impossible(texts[text], missing[text]) for text in impossible))
     for text, download in missing.items():
         if download.possible and any(text in (one.backbone, one.teacher) for one in left):
-            say(download.text.removeprefix(f"{text}: "))
+            say(download.text)
     return Available(left, init, given, absent)
 
 
-def _impossible(text: str, role: str, download: Download) -> str:
+def _impossible(role: str, download: Download) -> str:
     """Return the error line about weights that cannot be had: a name that timm does not have, or the flags for a file in their place."""
-    line = download.text.removeprefix(f"{text}: ")
-    return f"--{role} {line}" if "timm has no" in line else f"{line}: {_FLAGS[role]}"
+    return f"{download.text}: {_FLAGS[role]}" if download.exists else f"--{role} {download.text}"
 
 
 def check_files(networks: Networks, roles: tuple[str, ...]) -> None:
@@ -95,17 +92,7 @@ def check_file(role: str, text: str) -> None:
 
 def faults_apart(given: Mapping[str, tuple[str, str | None]]) -> list[str]:
     """Call `faults_of` in a process of its own; no process where nothing is given."""
-    if not given:
-        return []
-    script = (
-        "import json, sys; from ssld.pipelines.scaffold.weights import faults_of; "
-        "print('RESPONSE' + json.dumps(faults_of(json.loads(sys.argv[1]))))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, json.dumps(given)], capture_output=True, text=True, check=False
-    )
-    response = next((line for line in done.stdout.splitlines() if line.startswith("RESPONSE")), None)
-    return list(json.loads(response.removeprefix("RESPONSE"))) if response else []
+    return list(call_apart(faults_of, dict(given)) or []) if given else []
 
 
 def faults_of(given: Mapping[str, tuple[str, str | None]]) -> list[str]:

@@ -192,18 +192,27 @@ class Parser(ArgumentParser):
     config_type: "type[CommandConfig] | None" = None
     """whose keys its flags are"""
 
-    def error(self, message: str) -> typing.NoReturn:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse a command line. Raises UserError, with a line for each flag that is unknown, for everything that is wrong in it."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise self._unknown(unknown)
+        return parsed
+
+    def _unknown(self, words: list[str]) -> UserError:
+        flags = [word.split("=")[0] for word in words if word.startswith("--")]
+        if not flags:
+            text = " ".join(words)
+            return UserError(f"{text}: no flag before it; give it as --NAME {text} (--help lists the flags)")
         known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
-        if message.startswith("unrecognized arguments") and unknown:
-            names = self.config_type.other_names if self.config_type else {}
-            others = {f"--{name}": f"--{key}" for name, key in names.items()}
-            hints = {flag: did_you_mean(flag, known, others) for flag in unknown}
-            more = "; --help all lists them" if self.config_type else ""
-            raise UserError(*(f"{f}: unknown flag{hint}{more * (' of ' in hint)}" for f, hint in hints.items()))
-        if message.startswith("unrecognized arguments: "):
-            word = message.removeprefix("unrecognized arguments: ")
-            raise UserError(f"{word}: no flag before it; give it as --NAME {word} (--help lists the flags)")
+        names = self.config_type.other_names if self.config_type else {}
+        others = {f"--{name}": f"--{key}" for name, key in names.items()}
+        hints = {flag: did_you_mean(flag, known, others) for flag in flags}
+        more = "; --help all lists them" if self.config_type else ""
+        return UserError(*(f"{flag}: unknown flag{hint}{more * (' of ' in hint)}" for flag, hint in hints.items()))
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Raise UserError for a mistake that argparse has found; its text is all that argparse gives of it."""
         if wrong := re.fullmatch(r"argument (\S+): invalid (float|int) value: '(.*)'", message):
             raise UserError(f"{wrong[1]} {wrong[3]}: has to be a {'whole ' * (wrong[2] == 'int')}number")
         if message.startswith("the following arguments are required"):
@@ -222,7 +231,9 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     argv = with_paths(config_type, without_repeats(config_type, with_values(config_type, argv)))
     parser = _bare_parser(config_type, program)
     try:
-        source = CliSettingsSource[ArgumentParser](config_type, cli_parse_args=list(argv), root_parser=parser)
+        source = CliSettingsSource[ArgumentParser](
+            config_type, cli_parse_args=list(argv), root_parser=parser, parse_args_method=Parser.parse_args
+        )
         flags = _nulls(source())
     except RecursionError:
         raise UserError("command line: a value is nested too deeply") from None

@@ -81,11 +81,11 @@ class TrainingConfig(ComputeConfig):
     seed: Seed = 0
     """seed of all random numbers, 0 to 2^32 - 1"""
     steps: Steps | None = None
-    """length of the run in optimizer steps; give exactly one of steps, train_epochs, train_images"""
+    """length of the run in optimizer steps; give one of steps, train_epochs, train_images; without any, distill chooses one, train and teach stop"""
     train_epochs: Passes | None = None
-    """length of the run in passes over the training images; give exactly one of steps, train_epochs, train_images"""
+    """length of the run in passes over the training images, in place of steps"""
     train_images: Images | None = None
-    """length of the run in training images, repeats included; give exactly one of steps, train_epochs, train_images"""
+    """length of the run in training images, repeats included, in place of steps"""
     batch_size: BatchSize
     """global batch size: images per optimizer step, over all processes and accumulated passes"""
     accumulate: BatchSize = 1

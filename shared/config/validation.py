@@ -117,7 +117,7 @@ def _explain(config_type: type[BaseModel], item: Any, *, call: bool = False) -> 
         return f"{key}: missing; give it in the YAML file or as {flags}"
     words = _WORDS.get(item["type"])
     limits = {name: _number(limit) for name, limit in item.get("ctx", {}).items()}
-    message = words.format(**limits) if words else item["msg"].removeprefix("Value error, ")
+    message = words.format(**limits) if words else own_words(item)
     given = json.dumps(item["input"], default=str)
     given_text = (
         f" (given: {given if len(given) <= 80 else given[:77] + '...'})" if item["type"] != "value_error" else ""
@@ -128,6 +128,11 @@ def _explain(config_type: type[BaseModel], item: Any, *, call: bool = False) -> 
     if item["type"] == "literal_error" and renamed and repr(renamed) in message:
         given_text += f"; did you mean {renamed!r}?"
     return f"{key}: {message}{given_text}" if key else message
+
+
+def own_words(item: Any) -> str:
+    """Return the message of an entry of `ValidationError.errors()`; of a check of this project's its own words, without pydantic's before them."""
+    return str(item["ctx"]["error"]) if item["type"] == "value_error" else item["msg"]
 
 
 def _number(limit: Any) -> Any:

@@ -5,6 +5,7 @@ are folders.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -102,6 +103,24 @@ def front_matter(**facts: Any) -> list[str]:
     return ["---", ModelCardData(**facts).to_yaml(), "---", ""]
 
 
+def card(front: Sequence[str], title: str, summary: str, sections: Mapping[str, Sequence[str]]) -> str:
+    """Join the text of a card: lines of `front_matter`, a title, a sentence on the model, and lines by heading."""
+    lines = [*front, f"# {title}", "", summary]
+    for heading, content in sections.items():
+        lines += ["", f"## {heading}", "", *content]
+    return "\n".join(lines) + "\n"
+
+
+def licence_lines(licence: str, origins: Sequence[str]) -> list[str]:
+    """Format the licence of weights, and what they come from, one origin a line."""
+    return [
+        f"These weights: {licence}. They come from",
+        *(f"- {one}" for one in origins or ["weights that the file does not record"]),
+        "",
+        "The licences of the training images are not recorded; check them before publishing these weights.",
+    ]
+
+
 def folder_name(path: str) -> str:
     """Return the last two parts of a path, since the last alone is often `train`."""
     return path if "://" in path or path.startswith("hub:") else "/".join(Path(path).parts[-2:]).lstrip("/")
@@ -126,9 +145,11 @@ def numbers(values: Any) -> str:
     return ", ".join(f"{value:g}" for value in values)
 
 
-def table(rows: list[tuple[str, Any]]) -> list[str]:
-    """Format a table of two columns without headings, followed by an empty line."""
-    return ["| | |", "| --- | --- |", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows), ""]
+def table(rows: Sequence[tuple[str, Any]]) -> list[str]:
+    """Format a table of two columns without headings; a sentence in its place where there are no rows."""
+    if not rows:
+        return ["Nothing is recorded."]
+    return ["| | |", "| --- | --- |", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows)]
 
 
 def _cell(value: Any) -> str:

@@ -18,12 +18,10 @@ from ssld.shared.terminal import say
 from ssld.shared.wording import duration
 
 T = TypeVar("T")
-_FIRST_NOTICE, _NEXT_NOTICE = (
-    60.0,
-    600.0,
-)  # seconds of waiting before the first line about it, and between two lines
-_alone = False
-_timeout: timedelta | None = None
+_FIRST_NOTICE, _NEXT_NOTICE = 60.0, 600.0
+"""seconds of waiting before the first line about it, and between two lines"""
+_alone = False  # inside `alone`
+_timeout: timedelta | None = None  # of `set_timeout`
 
 
 def set_timeout(timeout: timedelta) -> None:
@@ -61,7 +59,7 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _own(value: Tensor) -> Tensor:
+def _unchanged(value: Tensor) -> Tensor:
     return value
 
 
@@ -74,7 +72,7 @@ class Ranks:
     """
 
     world_size: int = 1
-    total: Callable[[Tensor], Tensor] = _own
+    total: Callable[[Tensor], Tensor] = _unchanged
     """sum of a tensor over the ranks, without gradient"""
 
 

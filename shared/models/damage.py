@@ -10,22 +10,13 @@ import zlib
 from pathlib import Path
 
 from ssld.shared.errors import MALFORMED, UserError
+from ssld.shared.files import ARCHIVES
 from ssld.shared.wording import some
 
 _POINTER = b"version https://git-lfs.github.com/spec/"  # docs/spec.md of git-lfs@v3.5
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")
-_ZIP = b"PK\x03\x04"
 _UNICODE = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))  # byte order marks
 _UNMARKED = ((b"<\0", "utf-16-le"), (b"\0<", "utf-16-be"))
-_GZIP = b"\x1f\x8b\x08"  # RFC 1952; the third byte is its only method
-_PACKED = {
-    _GZIP: "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\0": "xz",
-    b"\x28\xb5\x2f\xfd": "zstandard",
-    b"7z\xbc\xaf\x27\x1c": "7z",
-    b"Rar!\x1a\x07": "RAR",
-}
 _MOST_HEADER = 100_000_000  # of safetensors, in bytes
 _SUFFIXES = (".safetensors", ".pdparams", ".pth", ".pt", ".ckpt", ".pkl")
 # Words in the errors of torch's readers, of pickle and of pickletools.
@@ -57,13 +48,14 @@ def refuse_damaged(path: Path) -> None:
         )
     if kind := _text_kind(start):
         raise UserError(f"{path}: is a {kind} ({size}), not weights; give the file of weights, or download it again")
-    if kind := _packed_kind(start):
+    kind = _packed_kind(start)
+    if kind == "zip":  # as torch's own files are
+        _refuse_zip(path)
+    elif kind:
         inside = _text_kind(_unpacked(start)) if kind == "gzip" else None
         what = f"{kind} archive" + (f" of a {inside}" if inside else "")
         advice = "download it again" if inside else "unpack it, and give the file of weights inside"
         raise UserError(f"{path}: is a {what} ({size}), not weights; {advice}")
-    if start.startswith(_ZIP):
-        _refuse_zip(path)
     if path.suffix == ".safetensors":
         _refuse_cut(path, start)
 
@@ -98,7 +90,7 @@ def _packed_kind(start: bytes) -> str | None:
     """Name the program that has packed a file; None for a file of safetensors, whose length may begin with the same bytes."""
     if start[8:9] == b"{":
         return None
-    return next((name for first, name in _PACKED.items() if start.startswith(first)), None)
+    return next((name for first, name in ARCHIVES.items() if start.startswith(first)), None)
 
 
 def _unpacked(start: bytes) -> bytes:

@@ -4,17 +4,15 @@ Files in the cache are used without a request. For others there is one request o
 minutes. `HF_HUB_OFFLINE` is honoured. Does not import torch, nor timm at import.
 """
 
-import json
 import os
-import subprocess
-import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from ssld.shared.apart import call_apart
 from ssld.shared.errors import UserError
 from ssld.shared.wording import amount
 
@@ -102,11 +100,11 @@ class Remote:
             return cached
         size, fault = self.ask()
         if fault:
-            raise UserError(unavailable(text, self, size, fault))
+            raise UserError(f"{text}: {unavailable(self, size, fault)}")
         try:
             return self._download()
         except Exception as error:  # of the hub's client, of the network below it
-            raise UserError(unavailable(text, self, size, _one_line(error))) from None
+            raise UserError(f"{text}: {unavailable(self, size, _one_line(error))}") from None
 
     def _download(self) -> Path:
         if self.url:
@@ -160,8 +158,8 @@ class Remote:
         return None, f"the hub returned status {response.status_code}"
 
 
-def unavailable(text: str, remote: Remote, size: int | None, fault: str) -> str:
-    """Return the error line for a file that is not on this machine and cannot be downloaded."""
+def unavailable(remote: Remote, size: int | None, fault: str) -> str:
+    """Return the end of an error line, what is wrong and what to do, for a file that is not on this machine and cannot be downloaded."""
     how = f"hf download {remote.repo.partition('@')[0]}" if remote.repo else f"download {remote.url}"
     if remote.url:
         how += f" to {remote.folder}/{remote.names[0]}"
@@ -169,7 +167,7 @@ def unavailable(text: str, remote: Remote, size: int | None, fault: str) -> str:
         how += " --repo-type dataset"
     instead = "a folder of its images" if remote.dataset else "a file or a folder"
     return (
-        f"{text}: not on this machine, and its download ({remote.where}{f', {amount(size)}' if size else ''}) is not possible: {fault}; "
+        f"not on this machine, and its download ({remote.where}{f', {amount(size)}' if size else ''}) is not possible: {fault}; "
         f"`{how}` where there is a network, or give {instead} instead"
     )
 
@@ -215,12 +213,22 @@ def hub_cached(url: str, file: str | None = None) -> Remote:
     return Remote(url=url, names=(file or url.rsplit("/", 1)[-1],), folder=f"{get_dir()}/checkpoints")
 
 
-@dataclass(frozen=True)
-class Download:
-    """A file that is not on this machine: the line about it, and whether it can be downloaded."""
+class Download(NamedTuple):
+    """A file that is not on this machine."""
 
+    key: str
+    """setting that names it"""
     text: str
+    """its reference, and what is known about it"""
     possible: bool
+    """whether it can be downloaded"""
+    exists: bool = True
+    """False: timm has no weights of this name, so that no network helps"""
+
+    @property
+    def line(self) -> str:
+        """Return the line for the log, or the error."""
+        return f"{self.key}: {self.text}"
 
 
 def find_downloads(references: Mapping[str, str]) -> list[Download]:
@@ -231,7 +239,7 @@ def find_downloads(references: Mapping[str, str]) -> list[Download]:
         try:
             missing = next((remote for remote in reversed(remotes_of(text)) if remote.cached() is None), None)
         except UserError as error:
-            downloads[-1 - len(downloads)] = Download(f"{key}: {error}", possible=False)
+            downloads[-1 - len(downloads)] = Download(key, str(error), possible=False, exists=False)
             continue
         except Exception:  # not a valid name, which the command itself reports
             continue
@@ -240,13 +248,13 @@ def find_downloads(references: Mapping[str, str]) -> list[Download]:
 
     def look(number: int, key: str, text: str, remote: Remote) -> None:
         size, fault = remote.ask()
-        named = key if text.startswith("url:") else f"{key}: {text}"
-        line = (
-            unavailable(named, remote, size, fault)
+        about = (
+            unavailable(remote, size, fault)
             if fault
-            else f"{named}: not on this machine; {remote.where}{f' ({amount(size)})' if size else ''} will be downloaded"
+            else f"not on this machine; {remote.where}{f' ({amount(size)})' if size else ''} will be downloaded"
         )
-        downloads[number] = Download(line, possible=fault is None)
+        named = "" if text.startswith("url:") else f"{text}: "
+        downloads[number] = Download(key, f"{named}{about}", possible=fault is None)
 
     threads = [threading.Thread(target=look, args=(number, *one)) for number, one in enumerate(missing_files)]
     for thread in threads:
@@ -266,24 +274,16 @@ def find_downloads_apart(references: Mapping[str, str]) -> list[Download]:
     }
     if not any(text.startswith("url:") or kind_of(text) == "timm" for text in remote.values()):
         return find_downloads(remote) if remote else []
-    script = (
-        "import json, sys; from ssld.shared.models.downloads import find_downloads; "
-        "print('RESPONSE' + json.dumps([[one.text, one.possible] for one in find_downloads(json.loads(sys.argv[1]))]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, json.dumps(remote)], capture_output=True, text=True, check=False
-    )
-    response = next((line for line in done.stdout.splitlines() if line.startswith("RESPONSE")), None)
-    return [Download(*one) for one in json.loads(response.removeprefix("RESPONSE"))] if response else []
+    return [Download(*one) for one in call_apart(find_downloads, remote) or []]
 
 
 def require_downloads(references: Mapping[str, str]) -> list[str]:
     """Return lines about the files to download, for the log. Raises UserError, with one line per file, for files that cannot be downloaded."""
     downloads = find_downloads(references)
-    impossible = [one.text for one in downloads if not one.possible]
+    impossible = [one.line for one in downloads if not one.possible]
     if impossible:
         raise UserError(*impossible)
-    return [one.text for one in downloads]
+    return [one.line for one in downloads]
 
 
 def _within_seconds(ask: Callable[[], tuple[int | None, str | None]]) -> tuple[int | None, str | None]:

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from ssld.shared.config.validation import own_words
 from ssld.shared.errors import UserError
 
 _LARGEST = 16_384  # of any number among a network's arguments; image sides stay far below it
@@ -161,7 +162,7 @@ def _first_fault(error: Exception) -> str:
         return "nested too deeply"
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-")))
-    words = " ".join(first["msg"].removeprefix("Value error, ").split())[:200]
+    words = " ".join(own_words(first).split())[:200]
     return f"{place}: {words}" if place else words
 
 

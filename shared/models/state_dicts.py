@@ -38,11 +38,13 @@ _WRAPPERS = (
     "module",
 )
 _DEEPEST = 4
-OTHER_OBJECTS = "it asks for "
-"""in the message on a sound pickle that holds more than plain tensors"""
 _COUNTER = "num_batches_tracked"  # of BatchNorm, which older files lack; nothing reads it
 # Of BatchNorm; finite, like trained parameters. Other buffers, such as masks, need not be.
 _STATISTICS = ("running_mean", "running_var")
+
+
+class OtherObjects(UserError):
+    """A sound pickle that holds more than plain tensors, such as objects of the project that wrote it."""
 
 
 def read_state_dict(path: Path) -> tuple[Tensors, str]:
@@ -66,11 +68,12 @@ def read_state_dict(path: Path) -> tuple[Tensors, str]:
         # Of torch's text only the name: the rest advises to open the file without protection.
         asked = re.search(r"GLOBAL ([\w.]{1,120})(?!\S)", str(error))
         why = (
-            f"{OTHER_OBJECTS}{asked[1]} while being opened, which could run code"
+            f"it asks for {asked[1]} while being opened, which could run code"
             if asked
             else "the pickle is damaged, or holds other objects than tensors"
         )
-        raise UserError(f"{path}: cannot be read as a plain state dict of tensors ({why})") from None
+        kind = OtherObjects if asked else UserError
+        raise kind(f"{path}: cannot be read as a plain state dict of tensors ({why})") from None
     return _unwrapped(content, path, "")
 
 

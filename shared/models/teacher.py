@@ -48,6 +48,7 @@ class FrozenTeacher:
         arch: timm name, for weights that do not name it.
         device: where it runs.
         dtype: of its forward pass, by autocast; float32 switches autocast off.
+        channels_last: whether it runs in the memory format channels_last.
         size: side in pixels to resize its input to, for which a network of fixed size is built; "own" is the size of its weights' own settings;
             None takes the pixels as they come, or its own size where that is fixed or its classes are prototypes, which were made at that size.
         batchnorm: "eval" uses running statistics; "batch" those of the batch, as SSLD's teachers did in training (PaddleClas@d178931f,
@@ -57,7 +58,9 @@ class FrozenTeacher:
         global_pool: timm's pooling of its features; removes the classifier, so only without `classes`. None: the network's own.
 
     Attributes:
-        loaded: a line on where its weights come from.
+        loaded: lines on where its weights come from, and why its BatchNorm could not be folded.
+        num_classes, class_names: K and the names of the classes; 0 and None without a classifier, and None where the names are not known.
+        folded: number of BatchNorm layers that were folded.
         own_size: (height, width) of its weights' own settings, or that a network of fixed size was built for.
         size: (height, width) that pixels are resized to; None: as they come.
 

@@ -128,15 +128,15 @@ class ScoreFiles:
         return np.searchsorted(self.starts, ids_N, side="right") - 1
 
 
-def save_embeddings(path: Path, embedding_ND: np.ndarray) -> None:
-    """Write the embeddings of one shard atomically, and their checksum."""
+def save_unit_embeddings(path: Path, embedding_ND: np.ndarray) -> None:
+    """Write the embeddings of one shard, scaled to length 1, as float16, atomically, and their checksum."""
     length = np.linalg.norm(embedding_ND, axis=1, keepdims=True)
     with atomically_with_sum(path) as temporary, temporary.open("wb") as file:
         np.save(file, (embedding_ND / np.maximum(length, 1e-12)).astype(np.float16))
 
 
-class Embeddings:
-    """Embeddings of the images `ids_N` (ascending), joined from the files of their shards into one file beside them."""
+class UnitEmbeddings:
+    """Embeddings of length 1 of the images `ids_N` (ascending), joined from the files of their shards into one file beside them."""
 
     def __init__(self, ids_N: np.ndarray, files: Sequence[Path], joined: Path) -> None:
         self._ids = ids_N
@@ -154,7 +154,7 @@ class Embeddings:
         return self._rows[np.searchsorted(self._ids, ids_P)].astype(np.float64)
 
 
-def cosines(left_P: np.ndarray, right_P: np.ndarray, left: Embeddings, right: Embeddings) -> np.ndarray:
+def cosines(left_P: np.ndarray, right_P: np.ndarray, left: UnitEmbeddings, right: UnitEmbeddings) -> np.ndarray:
     """Cosine similarity of each pair, float32, rounded to six decimals (1 for an image and its copy)."""
     result = np.empty(len(left_P), np.float32)
     for first in range(0, len(left_P), _BLOCK):

@@ -30,10 +30,10 @@ from ssld.stage1_ssld.curation.score_files import (
     HELD_OUT,
     SCORED,
     UNREADABLE,
-    Embeddings,
     ScoreFiles,
+    UnitEmbeddings,
     cosines,
-    save_embeddings,
+    save_unit_embeddings,
     shard_file,
     write_shard,
 )
@@ -246,7 +246,7 @@ def _cosines(
         )
         paths = [shard_file(run.path / name, number).with_suffix(".npy") for number in sorted(rows)]
         if run.main:
-            embedded.append(Embeddings(chosen, paths, run.path / name / "joined"))
+            embedded.append(UnitEmbeddings(chosen, paths, run.path / name / "joined"))
     if run.main:
         among, between = (cosines(*inside, embedded[0], embedded[0]), cosines(*outside, embedded[0], embedded[1]))
         add_cosines(run.path / "near_duplicates.parquet", np.concatenate([among, between]))
@@ -257,4 +257,4 @@ def _cosines(
 
 
 def _write_embeddings(path: Path, pieces: list[Piece], embeddings: list[np.ndarray]) -> None:
-    save_embeddings(path, np.concatenate(embeddings))
+    save_unit_embeddings(path, np.concatenate(embeddings))

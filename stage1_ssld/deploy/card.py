@@ -18,9 +18,11 @@ from torch import nn
 
 from ssld.shared.deploy.hub import (
     ONE_RUN,
+    card,
     folder_name,
     front_matter,
     hub_licence,
+    licence_lines,
     numbers,
     public,
     read_recipe,
@@ -89,7 +91,7 @@ def write_folder(
     kept = {key: value for key, value in metadata.items() if key not in ("run", "format")}
     save_model_file(folder / "model.safetensors", read_tensors(model), public(kept))  # timm's file has no metadata
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    card = backbone_card(
+    text = backbone_card(
         metadata,
         read_recipe(model),
         push_to_hub=push_to_hub,
@@ -97,7 +99,7 @@ def write_folder(
         checks=checks,
         facts=run_facts(model),
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def backbone_card(
@@ -118,36 +120,32 @@ def backbone_card(
         facts: of `run_facts`.
     """
     licence = str(metadata.get("licence") or "unknown")
-    lines = front_matter(
+    front = front_matter(
         library_name="timm",
         pipeline_tag="image-classification",
         license=hub_licence(licence),
         tags=["timm", "image-classification", "knowledge-distillation", "ssld"],
     )
-    lines += [f"# {(push_to_hub or metadata['arch']).rpartition('/')[2]}", ""]
-    lines += [_summary(metadata), "", "## Use", "", "```python", "import timm", ""]
-    lines += [
-        f'model = timm.create_model("{f"hf-hub:{push_to_hub}" if push_to_hub else "local-dir:hub"}", pretrained=True).eval()',
-        "```",
-        "",
+    name = f"hf-hub:{push_to_hub}" if push_to_hub else "local-dir:hub"
+    facts_of_model = [
+        ("architecture (timm)", metadata["arch"]),
+        ("parameters", f"{parameters / 1e6:.2f} M"),
+        ("classes", _classes(metadata)),
+        ("image size", _size(metadata["input_size"])),
+        ("central crop in evaluation", metadata.get("crop_pct", "not recorded")),
+        ("interpolation", metadata.get("interpolation")),
+        ("mean, standard deviation", f"{numbers(metadata['mean'])}; {numbers(metadata['std'])}"),
+        ("SHA-256 of its tensors", f"`{metadata.get('content_sha256', 'not recorded')}`"),
     ]
-    lines += ["## Model", ""]
-    lines += table(
-        [
-            ("architecture (timm)", metadata["arch"]),
-            ("parameters", f"{parameters / 1e6:.2f} M"),
-            ("classes", _classes(metadata)),
-            ("image size", _size(metadata["input_size"])),
-            ("central crop in evaluation", metadata.get("crop_pct", "not recorded")),
-            ("interpolation", metadata.get("interpolation")),
-            ("mean, standard deviation", f"{numbers(metadata['mean'])}; {numbers(metadata['std'])}"),
-            ("SHA-256 of its tensors", f"`{metadata.get('content_sha256', 'not recorded')}`"),
-        ]
-    )
-    lines += ["## Measured", "", *_measured(metadata, checks, facts), ""]
-    lines += ["## Data", "", *_data(recipe), "", "## Recipe", "", *recipe_lines(recipe), ""]
-    lines += ["## Licences", "", *_licences(metadata, licence)]
-    return "\n".join(lines) + "\n"
+    sections = {
+        "Use": ["```python", "import timm", "", f'model = timm.create_model("{name}", pretrained=True).eval()', "```"],
+        "Model": table(facts_of_model),
+        "Measured": table(_measured(metadata, checks, facts)),
+        "Data": _data(recipe),
+        "Recipe": recipe_lines(recipe),
+        "Licences": licence_lines(licence, _origins(metadata, licence)),
+    }
+    return card(front, (push_to_hub or metadata["arch"]).rpartition("/")[2], _summary(metadata), sections)
 
 
 def _summary(metadata: dict[str, Any]) -> str:
@@ -175,7 +173,7 @@ def _classes(metadata: dict[str, Any]) -> str:
 
 def _measured(
     metadata: dict[str, Any], checks: dict[str, dict[str, float]] | None, facts: Sequence[tuple[str, str]]
-) -> list[str]:
+) -> list[tuple[str, Any]]:
     metrics = metadata.get("metrics") or {}
     rows: list[tuple[str, Any]] = [(key, f"{100 * metrics[key]:.2f} %") for key in _ACCURACY if key in metrics]
     if "kl" in metrics:
@@ -190,7 +188,7 @@ def _measured(
         rows.append(
             (f"largest difference of {what} and torch", f"{check['relative_difference']:.1e} of the largest logit")
         )
-    return table(rows)[:-1] if rows else ["Nothing is recorded."]
+    return rows
 
 
 def _data(recipe: dict[str, Any] | None) -> list[str]:
@@ -204,21 +202,19 @@ def _data(recipe: dict[str, Any] | None) -> list[str]:
     return [*lines, f"- validation: {folder_name(validation['path']) if validation else 'none'}"]
 
 
-def _licences(metadata: dict[str, Any], licence: str) -> list[str]:
-    lines = [f"These weights: {licence}. They come from"]
+def _origins(metadata: dict[str, Any], licence: str) -> list[str]:
+    origins = []
     if metadata.get("source"):
-        lines.append(f"- {metadata['source']['project']}: {licence}")
+        origins.append(f"{metadata['source']['project']}: {licence}")
     if metadata.get("start"):
         random = str(metadata["start"]).startswith("random:")
-        lines.append(
-            f"- the weights that training started from: {public(metadata['start'])}{' (none)' if random else ''}"
+        origins.append(
+            f"the weights that training started from: {public(metadata['start'])}{' (none)' if random else ''}"
         )
     teacher = metadata.get("teacher")
     if teacher:
-        lines.append(f"- the teacher, {public(teacher['reference'])}: {teacher.get('licence', 'unknown')}")
-    if len(lines) == 1:
-        lines.append("- weights that the file does not record")
-    return [*lines, "", "The licences of the training images also apply to published weights; they are not recorded."]
+        origins.append(f"the teacher, {public(teacher['reference'])}: {teacher.get('licence', 'unknown')}")
+    return origins
 
 
 def _size(sides: Any) -> str:

@@ -7,10 +7,16 @@ from ssld.shared.models.references import parse_reference
 from ssld.stage1_ssld.config import DistillConfig, TeachConfig
 
 
-def fit(
+def with_chosen_settings(
     config: DistillConfig | TeachConfig, images: int, notes: list[str], *, device: torch.device, ranks: int
 ) -> DistillConfig | TeachConfig:
-    """Return the settings with everything that was left out, chosen for `images` training images; appends a line on it to `notes`."""
+    """Return the settings with everything that was left out, chosen for `images` training images; appends a line on it to `notes`.
+
+    Args:
+        config: as the user gave them; those of `teach` have no settings to choose.
+        device: a GPU gets larger batches than a CPU.
+        ranks: number of processes that share a batch.
+    """
     if not isinstance(config, DistillConfig) or config.is_fitted:
         return config
     network = config.student

@@ -178,28 +178,7 @@ def write_store(config: SoftLabelsConfig) -> None:
     )
     shards = sorted(shards, key=lambda shard: shard["file"])
     if main:
-        header = {
-            "format": FORMAT,
-            "teacher": teacher.facts(),
-            "teacher_settings": teacher.settings(),
-            "num_classes": teacher.num_classes,
-            "class_names": teacher.class_names,
-            "sources": [source_record(source) for source in sources],
-            "view": view_settings(config.data),
-            "views": config.views,
-            "seed": config.seed,
-            "top": config.top,
-            "precision": config.store_precision,
-            "shard_images": config.shard_images,
-            "versions": library_versions(),
-            "replayed": [
-                [number, row, view, pixels_checksum(sources[number], row, view, config.data, config.seed)]
-                for number, row, view in replayed_rows(sources, config.views)
-            ],
-            "shards": [{key: shard[key] for key in ("file", "images", "sha256")} for shard in shards],
-        }
-        header = header | {"sha256": header_checksum(header)}
-        write_atomically(folder / HEADER, json.dumps(header, indent=1) + "\n")
+        write_atomically(folder / HEADER, json.dumps(_header(config, teacher, sources, shards), indent=1) + "\n")
     metrics = _summary(shards, images, config.views, layout)
     run.log(
         f"store of {amount(metrics['bytes'])}; {100 * metrics['first_probability']:.1f} % of the probability in the most likely class, "
@@ -212,6 +191,33 @@ def write_store(config: SoftLabelsConfig) -> None:
 def shard_name(number: int) -> str:
     """File name of a shard."""
     return f"shard-{number:05d}.bin"
+
+
+def _header(
+    config: SoftLabelsConfig, teacher: Teacher, sources: Sequence[ImageSource], shards: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Content of the header: what the soft labels are of, pixels by which a reader tests that it makes the same views, and the shards."""
+    header = {
+        "format": FORMAT,
+        "teacher": teacher.facts(),
+        "teacher_settings": teacher.settings(),
+        "num_classes": teacher.num_classes,
+        "class_names": teacher.class_names,
+        "sources": [source_record(source) for source in sources],
+        "view": view_settings(config.data),
+        "views": config.views,
+        "seed": config.seed,
+        "top": config.top,
+        "precision": config.store_precision,
+        "shard_images": config.shard_images,
+        "versions": library_versions(),
+        "replayed": [
+            [number, row, view, pixels_checksum(sources[number], row, view, config.data, config.seed)]
+            for number, row, view in replayed_rows(sources, config.views)
+        ],
+        "shards": [{key: shard[key] for key in ("file", "images", "sha256")} for shard in shards],
+    }
+    return header | {"sha256": header_checksum(header)}
 
 
 def _loaded(views: AllViews, batches: ViewBatches, config: SoftLabelsConfig) -> Generator[Batch]:

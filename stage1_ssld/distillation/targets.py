@@ -1,6 +1,6 @@
 """Training targets: a live teacher, a store of soft labels, or human labels; and the resulting classes of the network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,22 +126,14 @@ def open_targets(
                 log(note)
             if teacher:
                 store.check_teacher(teacher)
-        source_of_targets = store or teacher
-        assert source_of_targets is not None
-        classes, names, owner = source_of_targets.num_classes, source_of_targets.class_names, "the teacher"
+        taught_by = store or teacher
+        assert taught_by is not None
         needs_labels = config.hard_label_weight > 0
-        if needs_labels and classes < 2:
-            raise UserError(
-                f"hard_label_weight: {source_of_targets.facts()['reference']} has no classes that labels could belong to; leave it at 0"
-            )
+        if needs_labels:
+            _check_labels_beside(taught_by, sources)
+        classes, names, owner = taught_by.num_classes, taught_by.class_names, "the teacher"
         if not config.learns_classes:
             classes, names = 0, None
-        if needs_labels and all(source.labels is None for source in sources):
-            raise UserError("hard_label_weight: no training source has labels; leave it at 0")
-        if needs_labels and are_prototypes(names):
-            raise UserError(
-                "hard_label_weight: the teacher's classes are prototypes, which no human label names; leave it at 0"
-            )
     return Targets(
         classes=classes,
         class_names=names,
@@ -154,3 +146,17 @@ def open_targets(
         features=features,
         soft=soft,
     )
+
+
+def _check_labels_beside(taught_by: SoftLabelStore | Teacher, sources: Sequence[ImageSource]) -> None:
+    """Raise UserError where human labels cannot be learned beside a teacher's soft labels (`hard_label_weight`)."""
+    if taught_by.num_classes < 2:
+        raise UserError(
+            f"hard_label_weight: {taught_by.facts()['reference']} has no classes that labels could belong to; leave it at 0"
+        )
+    if all(source.labels is None for source in sources):
+        raise UserError("hard_label_weight: no training source has labels; leave it at 0")
+    if are_prototypes(taught_by.class_names):
+        raise UserError(
+            "hard_label_weight: the teacher's classes are prototypes, which no human label names; leave it at 0"
+        )

@@ -161,12 +161,8 @@ def read_coco(
     unrounded = np.concatenate([file_boxes[:, :2], file_boxes[:, :2] + file_boxes[:, 2:]], 1)
     limits = np.stack([table.widths_I, table.heights_I], 1).astype(np.float64)[owners]
     validated = validate_boxes(file_boxes, limits)
-    corners, clipped, degenerate, outside = (
-        validated.corners_N4,
-        validated.clipped_N4,
-        validated.degenerate_N,
-        validated.outside_N,
-    )
+    corners, clipped = validated.corners_N4, validated.clipped_N4
+    degenerate, outside = validated.degenerate_N, validated.outside_N
     keep = ~(degenerate | outside | crowd) if training else np.ones(len(crowd), dtype=bool)
     boxes = (clipped if training else unrounded).astype(np.float32)
 
@@ -183,11 +179,22 @@ def read_coco(
         rows = kept[bounds[index] : bounds[index + 1]]
         if training and not keep_empty and not len(rows):
             continue
-        shapes = None if masks is None else _pick(masks, rows)
-        row_ids = tuple(annotation_ids[i] for i in rows)
-        arrays = (boxes[rows], labels[rows], crowd[rows], areas[rows], file_boxes[rows])
-        whole = (image_id, paths[index], widths[index], heights[index])
-        images.append(CocoImage(*whole, *arrays, row_ids, shapes, orientation.convention))
+        images.append(
+            CocoImage(
+                image_id=image_id,
+                path=paths[index],
+                width=widths[index],
+                height=heights[index],
+                boxes_N4=boxes[rows],
+                labels_N=labels[rows],
+                crowd_N=crowd[rows],
+                areas_N=areas[rows],
+                file_boxes_N4=file_boxes[rows],
+                annotation_ids=tuple(annotation_ids[row] for row in rows),
+                segmentations=None if masks is None else _pick(masks, rows),
+                convention=orientation.convention,
+            )
+        )
 
     same = same_file(table.file_names)
     counts = Counter(

@@ -94,17 +94,17 @@ def read_table(file: str, *, segmentations: bool) -> CocoTable:
         areas_N=rows.areas_N,
         changes=changes_of(rows),
         segmentations=[row.get("segmentation") for row in content["annotations"]] if segmentations else None,
-        orientation=stated_orientation(file, content),
+        orientation=stated_orientation(content, f"{file}: "),
     )
 
 
-def stated_orientation(file: str, content: Mapping[str, Any]) -> Convention | None:
-    """Return `info.image_orientation` of a file, or None. Raises UserError for a value other than upright and stored."""
+def stated_orientation(content: Mapping[str, Any], place: str = "") -> Convention | None:
+    """Return `info.image_orientation` of a file, or None. Raises UserError, which begins with `place`, for a value other than upright and stored."""
     info = content.get("info")
     value: Any = info.get(ORIENTATION_KEY) if isinstance(info, dict) else None
     if value is not None and value not in get_args(Convention):
         raise UserError(
-            f"{file}: info.{ORIENTATION_KEY} is {value!r}, expected one of {', '.join(get_args(Convention))}"
+            f"{place}info.{ORIENTATION_KEY} is {value!r}, expected one of {', '.join(get_args(Convention))}"
         )
     return value
 

@@ -17,9 +17,11 @@ from typing import Any
 
 from ssld.shared.deploy.hub import (
     ONE_RUN,
+    card,
     folder_name,
     front_matter,
     hub_licence,
+    licence_lines,
     numbers,
     public,
     read_recipe,
@@ -62,7 +64,7 @@ def write_folder(
     Args:
         exported: files to copy into it.
         push_to_hub: ORG/NAME on the hub; None for a folder that is not uploaded.
-        checks: results of `check`, by format.
+        checks: results of `check.check_outputs`, by format.
     """
     folder.mkdir(parents=True, exist_ok=True)
     metadata = public({key: value for key, value in loaded.metadata.items() if key not in ("run", "format")})
@@ -73,7 +75,7 @@ def write_folder(
     config = {key: metadata[key] for key in keys if key in metadata}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    card = detector_card(
+    text = detector_card(
         metadata,
         read_recipe(model),
         push_to_hub=push_to_hub,
@@ -81,7 +83,7 @@ def write_folder(
         checks=checks,
         facts=run_facts(model),
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def detector_card(
@@ -96,20 +98,23 @@ def detector_card(
     """Write the text of README.md; arguments as of `write_folder`, `recipe` holds the settings of the training, `facts` those of `run_facts`."""
     licence = str(metadata.get("licence") or "unknown")
     name = _KINDS[metadata["model"]["kind"]]
-    lines = front_matter(
+    front = front_matter(
         library_name="ssld",
         pipeline_tag="object-detection",
         license=hub_licence(licence),
         tags=["object-detection", metadata["model"]["kind"], "ssld"],
     )
     title = push_to_hub.rpartition("/")[2] if push_to_hub else f"{name} {metadata['arch']}"
-    lines += [f"# {title}", ""]
-    lines += [f"{name} on {metadata['arch']}, which detects {_classes(metadata['class_names'])}.", "", "## Use", ""]
-    lines += [*_use(push_to_hub, [FILES[key] for key in FILES if key in checks]), "", "## Model", ""]
-    lines += table(_facts(metadata, name, parameters))
-    lines += ["## Measured", "", *_measured(metadata, checks, facts), "", "## Data", "", *_data(recipe), ""]
-    lines += ["## Recipe", "", *recipe_lines(recipe), "", "## Licences", "", *_licences(metadata, licence, recipe)]
-    return "\n".join(lines) + "\n"
+    summary = f"{name} on {metadata['arch']}, which detects {_classes(metadata['class_names'])}."
+    sections = {
+        "Use": _use(push_to_hub, [FILES[key] for key in FILES if key in checks]),
+        "Model": table(_facts(metadata, name, parameters)),
+        "Measured": table(_measured(metadata, checks, facts)),
+        "Data": _data(recipe),
+        "Recipe": recipe_lines(recipe),
+        "Licences": licence_lines(licence, _origins(metadata, licence, recipe)),
+    }
+    return card(front, title, summary, sections)
 
 
 def _use(push_to_hub: str | None, exported: list[str]) -> list[str]:
@@ -148,7 +153,9 @@ def _classes(names: Sequence[str]) -> str:
     return f"{len(names)} classes: {some(names, 5)}"
 
 
-def _measured(metadata: dict[str, Any], checks: dict[str, Any], facts: Sequence[tuple[str, str]]) -> list[str]:
+def _measured(
+    metadata: dict[str, Any], checks: dict[str, Any], facts: Sequence[tuple[str, str]]
+) -> list[tuple[str, Any]]:
     metrics = metadata.get("metrics") or {}
     # COCO's value without objects of a size is -1.
     rows: list[tuple[str, Any]] = [
@@ -167,7 +174,7 @@ def _measured(metadata: dict[str, Any], checks: dict[str, Any], facts: Sequence[
         for key, check in checks.items()
         if key in FILES
     ]
-    return table(rows)[:-1] if rows else ["Nothing is recorded."]
+    return rows
 
 
 def _data(recipe: dict[str, Any] | None) -> list[str]:
@@ -192,23 +199,17 @@ def _named(paths: Any) -> str:
     return ", ".join(folder_name(str(path)) for path in listed)
 
 
-def _licences(metadata: dict[str, Any], licence: str, recipe: dict[str, Any] | None) -> list[str]:
-    lines = [f"These weights: {licence}. They come from"]
+def _origins(metadata: dict[str, Any], licence: str, recipe: dict[str, Any] | None) -> list[str]:
+    origins = []
     backbone = metadata.get("backbone")
     if backbone:
-        lines.append(f"- the backbone, {public(backbone['reference'])}")
+        origins.append(f"the backbone, {public(backbone['reference'])}")
     if metadata.get("source"):
-        lines.append(f"- {metadata['source']['project']}: {licence}")
+        origins.append(f"{metadata['source']['project']}: {licence}")
     teacher = metadata.get("teacher") or ((recipe or {}).get("distill") or {}).get("teacher")
     if teacher:
         facts = teacher if isinstance(teacher, dict) else {"reference": teacher}
-        lines.append(
-            f"- the teacher, {public(str(facts.get('reference')))}: {facts.get('licence') or 'licence not recorded'}"
+        origins.append(
+            f"the teacher, {public(str(facts.get('reference')))}: {facts.get('licence') or 'licence not recorded'}"
         )
-    if len(lines) == 1:
-        lines.append("- weights that the file does not record")
-    return [
-        *lines,
-        "",
-        "Licences of the training images are not recorded; check them before publishing these weights.",
-    ]
+    return origins

@@ -34,7 +34,7 @@ Run = Callable[[Tensor, Tensor], Sequence[np.ndarray]]
 _FAR = 2.0  # pixels
 
 
-def find(config: ExportDetectorConfig, without: Collection[Path] = ()) -> tuple[Path, list[str]]:
+def find_photos(config: ExportDetectorConfig, without: Collection[Path] = ()) -> tuple[Path, list[str]]:
     """Find the images of `config.images`: their folder, and their names in it. Raises UserError where there are none.
 
     Args:
@@ -64,7 +64,7 @@ def images_of(
     count = count or config.check_images
     if config.images is None:
         return _noise(count)
-    folder, names = find(config, without)
+    folder, names = find_photos(config, without)
     chosen = [names[place] for place in spread(len(names), count)]
     images = []
     for name in chosen:
@@ -117,7 +117,7 @@ def padded(images: Sequence[Tensor], canvas: tuple[int, int] | None) -> Batch:
 
 
 @torch.no_grad()
-def compare(run: Run, model: Detector, many: Sequence[Batch]) -> dict[str, float]:
+def compare(run: Run, model: Detector, batches: Sequence[Batch]) -> dict[str, float]:
     """Compare the outputs of an exported file with those of the detector it was written from.
 
     The first image of every batch runs alone once more, so that two batch sizes are compared.
@@ -129,7 +129,7 @@ def compare(run: Run, model: Detector, many: Sequence[Batch]) -> dict[str, float
     """
     result = dict.fromkeys(("images", "detections", "detections_by_file", "alone"), 0)
     largest = dict.fromkeys(("box_difference", "score_difference", "mask_difference"), 0.0)
-    for pixels_BCHW, sizes_B2 in many:
+    for pixels_BCHW, sizes_B2 in batches:
         by_torch = reference(model, pixels_BCHW, sizes_B2)
         outputs = [run(pixels_BCHW, sizes_B2), run(pixels_BCHW[:1], sizes_B2[:1])]
         for output, expected in ((outputs[0], by_torch), (outputs[1], by_torch[:1])):
@@ -194,22 +194,22 @@ def _differences(expected: Arrays, output: Arrays, largest: dict[str, float]) ->
     return alone + int(free.sum())
 
 
-def check(
+def check_outputs(
     run: Run,
     model: Detector,
-    many: Sequence[Batch],
+    batches: Sequence[Batch],
     config: ExportDetectorConfig,
     file: str,
     log: Callable[[str], None],
 ) -> dict[str, float]:
     """Run `compare` and log its result. Raises UserError for differences above the tolerances of `config`."""
-    result = compare(run, model, many)
+    result = compare(run, model, batches)
     what = f"{result['images']:g} {'images' if config.images else 'images of drawn rectangles'}"
     log(
         f"{file} against torch on {what}: {result['detections_by_file']:g} detections, {result['detections']:g} by torch, "
         f"{100 * result['missing']:.2f} % without counterpart; boxes differ by at most {result['box_difference']:.2e} px, "
         f"scores by {result['score_difference']:.1e}"
-        + (f", masks by {result['mask_difference']:.1e}" if len(run(*many[0])) > 4 else "")
+        + (f", masks by {result['mask_difference']:.1e}" if len(run(*batches[0])) > 4 else "")
         + "; counterparts have the same label, and the first image of each batch counts twice, since it runs alone too"
     )
     if not result["detections"]:
@@ -231,11 +231,11 @@ def check(
 
 
 @torch.no_grad()
-def measure(
-    runs: Mapping[str, Run], loaded: LoadedDetector, many: Sequence[Batch], log: Callable[[str], None]
+def measure_speeds(
+    runs: Mapping[str, Run], loaded: LoadedDetector, batches: Sequence[Batch], log: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
     """Measure median seconds of the detector in torch and of its files, by name, for one image and for the first batch of the check."""
-    pixels_BCHW, sizes_B2 = many[0]
+    pixels_BCHW, sizes_B2 = batches[0]
     batch = len(sizes_B2)
 
     def calls(count: int) -> dict[str, Callable[[], object]]:

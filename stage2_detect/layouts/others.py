@@ -7,9 +7,10 @@ docs.supervisely.com, docs.voxel51.com.
 from collections.abc import Iterator
 from pathlib import Path
 
-from ssld.shared.files import is_hidden
+from ssld.shared.files import ARCHIVES, is_hidden
 
-_ARCHIVES = (b"PK\3\4", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"BZh", b"\xfd7zXZ")
+LABELME_KEYS = (b'"shapes"', b'"imagePath"')
+"""keys that every file of LabelMe has"""
 _HEAD = 1 << 16
 """bytes of a file that are looked at"""
 _MOST = 50
@@ -18,7 +19,7 @@ IMAGE_FOLDER_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """names, in lower case, of the files with the rows of Hugging Face's image folders"""
 _TOOLS = (
     (
-        (b'"shapes"', b'"imagePath"'),
+        LABELME_KEYS,
         "LabelMe's JSON, one file per image; give the folder by --data, or convert it by `ssld convert-data`",
     ),
     ((b'"_via_',), "VIA's project; export the annotations as COCO"),
@@ -41,7 +42,7 @@ def other_tool(path: Path) -> str | None:
         except OSError:
             continue
         name = file.name if file == path else file.relative_to(path)
-        if head.startswith(_ARCHIVES):
+        if head.startswith(tuple(ARCHIVES)):
             return f"{name} is packed; unpack it"
         if file.name.lower() in IMAGE_FOLDER_FILES:
             return f"{name} is of an image folder of Hugging Face; give its folder by --data, or convert it by `ssld convert-data`"

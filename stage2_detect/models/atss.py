@@ -87,23 +87,16 @@ def _assign(
     candidates: int,
     unbiased_std: bool,
 ) -> tuple[Tensor, ...]:
+    """Do the work of `assign_atss` for a part of the images.
+
+    Returns:
+        labels [B, A] (1 or 0), object of each positive [B, A], its IoU [B, A] (-1 for others), and both thresholds [B, G]; nothing without objects.
+    """
     B, G = present_BG.shape
     if G == 0:
         return ()
     centers_A2 = (anchors_A4[:, :2] + anchors_A4[:, 2:]) / 2
-    object_centers_BG2 = (objects_BG4[..., :2] + objects_BG4[..., 2:]) / 2
-    chosen, start = [], 0
-    for count in anchors_of_level:
-        distance_BGL = torch.cdist(
-            object_centers_BG2,
-            centers_A2[start : start + count].expand(B, -1, -1),
-            compute_mode="donot_use_mm_for_euclid_dist",
-        )
-        if valid_BA is not None:
-            distance_BGL.masked_fill_(~valid_BA[:, None, start : start + count], torch.inf)
-        chosen.append(distance_BGL.topk(min(candidates, count), dim=-1, largest=False).indices + start)
-        start += count
-    index_BGN = torch.cat(chosen, dim=-1)
+    index_BGN = _nearest(centers_A2, anchors_of_level, objects_BG4, valid_BA, candidates)
     candidates_BGN4 = anchors_A4[index_BGN]
     iou_BGN = boxes.pairwise_iou(objects_BG4[:, :, None], candidates_BGN4)[:, :, 0]
     valid_BGN = torch.ones_like(iou_BGN, dtype=torch.bool)
@@ -133,3 +126,22 @@ def _assign(
     objects_BA.scatter_reduce_(1, index_BGN.flatten(1), torch.where(best_BGN, object_BGN, G).flatten(1), "amin")
     labels_BA = (objects_BA < G).long()
     return labels_BA, torch.where(labels_BA == 1, objects_BA, 0), ious_BA, positive_BG, region_BG
+
+
+def _nearest(
+    centers_A2: Tensor, anchors_of_level: Sequence[int], objects_BG4: Tensor, valid_BA: Tensor | None, candidates: int
+) -> Tensor:
+    """Index [B, G, N] of the anchors whose centers are nearest to each object's, `candidates` a level; invalid ones where too few are valid."""
+    object_centers_BG2 = (objects_BG4[..., :2] + objects_BG4[..., 2:]) / 2
+    chosen, start = [], 0
+    for count in anchors_of_level:
+        distance_BGL = torch.cdist(
+            object_centers_BG2,
+            centers_A2[start : start + count].expand(len(objects_BG4), -1, -1),
+            compute_mode="donot_use_mm_for_euclid_dist",
+        )
+        if valid_BA is not None:
+            distance_BGL.masked_fill_(~valid_BA[:, None, start : start + count], torch.inf)
+        chosen.append(distance_BGL.topk(min(candidates, count), dim=-1, largest=False).indices + start)
+        start += count
+    return torch.cat(chosen, dim=-1)

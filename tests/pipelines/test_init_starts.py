@@ -146,7 +146,7 @@ def test_without_network_and_files_one_line_says_how(
     possible = False
 
     def looked(references: dict[str, str]) -> list[Download]:
-        return [Download(f"{key}: x", possible=possible) for key, text in references.items() if text.startswith("url:")]
+        return [Download(key, "x", possible=possible) for key, text in references.items() if text.startswith("url:")]
 
     monkeypatch.setattr(weights, "find_downloads_apart", looked)
     monkeypatch.delenv("HF_HUB_OFFLINE")
@@ -176,7 +176,7 @@ def test_coco_weights_alone_where_the_backbones_are_missing(
     monkeypatch.setattr(
         weights,
         "find_downloads_apart",
-        lambda references: [Download(f"{key}: no", possible=False) for key in references],
+        lambda references: [Download(key, "no", possible=False) for key in references],
     )
     assert init.main(LINE) == 0
     assert written()["stages"]["detector"]["set"]["init"] == f"coco:{NAME}"

@@ -88,8 +88,9 @@ def test_files_and_names_that_give_no_network(tmp_path: Path, monkeypatch: pytes
 def test_a_name_that_timm_does_not_have_needs_no_file(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    text = "timm:resnet18: resnet18: timm has no such model; did you mean 'resnet18'?"
-    monkeypatch.setattr(weights, "find_downloads_apart", lambda references: [Download(text, possible=False)])
+    text = "resnet18: timm has no such model; did you mean 'resnet18'?"
+    absent = Download("timm:resnet18", text, possible=False, exists=False)
+    monkeypatch.setattr(weights, "find_downloads_apart", lambda references: [absent])
     line = ["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml", "--backbone", "timm:resnet18"]
     assert init.main(line) == 2
     assert capfd.readouterr().err.endswith("--backbone resnet18: timm has no such model; did you mean 'resnet18'?\n")
@@ -99,7 +100,7 @@ def test_without_weights_and_network_nothing_is_written(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def offline(references: dict[str, str]) -> list[Download]:
-        return [Download(f"{key}: {text}: not on this machine", possible=False) for key, text in references.items()]
+        return [Download(key, f"{text}: not on this machine", possible=False) for key, text in references.items()]
 
     monkeypatch.setattr(weights, "find_downloads_apart", offline)
     assert init.main(["--images", "photos", "--annotations", "all.json", "--output", "mine.yaml"]) == 2

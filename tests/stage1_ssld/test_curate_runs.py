@@ -67,7 +67,7 @@ def test_two_processes_choose_as_one_does(
     [
         (selection_files, "find_candidates"),
         (selection_files, "find_close_pairs"),
-        (steps, "save_embeddings"),
+        (steps, "save_unit_embeddings"),
         (steps, "cosines"),
         (selection_files, "decide"),
         (selection_files, "write_manifest"),

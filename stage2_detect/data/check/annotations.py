@@ -164,10 +164,9 @@ def check_rows(name: str, file: Path, folder: Path, *, masks: bool = False, allo
         reader = "training" if name == "train" else "evaluation"
         check.add("warning", f"{_describe(check, oddity)}: {reader} {read_as}", read_as)
     try:
-        check.stated = stated_orientation(file.name, content)
+        check.stated = stated_orientation(content)
     except UserError as error:
-        text = str(error).removeprefix(f"{file.name}: ")
-        check.add("fault", f"{text}: training stops", "sets it from the sizes of the images")
+        check.add("fault", f"{error}: training stops", "sets it from the sizes of the images")
         check.repair.orientation = "upright"  # unless the images show otherwise
     accept_changes(check.repair, rows)
     first_of = _check_names(check, allow_loss=allow_loss)
@@ -315,20 +314,30 @@ def _check_boxes(check: FileCheck, first_of: dict[int, int], *, masks: bool, all
         shapeless_N = scored_N & np.array(bad, dtype=bool)
         effect = "training a detector with masks stops" + ("" if masks else "; other kinds do not read it")
         report(shapeless_N, "fault" if masks else "warning", "without a usable segmentation", effect, None)
-    for mask_N, cause in ((validated.degenerate_N, FLAT), (validated.outside_N, OUTSIDE), (again_N, "")):
-        for position in np.flatnonzero(mask_N & ~crowd_N):
-            if not (doubts and cause):
-                check.repair.drop_annotations[int(rows[position])] = cause
-    for position in np.flatnonzero(clipped_N & ~again_N) if not doubts else ():
-        left, top, right, bottom = (round(float(value), 3) for value in validated.clipped_N4[position])
-        box = [left, top, round(right - left, 3), round(bottom - top, 3)]
-        area = {} if annotations[rows[position]].get("segmentation") else {"area": box[2] * box[3]}
-        check.repair.set_annotation(int(rows[position]), bbox=box, **area)
+    if not doubts:
+        _drop_boxes(check.repair, rows[validated.degenerate_N & ~crowd_N], FLAT)
+        _drop_boxes(check.repair, rows[validated.outside_N & ~crowd_N], OUTSIDE)
+        clips_N = clipped_N & ~again_N
+        _clip_boxes(check, rows[clips_N], validated.clipped_N4[clips_N])
+    _drop_boxes(check.repair, rows[again_N], "")
     check.boxes_of.update(names[label] for label in labels_N[usable_N])
     _report_loss(check, allow_loss=allow_loss)
     unused = int((~usable_N).sum()) + len(annotations) - len(rows)
     used_I = np.bincount(owners_N[usable_N], minlength=len(all_rows.image_ids))
     _measure(check, used_I, sides_N2[usable_N], owners_N[usable_N], unused)
+
+
+def _drop_boxes(repair: Repair, rows: np.ndarray, cause: str) -> None:
+    repair.drop_annotations |= dict.fromkeys(rows.tolist(), cause)
+
+
+def _clip_boxes(check: FileCheck, rows: np.ndarray, clipped_N4: np.ndarray) -> None:
+    """Add the clipped boxes, x1, y1, x2, y2, of these annotations to the repair, with their area where no mask has it."""
+    for row, corners in zip(rows.tolist(), clipped_N4.tolist(), strict=True):
+        left, top, right, bottom = (round(value, 3) for value in corners)
+        box = [left, top, round(right - left, 3), round(bottom - top, 3)]
+        area = {} if check.content["annotations"][row].get("segmentation") else {"area": box[2] * box[3]}
+        check.repair.set_annotation(row, bbox=box, **area)
 
 
 def _report_loss(check: FileCheck, *, allow_loss: bool) -> None:

@@ -28,6 +28,7 @@ from ssld.stage2_detect.data.convert.records import (
     SourceData,
     SourceImage,
     check_class_names,
+    check_splits,
     read_class_list,
     size_of_bytes,
 )
@@ -58,9 +59,7 @@ def read_hub(
     """
     path = download(source.removeprefix(HUB)) if source.startswith(HUB) else Path(source)
     files = files_by_split(path)
-    unknown = [split for split in splits if split not in files]
-    if unknown:
-        raise UserError(f"{source}: has no split {unknown[0]!r} (it has {', '.join(files)})")
+    check_splits(splits, files, source)
     chosen = {split: files[split] for split in splits or files}
     all_files = [file for of_split in chosen.values() for file in of_split]
     keys = {file: _keys_of(file) for file in all_files}

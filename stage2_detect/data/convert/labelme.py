@@ -24,6 +24,7 @@ from ssld.stage2_detect.data.convert.records import (
     SourceImage,
     SourceObject,
     check_class_names,
+    check_splits,
     drop_image,
     finite_number,
     read_class_list,
@@ -31,8 +32,8 @@ from ssld.stage2_detect.data.convert.records import (
     unread_kind,
 )
 from ssld.stage2_detect.layouts.coco import TEST, TRAIN, VAL
+from ssld.stage2_detect.layouts.others import LABELME_KEYS
 
-_KEYS = (b'"shapes"', b'"imagePath"')
 _SPLITS = (*TRAIN, *VAL, *TEST)
 _LOOKED_AT = 20
 """JSON files of a folder that are looked at to recognize the format"""
@@ -65,9 +66,7 @@ def read_labelme(path: Path, *, classes: Path | None, splits: list[str]) -> Sour
     """
     folder = path.resolve()
     files = labelme_files(folder)
-    unknown = [split for split in splits if split not in files]
-    if unknown:
-        raise UserError(f"{path}: has no split {unknown[0]!r} (it has {', '.join(files)})")
+    check_splits(splits, files, path)
     contents = {split: {file: _content(file) for file in files[split]} for split in splits or files}
     labels = {
         _label(shape, f"{file}, shape {number}")
@@ -93,7 +92,7 @@ def _is_one(file: Path) -> bool:
         encoded = file.read_bytes()
     except OSError:
         return False
-    return all(key in encoded for key in _KEYS)
+    return all(key in encoded for key in LABELME_KEYS)
 
 
 def _content(file: Path) -> dict[str, Any]:

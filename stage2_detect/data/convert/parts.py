@@ -126,8 +126,11 @@ def _read(source: _Source, splits: list[str], *, allow_loss: bool) -> tuple[str,
         try:
             data, contents, orientation = convert(config, pending, may_be_empty=optional)
         except UserError as error:
-            flags = " --" in str(error)
-            advice = "; these are flags of `ssld convert-data`, whose files the settings take too" if flags else ""
+            # Whichever module wrote the line: who reads a flag in it would look for it among those of this command.
+            names_flags = " --" in str(error)
+            advice = (
+                "; these are flags of `ssld convert-data`, whose files the settings take too" if names_flags else ""
+            )
             raise UserError(f"data: {error}{advice}") from None
         notes = [*data.notes, *([text] if (text := orientation.describe()) else [])]
         notes += [f"{split}: {line}" for split, content in contents.items() if (line := content.tally.describe())]

@@ -209,6 +209,14 @@ def coco_content(data: SourceData, split: str, *, source: str, allow_loss: bool)
     return Content(folder, {"images": rows, "annotations": annotations, "categories": categories}, counts, tally)
 
 
+def check_splits(asked: Iterable[str], present: Iterable[str], source: object) -> None:
+    """Raise UserError for a split that is asked for, but not among those of a data set."""
+    there = list(present)
+    for split in asked:
+        if split not in there:
+            raise UserError(f"{source}: has no split {split!r} (it has {', '.join(there[:12])})")
+
+
 def check_split_name(split: str, source: str) -> None:
     """Raise UserError for a split whose name is that of a file of the run."""
     if split.lower().removesuffix(".json") in _RUN_FILES:

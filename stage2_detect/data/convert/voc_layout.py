@@ -16,6 +16,7 @@ from ssld.shared.errors import UserError
 from ssld.shared.files import IMAGE_SUFFIXES, is_hidden, list_files, list_images, read_text
 from ssld.shared.wording import count, some
 from ssld.stage2_detect.data.convert.file_index import FileIndex, subfolders
+from ssld.stage2_detect.data.convert.records import check_splits
 
 SPLITS = ("train", "val", "valid", "validation", "test")
 _XML_FOLDERS = ("annotations", "annotation", "xml", "xmls", "labels", "label")
@@ -122,9 +123,7 @@ def _of_folders(folder: Path, splits: list[str]) -> VocLayout:
 
 def _of_units(folder: Path, units: dict[str, Unit], layout: VocLayout, splits: list[str]) -> VocLayout:
     """Fill `layout` with all XML files of the unit of each split."""
-    unknown = [split for split in splits if split not in units]
-    if unknown:
-        raise UserError(f"{folder}: has no split {unknown[0]!r} (it has {', '.join(units)})")
+    check_splits(splits, units, folder)
     for split in splits or units:
         layout.units[split] = units[split]
         layout.splits[split] = [Entry(units[split].xml / name) for name in list_files(units[split].xml, (".xml",))]
@@ -233,9 +232,7 @@ def _of_class(file: Path) -> bool:
 
 
 def _chosen(folder: Path, lists: dict[str, Path], splits: list[str]) -> list[str]:
-    for split in splits:
-        if split not in lists:
-            raise UserError(f"{folder}: has no split {split!r} (it has {', '.join(sorted(lists)[:12])})")
+    check_splits(splits, sorted(lists), folder)
     if splits:
         return splits
     chosen = [name for name in sorted(lists, key=_order) if name.lower() in SPLITS]

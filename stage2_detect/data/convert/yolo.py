@@ -21,6 +21,7 @@ from ssld.stage2_detect.data.convert.records import (
     SourceImage,
     SourceObject,
     check_class_names,
+    check_splits,
     drop_image,
     finite_number,
     read_class_list,
@@ -60,9 +61,7 @@ def read_yolo(layout: YoloLayout, *, classes: Path | None, splits: list[str]) ->
             f"{layout.file}: no class names: neither data.yaml nor classes.txt has any; give --classes FILE"
         )
     check_class_names(names, str(classes or f"{layout.file}: names"))
-    unknown = [split for split in splits if split not in layout.places]
-    if unknown:
-        raise UserError(f"{layout.file}: has no split {unknown[0]!r} (it has {', '.join(layout.places)})")
+    check_splits(splits, layout.places, layout.file)
     data = SourceData("YOLO", names, notes=list(layout.notes), orientation="upright", certain=True)
     data.hint = "is it center, width and height, not two corners or the upper left corner?"
     for split in splits or layout.places:

@@ -118,7 +118,7 @@ def test_all_that_some_settings_need(network: Any, tmp_path: Path) -> None:
             "here": f"hub:{tmp_path}",
         }
     )
-    assert [(one.text, one.possible) for one in downloads] == [
+    assert [(one.line, one.possible) for one in downloads] == [
         ("unknown: nothing_like_it: timm has no such model", False),
         (
             "student.model: timm:test_resnet: not on this machine; model.safetensors of timm/test_resnet.r160_in1k (44.0 MB) will be downloaded",
@@ -137,6 +137,7 @@ def test_a_timm_model_without_weights(network: Any) -> None:
     [download] = find_downloads({"student.model": "vit_base_patch16_18x2_224"})
     assert not download.possible
     assert "timm has no weights for it; random:vit_base_patch16_18x2_224 starts from random ones" in download.text
+    assert not download.exists
 
 
 def test_weights_behind_a_url(network: Any, tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_from_a_process_of_its_own(tmp_path: Path) -> None:
     script = (
         "import json, sys; from ssld.shared.models.downloads import find_downloads_apart as find; "
         "downloads = find({'student.model': 'timm:test_resnet', 'teacher.model': 'x/y.safetensors'}); "
-        "print(json.dumps([[one.text, one.possible] for one in downloads])); assert 'torch' not in sys.modules"
+        "print(json.dumps([[one.line, one.possible] for one in downloads])); assert 'torch' not in sys.modules"
     )
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)

@@ -12,10 +12,10 @@ from ssld.stage1_ssld.curation.score_files import (
     HELD_OUT,
     SCORED,
     UNREADABLE,
-    Embeddings,
     ScoreFiles,
+    UnitEmbeddings,
     cosines,
-    save_embeddings,
+    save_unit_embeddings,
     shard_file,
     write_shard,
 )
@@ -219,8 +219,8 @@ def test_cosines_of_embeddings_on_disk(tmp_path: Path) -> None:
     vectors[3] = 0  # no direction: like nothing
     ids = np.arange(50) * 3
     for number, part in enumerate(np.split(vectors, [20, 21])):
-        save_embeddings(tmp_path / f"{number}.npy", part)
-    stored = Embeddings(ids, [tmp_path / f"{number}.npy" for number in range(3)], tmp_path / "joined")
+        save_unit_embeddings(tmp_path / f"{number}.npy", part)
+    stored = UnitEmbeddings(ids, [tmp_path / f"{number}.npy" for number in range(3)], tmp_path / "joined")
     left, right = np.random.default_rng(1).integers(0, 50, (2, 9000))
     left[:2], right[:2] = (7, 3), (31, 4)
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
