@@ -32,14 +32,20 @@ class Available:
 
 
 def available(
-    networks: list[Networks], init: Init | None, given: tuple[Start, ...] | None, *, distills: bool, own: bool
+    networks: list[Networks],
+    init: Init | None,
+    given: tuple[Start, ...] | None,
+    *,
+    distills: bool,
+    detects: bool,
+    own: bool,
 ) -> Available:
     """Return the networks whose weights are on this machine or can be downloaded, likewise the detector to start from; and the starts.
 
     Where no network is and the user wants none, the detector is the only start. Raises UserError if nothing is left, or a file is not usable.
     """
     roles = ("backbone", "teacher") if distills else ("backbone",) if given is None or "imagenet" in given else ()
-    check_files(networks[0], roles)
+    check_files(networks[0], roles, maps=detects)
     texts = {getattr(one, role): role for one in networks for role in roles}
     remote = download_of(init) if init and not init.here else {}
     found = find_downloads_apart({text: text for text in texts} | remote)
@@ -68,8 +74,11 @@ def _impossible(text: str, role: str, download: Download) -> str:
     return f"--{role} {line}" if "timm has no" in line else f"{line}: {_FLAGS[role]}"
 
 
-def check_files(networks: Networks, roles: tuple[str, ...]) -> None:
-    """Raise UserError, in the words of the user's flags, for a file or a name of `--backbone` or `--teacher` that no training could use."""
+def check_files(networks: Networks, roles: tuple[str, ...], *, maps: bool) -> None:
+    """Raise UserError, in the words of the user's flags, for a file or a name of `--backbone` or `--teacher` that no training could use.
+
+    With `maps` the backbone has to give maps of features, as a detector needs them.
+    """
     given = {}
     for role, flag in zip(roles, ("arch", "teacher_arch"), strict=False):
         text, arch = getattr(networks, role), getattr(networks, flag)
@@ -79,7 +88,7 @@ def check_files(networks: Networks, roles: tuple[str, ...]) -> None:
             raise UserError(f"--{role} {text}: does not name its architecture; add --{flag} with its timm name")
         if kind in ("file", "folder", "random"):
             given[role] = (text, arch)
-    if faults := faults_apart(given):
+    if faults := faults_apart(given, maps=maps):
         raise UserError(*faults)
 
 
@@ -93,13 +102,13 @@ def check_file(role: str, text: str) -> None:
         raise UserError(f"--{role} {error}") from None
 
 
-def faults_apart(given: Mapping[str, tuple[str, str | None]]) -> list[str]:
+def faults_apart(given: Mapping[str, tuple[str, str | None]], *, maps: bool) -> list[str]:
     """Call `faults_of` in a process of its own; no process where nothing is given."""
     if not given:
         return []
     script = (
         "import json, sys; from ssld.pipelines.scaffold.weights import faults_of; "
-        "print('RESPONSE' + json.dumps(faults_of(json.loads(sys.argv[1]))))"
+        f"print('RESPONSE' + json.dumps(faults_of(json.loads(sys.argv[1]), maps={maps})))"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, json.dumps(given)], capture_output=True, text=True, check=False
@@ -108,12 +117,12 @@ def faults_apart(given: Mapping[str, tuple[str, str | None]]) -> list[str]:
     return list(json.loads(response.removeprefix("RESPONSE"))) if response else []
 
 
-def faults_of(given: Mapping[str, tuple[str, str | None]]) -> list[str]:
+def faults_of(given: Mapping[str, tuple[str, str | None]], *, maps: bool = True) -> list[str]:
     """Build the network of each reference with its weights, and return a line for each that fails. Imports torch.
 
     Args:
-        given: (reference, timm name of the network or None) by role; a `backbone` has to give maps of features, as a detector needs them, and a
-            `teacher` may be a pickle, as in stage 1.
+        given: (reference, timm name of the network or None) by role; a `teacher` may be a pickle, as in stage 1.
+        maps: whether a `backbone` has to give maps of features, as a detector needs them; stage 1 alone takes any classifier.
     """
     from ssld.shared.models.backbones import create_classifier, load_backbone
     from ssld.shared.models.references import parse_reference
@@ -121,10 +130,10 @@ def faults_of(given: Mapping[str, tuple[str, str | None]]) -> list[str]:
     faults = []
     for role, (text, arch) in given.items():
         try:
-            if role == "backbone":
+            if role == "backbone" and maps:
                 load_backbone(text, arch=arch, features_only=True)
             else:
-                create_classifier(parse_reference(text, arch, allow_pickle=True))
+                create_classifier(parse_reference(text, arch, allow_pickle=role == "teacher"))
         except UserError as error:
             faults += [f"--{role} {line}" for line in str(error).splitlines()]
     return faults
