@@ -78,9 +78,9 @@ class WorkerDeaths:
                 handler(signal.SIGCHLD, None)
             yield
         finally:
-            handler = signal.getsignal(signal.SIGCHLD)
-            if callable(handler) and threading.current_thread() is threading.main_thread():
-                self._handler = handler
+            now = signal.getsignal(signal.SIGCHLD)
+            if callable(now) and threading.current_thread() is threading.main_thread():
+                self._handler = now
                 signal.signal(signal.SIGCHLD, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
