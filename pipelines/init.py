@@ -197,7 +197,7 @@ def _choose(arguments: Namespace, *, detector: bool, gpu: bool) -> _Choice:
     init = find_init(arguments.init, given, gpu=gpu) if detector else None
     if given and not {"imagenet", *STAGE_1} & set(given):
         networks = untrained(networks)
-    found = available(networks, init, given, distills=distills, own=bool(arguments.backbone))
+    found = available(networks, init, given, distills=distills, detects=detector, own=bool(arguments.backbone))
     networks, init, given = found.networks, found.init, found.starts
     backbone, arch = networks[0].backbone, networks[0].arch
     starts = choose_starts(given, init, backbone, arch, distills=distills) if detector else ()

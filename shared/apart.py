@@ -9,14 +9,14 @@ from typing import Any
 _MARK = "RESPONSE"  # libraries may print lines of their own
 
 
-def call_apart(function: Callable[[Any], Any], argument: Any) -> Any:
-    """Return what a module's `function` returns for `argument`, both JSON values (tuples become lists); None where the process fails."""
+def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a module's `function` returns for the arguments, all JSON values (tuples become lists); None where the process fails."""
     script = (
         f"import json, sys; from {function.__module__} import {function.__name__} as function; "
-        f"print('{_MARK}' + json.dumps(function(json.loads(sys.argv[1]))))"
+        f"print('{_MARK}' + json.dumps(function(*json.loads(sys.argv[1]))))"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, json.dumps(argument)],
+        [sys.executable, "-W", "ignore", "-c", script, json.dumps(arguments)],
         capture_output=True,
         text=True,
         check=False,

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from ssld.shared.checksums import remove_with_sum
-from ssld.shared.config.settings import CommandConfig, dump_yaml, identity
+from ssld.shared.config.settings import CommandConfig, differences, dump, dump_yaml, identity
 from ssld.shared.config.training import PASSES_FILE
 from ssld.shared.errors import UserError
 from ssld.shared.files import clear_leftovers, file_sha256, write_atomically
@@ -90,6 +90,7 @@ class RunDir:
         self._started = time.monotonic()  # the clock may be set meanwhile
         self.inputs: dict[str, str] = {}
         self._read: dict[str, Any] = {}
+        self._used: dict[str, Any] = {}
         if main:
             self._open()
             keep_noise_in(self.path / "log.txt")
@@ -117,6 +118,15 @@ class RunDir:
         self._read[place] = tally.record()
         line = tally.describe()
         self.log_if(line and f"{source}: {line}")
+
+    def use(self, config: CommandConfig) -> None:
+        """Log the values that this run uses in place of those in config.yaml, where they follow from others, and keep them for result.json.
+
+        That is null, for a default that depends on the model or the length of the run, and fractions of that length.
+        """
+        self._used = {key: after for key, _, after in differences(dump(self._config), dump(config))}
+        values = ", ".join(f"{key} {json.dumps(value)}" for key, value in self._used.items())
+        self.log_if(values and f"settings that follow from others: {values}")
 
     def log_if(self, text: str | None) -> None:
         """Log a line, if there is one."""
@@ -181,6 +191,7 @@ class RunDir:
             "metrics": metrics,
             "outputs": {str(file.relative_to(self.path)): file_sha256(file) for file in outputs},
             "config": identity(self._config),
+            "used": self._used,
             "inputs": self.inputs,
             "read": self._read,
             "changes": self._changes,

@@ -92,7 +92,6 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.shared.distributed.processes import (
         DTYPES,
         describe_processes,
-        optimizer_step,
         pins_memory,
         prepare_model,
         start_processes,
@@ -233,6 +232,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         keep_checkpoints=config.keep_checkpoints,
         lr=config.optim.lr,
         precision=config.precision,
+        best_file=run.path / f"{result}_best.safetensors",
     )
     start = state.restore(look=config.look)
 
@@ -325,10 +325,14 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         finally:
             net.load_state_dict(now)
 
-    def keep_best(step: int, metrics: dict[str, float]) -> None:
-        if metrics and state.improved(score_of(metrics, config.best_by)):
-            state.check(step)
-            save_network(step, run.path / f"{result}_best.safetensors", metrics)
+    def score_now(step: int, *, due: bool = False) -> None:
+        """Evaluate, and keep the best weights where there is more than one evaluation. A checkpoint may be `due` before."""
+        nonlocal metrics, scored
+        with state.evaluating(step, due=due):
+            metrics, scored = evaluate_now(step), step
+            if config.evaluate_every and metrics and state.improved(score_of(metrics, config.best_by)):
+                state.check(step)
+                save_network(step, state.best_file, metrics)
 
     # ---- checks before the first step, and the log of what will run
     if isinstance(config, DistillConfig) and targets.learns_from_teacher and teacher and start == 0:
@@ -352,6 +356,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     run.log(
         f"{f'recipe {config.recipe}' if config.recipe else 'no recipe file; flags only'}; all settings are in {run.path / 'config.yaml'}"
     )
+    run.use(config)
     run.log(config.describe_keeping(steps, evaluates=val_source is not None))
     run.log(*describe_processes(accelerator, config, config.workers))
     run.log(*state.describe_start(start, base_lr, cosine_factor(start, steps=steps, warmup_steps=warmup_steps)))
@@ -370,9 +375,12 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     metrics: dict[str, float] = {}
     with (
         StopRequest() as stop,
+        state.deaths,
         state.progress.begin(start, steps) as progress,
         closing(training.batches(start, steps, rank=rank, ranks=ranks, pin_memory=pin_memory)) as stream,
     ):
+        if state.owes_evaluation and config.evaluates_after(start, steps):
+            score_now(start)
         while step < steps and not state.exhausted(config.patience):
             step += 1
             logged = step % config.log_every == 0 or step == steps
@@ -381,7 +389,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
             set_lr(optimizer, base_lr * factor)
             student.train_mode()
             for micro in range(config.accumulate):
-                with progress.waiting():
+                with state.fetching(step, micro):
                     batch = next(stream)
                 quarantine.add(batch.unreadable)
                 if len(batch.keys) * ranks * config.accumulate < config.batch_size:
@@ -420,7 +428,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                     first = objective(logits, soft, labels, mixed) if student.heads else parts
                     uniform = objective(torch.zeros_like(logits), soft, labels, mixed)["loss"]
                     run.log_if(implausible_start(first["loss"], uniform, len(batch.keys)))
-            norm = optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm, measure=logged)
+            norm = state.update(step, config.optim.clip_grad_norm, measure=logged)
             if student.ema:
                 student.ema.update(student.model, step=step)
             progress.step()
@@ -433,15 +441,14 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 means = state.log(step, base_lr * factor, **values)
                 if step <= config.log_every and soft is not None and student.starts_with_head:
                     run.log_if(statistics_warning(means, soft.logits_BM.shape[1]))
-            if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
-                with progress.pausing(), state.kept(step):
-                    metrics, scored = evaluate_now(step), step
-                    keep_best(step, metrics)
+            due = step % config.save_every == 0 or step == steps
+            if config.evaluates_after(step, steps):
+                score_now(step, due=due)
             last = step == steps or state.exhausted(config.patience)
             if last:
                 state.check_last_update(step, lambda: losses_of(model(pixels), teacher_features, soft, labels, mixed))  # noqa: B023 - called here
             stopping = stop.agreed() and not last
-            if step % config.save_every == 0 or last or stopping:
+            if due or last or stopping:
                 state.save(step)
             if stopping:
                 raise Stopped(f"checkpoint of step {step} written to {run.checkpoints}")
@@ -450,9 +457,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     if state.exhausted(config.patience):
         run.log(f"step {step}: stopped, {state.stale} evaluations in a row without a better one (patience)")
     if scored != step:
-        metrics = evaluate_now(step)
-        if config.evaluate_every:
-            keep_best(step, metrics)
+        score_now(step)
     file = run.path / f"{result}.safetensors"
     if choice := compare_with_start():
         if choice.which != "last":
@@ -467,7 +472,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     accelerator.end_training()
     if accelerator.is_main_process:
         write_curves(run.path)
-    state.finish(metrics, step, [file], run.path / f"{result}_best.safetensors")
+    state.finish(metrics, step, [file])
     run.log(f"wrote {file}")
 
 

@@ -261,12 +261,20 @@ class TrainConfig(TrainingConfig):
         return 1 - self.moving_teacher.ratio if self.moving_teacher else self.labeled_ratio
 
     def in_steps(self, steps: int) -> Self:
-        """Return the settings of a run of `steps` steps, with the burn-in of a moving teacher as whole steps too."""
-        config, moving = super().in_steps(steps), self.moving_teacher
-        if moving is None:
-            return config
-        burn_in = in_steps(moving.burn_in, steps)
-        return config.model_copy(update={"moving_teacher": moving.model_copy(update={"burn_in": burn_in})})
+        """Return the settings of a run of `steps` steps, with the burn-in of a moving teacher as whole steps too, and numbers for the weights and
+        thresholds that depend on the detector."""
+        config, model, others = super().in_steps(steps), self.model, dict[str, Any]()
+        if moving := self.moving_teacher:
+            numbers = {
+                "burn_in": in_steps(moving.burn_in, steps),
+                "weight": moving.unlabeled_weight(dense=model.is_dense),
+                "score_threshold": moving.threshold(model),
+            }
+            others["moving_teacher"] = moving.model_copy(update=numbers)
+        if distill := self.distill:
+            numbers = {"pkd_weight": distill.pkd(model), "roi_weight": distill.roi(model)}
+            others["distill"] = distill.model_copy(update=numbers)
+        return config.model_copy(update=others)
 
     def inputs(self) -> dict[str, Path]:
         files = self.data.inputs("data")

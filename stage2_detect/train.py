@@ -75,7 +75,6 @@ def train(config: TrainConfig) -> None:
     from ssld.shared.distributed.processes import (
         DTYPES,
         describe_processes,
-        optimizer_step,
         prepare_model,
         start_processes,
     )
@@ -157,10 +156,13 @@ def train(config: TrainConfig) -> None:
         keep_checkpoints=config.keep_checkpoints,
         lr=config.optim.lr,
         precision=config.precision,
+        best_file=run.path / "detector_best.safetensors",
         burn_in=burn_in,
         burn_in_batch=labeled,
     )
     start = state.restore(look=config.look)
+    last_good = run.path / "detector_last_good.safetensors"
+    state.drop_later(last_good, start)
     if config.export_check and start == 0:
         problem = ""
         if run.main:
@@ -214,11 +216,15 @@ def train(config: TrainConfig) -> None:
         if accelerator.is_main_process:
             trained.save(path, step=step, metrics=metrics, run=str(run.path), precision=config.precision)
 
-    def keep_best(step: int, metrics: dict[str, Any]) -> None:
-        # Evaluation images without objects give no score.
-        if metrics.get("AP") is not None and state.improved(metrics["AP"]):
-            state.check(step)
-            save_model(run.path / "detector_best.safetensors", step, metrics)
+    def score_now(step: int, *, due: bool = False) -> None:
+        """Evaluate, and keep the best weights where there is more than one evaluation. A checkpoint may be `due` before."""
+        nonlocal metrics, scored
+        with state.evaluating(step, due=due):
+            metrics, scored = evaluate_now(step), step
+            # Evaluation images without objects give no score.
+            if config.evaluate_every and metrics.get("AP") is not None and state.improved(metrics["AP"]):
+                state.check(step)
+                save_model(state.best_file, step, metrics)
 
     # ---- summary of the run
     if teacher_check and start == 0:
@@ -242,6 +248,7 @@ def train(config: TrainConfig) -> None:
     run.log(
         f"{f'recipe {config.recipe}' if config.recipe else 'no recipe file; flags only'}; all settings are in {run.path / 'config.yaml'}"
     )
+    run.use(config)
     run.log(config.describe_keeping(steps, evaluates=data.val is not None))
     run.log(*describe_processes(accelerator, config, config.workers))
     run.log(*state.describe_start(start, base_lr, schedule.factor(start)))
@@ -255,7 +262,9 @@ def train(config: TrainConfig) -> None:
     # ---- the loop
     step, scored = start, -1  # the step that `metrics` are of; -1: none
     metrics: dict[str, Any] = {}
-    with StopRequest() as stop, state.progress.begin(start, steps) as progress:
+    with StopRequest() as stop, state.deaths, state.progress.begin(start, steps) as progress:
+        if state.owes_evaluation and config.evaluates_after(start, steps):
+            score_now(start)
         stream = iter(loader)
         while step < steps and not state.exhausted(config.patience):
             step += 1
@@ -263,7 +272,7 @@ def train(config: TrainConfig) -> None:
             set_lr(optimizer, lr)
             model.train()
             for micro in range(config.accumulate):
-                with progress.waiting():
+                with state.fetching(step, micro):
                     batch = next(stream)
                 quarantine.add(str(image.name) for image in batch.unreadable)
                 images = batch.images.to(device, non_blocking=True)
@@ -284,7 +293,7 @@ def train(config: TrainConfig) -> None:
                     [r.image_id for r in batch.records],
                 )
             logged = step % config.log_every == 0 or step == steps
-            norm = optimizer_step(accelerator, optimizer, config.optim.clip_grad_norm, measure=logged)
+            norm = state.update(step, config.optim.clip_grad_norm, measure=logged)
             if trained.ema:
                 trained.ema.update(trained.detector, step=step)
             progress.step()
@@ -293,18 +302,17 @@ def train(config: TrainConfig) -> None:
                 means = state.log(step, lr, grad_norm=norm)
                 if collapse:
                     run.log_if(collapse.see(step, means, last=step == steps))
-            if config.evaluate_every and step % config.evaluate_every == 0 and step < steps:
-                with progress.pausing(), state.kept(step):
-                    metrics, scored = evaluate_now(step), step
-                    keep_best(step, metrics)
+            due = step % config.save_every == 0 or step == steps or (moving is not None and step == burn_in)
+            if config.evaluates_after(step, steps):
+                score_now(step, due=due)
             last = step == steps or state.exhausted(config.patience)
             if last:
                 state.check_last_update(step, lambda: model.train()(images, targets, *weak))  # noqa: B023 - called here
             stopping = stop.agreed() and not last
-            if step % config.save_every == 0 or last or stopping or (moving and step == burn_in):
+            if due or last or stopping:
                 state.save(step)
                 if collapse and collapse.healthy and burn_in <= step < steps:
-                    save_model(run.path / "detector_last_good.safetensors", step, metrics)
+                    save_model(last_good, step, metrics)
             if stopping:
                 raise Stopped(f"checkpoint of step {step} written to {run.checkpoints}")
 
@@ -312,16 +320,14 @@ def train(config: TrainConfig) -> None:
     if state.exhausted(config.patience):
         run.log(f"step {step}: stopped after {state.stale} evaluations in a row without a better AP (patience)")
     if scored != step:
-        metrics = evaluate_now(step)
-        if config.evaluate_every:
-            keep_best(step, metrics)
+        score_now(step)
     if config.expected:
         measured = len(data.val.images) if data.val else 0
         metrics["expected_met"], line = compare_expected(config.expected, metrics, measured, config.precision)
         run.log(line)
     file = run.path / "detector.safetensors"
     save_model(file, step, metrics)
-    files, last_good = [file], run.path / "detector_last_good.safetensors"
+    files = [file]
     if collapse and collapse.healthy and run.main:
         remove_with_sum(last_good)
     if collapse and not collapse.healthy and last_good.exists():
@@ -330,7 +336,7 @@ def train(config: TrainConfig) -> None:
     if data.val and accelerator.is_main_process:
         files += write_evaluation(run, data.val, detections, metrics, score_threshold=0.5)[1]
     accelerator.end_training()
-    state.finish(metrics | {"orientation": data.orientations()}, step, files, run.path / "detector_best.safetensors")
+    state.finish(metrics | {"orientation": data.orientations()}, step, files)
     run.log(f"wrote {file}")
 
 

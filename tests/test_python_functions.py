@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import ssld
+from ssld.shared.config.command import call_command
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import InputSettings, save_backbone
 from ssld.stage1_ssld import distill
@@ -55,6 +56,19 @@ def test_distill_is_the_command(
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
     assert 0.0 <= result["metrics"]["agreement"] <= 1.0
     assert ssld.distill(file, output=tmp_path / "function") == result, "a finished run is not repeated"
+
+
+def test_what_a_configuration_leaves_out_follows_from_the_settings_over_it(
+    distill_settings: Settings, tmp_path: Path
+) -> None:
+    given = distill_settings | {"student": {"model": "timm:resnet18"}, "output": tmp_path}
+    config = DistillConfig(**given)
+    assert config.student.batchnorm == "eval"
+    used: list[DistillConfig] = []
+    for settings in ({}, {"student.model": "random:resnet18"}, {"student.model": "timm:resnet34"}):
+        call_command(DistillConfig, used.append, config, settings)
+    call_command(DistillConfig, used.append, used[1], {"student.model": "timm:resnet34"})
+    assert [one.student.batchnorm for one in used] == ["eval", "batch", "eval", "eval"]
 
 
 def test_settings_lie_on_a_configuration_and_replace_an_alternative(distill_settings: Settings, tmp_path: Path) -> None:

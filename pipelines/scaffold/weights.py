@@ -30,14 +30,20 @@ class Available:
 
 
 def available(
-    networks: list[Networks], init: Init | None, given: tuple[Start, ...] | None, *, distills: bool, own: bool
+    networks: list[Networks],
+    init: Init | None,
+    given: tuple[Start, ...] | None,
+    *,
+    distills: bool,
+    detects: bool,
+    own: bool,
 ) -> Available:
     """Return the networks whose weights are on this machine or can be downloaded, likewise the detector to start from; and the starts.
 
     Where no network is and the user wants none, the detector is the only start. Raises UserError if nothing is left, or a file is not usable.
     """
     roles = ("backbone", "teacher") if distills else ("backbone",) if given is None or "imagenet" in given else ()
-    check_files(networks[0], roles)
+    check_files(networks[0], roles, maps=detects)
     texts = {getattr(one, role): role for one in networks for role in roles}
     remote = download_of(init) if init and not init.here else {}
     found = find_downloads_apart({text: text for text in texts} | remote)
@@ -65,8 +71,11 @@ def _impossible(role: str, download: Download) -> str:
     return f"{download.text}: {_FLAGS[role]}" if download.exists else f"--{role} {download.text}"
 
 
-def check_files(networks: Networks, roles: tuple[str, ...]) -> None:
-    """Raise UserError, in the words of the user's flags, for a file or a name of `--backbone` or `--teacher` that no training could use."""
+def check_files(networks: Networks, roles: tuple[str, ...], *, maps: bool) -> None:
+    """Raise UserError, in the words of the user's flags, for a file or a name of `--backbone` or `--teacher` that no training could use.
+
+    With `maps` the backbone has to give maps of features, as a detector needs them.
+    """
     given = {}
     for role, flag in zip(roles, ("arch", "teacher_arch"), strict=False):
         text, arch = getattr(networks, role), getattr(networks, flag)
@@ -76,7 +85,7 @@ def check_files(networks: Networks, roles: tuple[str, ...]) -> None:
             raise UserError(f"--{role} {text}: does not name its architecture; add --{flag} with its timm name")
         if kind in ("file", "folder", "random"):
             given[role] = (text, arch)
-    if faults := faults_apart(given):
+    if faults := faults_apart(given, maps=maps):
         raise UserError(*faults)
 
 
@@ -90,28 +99,31 @@ def check_file(role: str, text: str) -> None:
         raise UserError(f"--{role} {error}") from None
 
 
-def faults_apart(given: Mapping[str, tuple[str, str | None]]) -> list[str]:
+def faults_apart(given: Mapping[str, tuple[str, str | None]], *, maps: bool) -> list[str]:
     """Call `faults_of` in a process of its own; no process where nothing is given."""
-    return list(call_apart(faults_of, dict(given)) or []) if given else []
+    return list(call_apart(faults_of, dict(given), maps) or []) if given else []
 
 
-def faults_of(given: Mapping[str, tuple[str, str | None]]) -> list[str]:
+def faults_of(given: Mapping[str, tuple[str, str | None]], maps: bool = True) -> list[str]:
     """Build the network of each reference with its weights, and return a line for each that fails. Imports torch.
 
     Args:
-        given: (reference, timm name of the network or None) by role; a `backbone` has to give maps of features, as a detector needs them, and a
-            `teacher` needs classes and may be a pickle, as in stage 1.
+        given: (reference, timm name of the network or None) by role; a `teacher` needs classes and may be a pickle, as in stage 1.
+        maps: whether a `backbone` has to give maps of features, as a detector needs them; stage 1 alone takes any classifier.
     """
-    from ssld.shared.models.backbones import load_backbone
+    from ssld.shared.models.backbones import create_classifier, load_backbone
+    from ssld.shared.models.references import parse_reference
     from ssld.shared.models.teacher import FrozenTeacher
 
     faults = []
     for role, (text, arch) in given.items():
         try:
-            if role == "backbone":
+            if role == "teacher":
+                FrozenTeacher(text, arch=arch)
+            elif maps:
                 load_backbone(text, arch=arch, features_only=True)
             else:
-                FrozenTeacher(text, arch=arch)
+                create_classifier(parse_reference(text, arch))
         except UserError as error:
             faults += [f"--{role} {line}" for line in str(error).splitlines()]
     return faults

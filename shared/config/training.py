@@ -103,7 +103,7 @@ class TrainingConfig(ComputeConfig):
     evaluate_every: Interval | None = None
     """optimizer steps between two evaluations, or a fraction of the run; null: evaluate at the end only"""
     save_every: Interval = 1000
-    """optimizer steps between two checkpoints, or a fraction of the run"""
+    """optimizer steps between two checkpoints, or a fraction of the run; further ones are written before evaluations and where a run is stopped"""
     keep_checkpoints: Count = 2
     """number of checkpoints to keep, the newest ones"""
     resume: Literal["auto", "never"] = "auto"
@@ -137,6 +137,10 @@ class TrainingConfig(ComputeConfig):
         if self.evaluate_every is not None:
             lengths["evaluate_every"] = in_steps(self.evaluate_every, steps)
         return self.model_copy(update=lengths)
+
+    def evaluates_after(self, step: int, steps: int) -> bool:
+        """Whether a run of `steps` steps, whose lengths are whole steps, is evaluated after `step` of them, before the end."""
+        return self.evaluate_every is not None and step % self.evaluate_every == 0 and 0 < step < steps
 
     def describe_keeping(self, steps: int, *, evaluates: bool) -> str:
         """Return a line for the log on when a run of `steps` steps is evaluated (if it has evaluation images) and saved."""

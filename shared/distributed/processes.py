@@ -149,7 +149,7 @@ def _strides_are_ambiguous(parameter: Tensor) -> bool:
 
 def optimizer_step(
     accelerator: Accelerator, optimizer: torch.optim.Optimizer, clip_grad_norm: float | None, *, measure: bool = False
-) -> Tensor | None:
+) -> tuple[Tensor | None, bool]:
     """Clip the gradient, update the weights and clear the gradient, through the gradient scaler where the precision is fp16.
 
     Args:
@@ -157,7 +157,8 @@ def optimizer_step(
         measure: return the norm although nothing is clipped, which costs a pass over the gradients.
 
     Returns:
-        The norm before clipping, a scalar on the device; None where it was neither clipped nor measured.
+        The norm before clipping, a scalar on the device, None where it was neither clipped nor measured; and whether the scaler has skipped the
+        update, because the gradient was not finite, and lowered its scale.
     """
     scaler = accelerator.scaler
     if scaler is not None:
@@ -168,13 +169,16 @@ def optimizer_step(
         norm = torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
         if clip_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm)
+    skipped = False
     if scaler is not None:
+        scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
+        skipped = scaler.get_scale() < scale
     else:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, skipped
 
 
 def scaler_state(accelerator: Accelerator) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 A checkpoint is a folder `step_00000100/` with one safetensors file for each part (model, optimizer, ema ...), `state.json` with the plain values,
 `SHA256SUMS` of these, and an empty `COMPLETE`. It is written to a temporary folder, synced to disk, renamed, and marked complete last; only marked
-ones are ever read, and only if the checksums are right. Whether a checkpoint holds a bad update shows in the loss of the step after it, so older ones
-are deleted no earlier. Nothing is pickled. No random state is kept: every draw of a run is a function of (seed, step, rank) or of the image.
+ones are ever read, and only if the checksums are right. What an evaluation of these weights changes is added later, in `evaluation.json`. Whether a
+checkpoint holds a bad update shows in the loss of the step after it, so older ones are deleted no earlier. Nothing is pickled. No random state is
+kept: every draw of a run is a function of (seed, step, rank) or of the image.
 """
 
 import json
@@ -16,10 +17,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ssld.shared.checksums import write_folder_sums
+from ssld.shared.checksums import is_sound, write_folder_sums, write_with_sum
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import save_tensors
 from ssld.shared.training.checkpoint_folders import MARK, complete_checkpoints, damaged_checkpoint, step_of
+
+_EVALUATION = "evaluation.json"
 
 
 def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
@@ -52,6 +55,11 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]]
     return final
 
 
+def add_evaluation(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Replace values of the state of a checkpoint below `folder` by those after an evaluation of its weights."""
+    write_with_sum(folder / f"step_{step:08d}" / _EVALUATION, json.dumps(state) + "\n")
+
+
 def keep_newest(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and the remains of interrupted ones."""
     for old in complete_checkpoints(folder)[:-keep]:
@@ -69,13 +77,17 @@ def drop_from(folder: Path, step: int) -> None:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Read (parts, state) as given to `save_checkpoint`, tensors on the CPU. Raises UserError for a damaged checkpoint."""
+    """Read (parts, state) as given to `save_checkpoint`, tensors on the CPU, with the values of `add_evaluation`.
+
+    Raises UserError for a damaged checkpoint. A damaged evaluation counts as none: it can be repeated.
+    """
     # Checked first: an error below, such as out of memory or Ctrl-C, then does not mean a damaged checkpoint.
     if damage := damaged_checkpoint(path):
         raise UserError(damage)
     parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return parts, state
+    evaluation = path / _EVALUATION
+    return parts, state | (json.loads(evaluation.read_text(encoding="utf-8")) if is_sound(evaluation) else {})
 
 
 def load_module(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

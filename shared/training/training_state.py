@@ -1,6 +1,7 @@
 """State of a training run, in both stages, to and from checkpoints: networks, optimizer, loss averages and best score."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,12 +13,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ssld.shared.distributed.processes import load_scaler_state, scaler_state
+from ssld.shared.checksums import remove_with_sum
+from ssld.shared.distributed.processes import load_scaler_state, optimizer_step, scaler_state
 from ssld.shared.distributed.ranks import from_main_rank, total_over_ranks, world_size
-from ssld.shared.errors import UserError
+from ssld.shared.distributed.stop import WorkerDeaths
+from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.models.model_file import read_metadata
 from ssld.shared.run_dir import RunDir, read_metrics
 from ssld.shared.training.checkpoint import (
+    add_evaluation,
     drop_from,
     keep_newest,
     load_checkpoint,
@@ -30,9 +34,17 @@ from ssld.shared.training.checkpoint_folders import beyond_the_end, newest_check
 from ssld.shared.training.loss_watch import LossWatch, NotFinite
 from ssld.shared.training.progress import Progress
 from ssld.shared.training.quarantine import Quarantine
+from ssld.shared.wording import count
 
 LENGTHS = ("steps:", "train_epochs:", "train_images:")
 """beginnings of the lines on a changed length of a run"""
+_WORTH = 20
+"""a checkpoint before an evaluation may take this part of the time since the last one: 5 %"""
+_MOST_SKIPPED, _FEW = 40, 16
+"""steps in a row without an update of the weights after which a run in fp16 stops: its scale, 65,536 at first, is then below 1e-7. A run that ends
+earlier, such as a trial, may skip all of its steps while the scale falls to 1"""
+_FAILURES = (OSError, EOFError, RuntimeError, MemoryError)
+"""errors of memory, disks and processes that read images"""
 
 
 @dataclass
@@ -46,12 +58,16 @@ class TrainingState:
         networks: file name in a checkpoint -> network; never the teacher.
         batch_size: images per step, over all processes, after the burn-in.
         lr, precision: settings of the run, for the advice after a bad update.
+        best_file: model file of the best evaluation.
         burn_in, burn_in_batch: number of first steps with smaller batches, and images per step in them.
         best: highest score of an evaluation so far.
         stale: evaluations since then.
+        skipped: steps without an update, since their gradient was not finite in fp16.
         resumed: name of the checkpoint that was loaded, empty without one.
         length_before: steps of the whole run when that checkpoint was written; None where an earlier version wrote it.
+        owes_evaluation: whether that checkpoint was written before an evaluation that did not end.
         progress: clock and bar; the loop starts it and counts its steps.
+        deaths: context manager of the loop, for `fetching` and `evaluating`.
     """
 
     run: RunDir
@@ -64,15 +80,25 @@ class TrainingState:
     keep_checkpoints: int
     lr: float
     precision: str
+    best_file: Path
     burn_in: int = 0
     burn_in_batch: int = 0
     watch: LossWatch = field(default_factory=LossWatch)
     best: float = float("-inf")
     stale: int = 0
+    skipped: int = 0
     resumed: str = ""
     length_before: int | None = None
+    owes_evaluation: bool = False
 
     def __post_init__(self) -> None:
+        self.deaths = WorkerDeaths()
+        self._skipped_now = self._skipped_told = 0  # those in a row until now, and those that the log knows of
+        self._saved = self._evaluated = 0  # steps of the last checkpoint and of the last evaluation
+        self._saved_at, self._saving = (
+            time.monotonic(),
+            0.0,
+        )  # when the last checkpoint was written, and seconds that it took
         # Not a method of this object: a circle would keep the run's lock after an error.
         self.progress = Progress(self.run, self.accelerator.device, partial(_latest_loss, self.watch))
 
@@ -83,6 +109,8 @@ class TrainingState:
 
     def restore(self, *, look: bool = False) -> int:
         """Load the newest checkpoint, if there is one, on every rank; return the number of steps done.
+
+        A best file of a later step, as where a newer checkpoint was deleted, does not belong to this run any more.
 
         Raises UserError when it does not fit the networks, or is beyond the end of the run, or where the run is only to `look` at its first images.
         """
@@ -100,13 +128,35 @@ class TrainingState:
             step, self.resumed = int(state["step"]), newest.name
             self.best = self.best if state["best"] is None else state["best"]
             self.stale = int(state.get("stale", 0))
+            self.skipped, self._skipped_now = state.get("skipped", [0, 0])
+            self._skipped_told = self.skipped
             self.length_before = state.get("length")
+            self.owes_evaluation = (
+                state.get("evaluated") is False
+            )  # earlier versions wrote checkpoints after evaluations alone
             self.run.earlier_seconds = float(state.get("seconds", 0))
+            self._saved = step
         if step > self.steps:
             raise UserError(f"{beyond_the_end(self.run.path, step, self.steps)}; give another --output")
         self.run.begin()
         self.run.cut_metrics(step)
+        self.drop_later(self.best_file, step)
+        if not from_main_rank(self.best_file.exists()):
+            self.best, self.stale = float("-inf"), 0
         return step
+
+    def drop_later(self, file: Path, step: int) -> None:
+        """Delete a model file of a later step than `step`, at which this run continues, or a damaged one."""
+        if not self.run.main or not file.exists():
+            return
+        try:
+            later = int(read_metadata(file)["step"])
+        except (UserError, *MALFORMED):
+            later = None
+        if later is None or later > step:
+            remove_with_sum(file)
+            what = "damaged" if later is None else f"of step {later}, after step {step}, from which this run continues"
+            self.run.log(f"{file}: {what}; deleted")
 
     def describe_start(self, step: int, full_lr: float, factor: float) -> list[str]:
         """Return lines on a run that continues after `step`: its checkpoint, and the learning rate if the run has another length than before.
@@ -140,9 +190,12 @@ class TrainingState:
         """Whether `patience` evaluations in a row were no better than the best one; never where it is None."""
         return patience is not None and self.stale >= patience
 
-    def finish(self, metrics: dict[str, Any], step: int, outputs: Sequence[Path], best: Path) -> None:
-        """Write result.json after the last step: the numbers of the last evaluation, and, if the file `best` exists, step and numbers of the best."""
+    def finish(self, metrics: dict[str, Any], step: int, outputs: Sequence[Path]) -> None:
+        """Write result.json after the last step: the numbers of the last evaluation, and, if there is a best file, step and numbers of the best."""
         metrics = {"steps": step, "images_seen": self.images_seen(step)} | metrics
+        if self.accelerator.scaler is not None:
+            metrics["skipped_steps"] = self.skipped
+        best = self.best_file
         if best.exists() and self.run.main:
             facts = read_metadata(best)
             numbers = {name: value for name, value in facts["metrics"].items() if isinstance(value, int | float)}
@@ -155,11 +208,27 @@ class TrainingState:
             keep_newest(self.run.checkpoints, self.keep_checkpoints)
         self.run.finish(metrics, outputs)
 
+    def update(self, step: int, clip_grad_norm: float | None, *, measure: bool) -> Tensor | None:
+        """Update the weights as `optimizer_step` does, and return its norm.
+
+        Raises UserError where fp16 has skipped 40 steps in a row, or all of a run of more than 16.
+        """
+        norm, skipped = optimizer_step(self.accelerator, self.optimizer, clip_grad_norm, measure=measure)
+        self.skipped += skipped
+        self._skipped_now = self._skipped_now + 1 if skipped else 0
+        if self._skipped_now == _MOST_SKIPPED or self._skipped_now == self.steps > _FEW:
+            good = step - self._skipped_now
+            what = f"fp16: no gradient after step {good} was finite, at any scale, so that {self._skipped_now} steps changed nothing"
+            raise self._go_back(UserError(what), good + 1)
+        return norm
+
     def check(self, step: int) -> None:
         """Raise UserError if a loss so far was not finite, or the weights are not; all ranks together, after `step` updates."""
         self._check_losses()
         if not from_main_rank(not self.run.main or self._all_finite()):
-            raise self._go_back(NotFinite(step + 1, f"after step {step}: weights or the optimizer's state are not"))
+            raise self._go_back(
+                NotFinite(step + 1, f"after step {step}: weights or the optimizer's state are not"), step
+            )
 
     def check_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Raise UserError if the main rank's evaluation after `step` updates has a number that is not finite; all ranks together."""
@@ -170,7 +239,7 @@ class TrainingState:
         ]
         bad = from_main_rank(bad)
         if bad:
-            raise self._go_back(NotFinite(step + 1, f"in the evaluation after step {step}: {', '.join(bad)}"))
+            raise self._go_back(NotFinite(step + 1, f"in the evaluation after step {step}: {', '.join(bad)}"), step)
 
     def check_last_update(self, step: int, losses: Callable[[], Mapping[str, Tensor]]) -> None:
         """Raise UserError if the losses after the last update are not finite; all ranks together.
@@ -184,29 +253,69 @@ class TrainingState:
             buffer.copy_(value)
         if not bool(torch.isfinite(total_over_ranks(torch.stack(list(parts.values())))).all()):
             values = ", ".join(f"{name} {part:.4g}" for name, part in parts.items())
-            raise self._go_back(NotFinite(step + 1, f"after the last update, of step {step}: {values}"))
+            raise self._go_back(NotFinite(step + 1, f"after the last update, of step {step}: {values}"), step)
 
     def save(self, step: int) -> None:
-        """Write a checkpoint, all ranks together; raises UserError first as `check` does."""
+        """Write a checkpoint, unless there is one of this step; all ranks together. Raises UserError first as `check` does."""
+        if step == self._saved:
+            return
         self.check(step)
         self.quarantine.write()
+        began = time.monotonic()
         with self.progress.pausing():
             self._write(step)
+        self._saved, self._saved_at = step, time.monotonic()
+        self._saving = self._saved_at - began
 
     @contextmanager
-    def kept(self, step: int) -> Iterator[None]:
-        """Context manager around an evaluation after `step` updates: where memory or a process runs out in it, the updates are saved.
+    def fetching(self, step: int, micro: int) -> Iterator[None]:
+        """Context manager around the wait for micro-batch `micro` of step `step`; the steps before it survive a failure of the loader.
 
-        Of one process alone: the others of several would wait for this one. The run goes on without the evaluation of this step.
+        Not where the step has begun (`micro` > 0): running statistics have changed.
         """
+        try:
+            with self.deaths.told(), self.progress.waiting():
+                yield
+        except _FAILURES:
+            if micro == 0:
+                self._save_alone(step - 1)
+            raise
+
+    @contextmanager
+    def evaluating(self, step: int, *, due: bool = False) -> Iterator[None]:
+        """Context manager around an evaluation after `step` updates, which survive whatever ends it.
+
+        A checkpoint is written before it, if one is `due`, or takes a small part of the time since the last one. A resumed run repeats an evaluation
+        that did not end (`owes_evaluation`).
+        """
+        if due or from_main_rank(time.monotonic() - self._saved_at >= _WORTH * self._saving):
+            self.save(step)
         before = self.best, self.stale
         try:
-            yield
-        except (OSError, EOFError, RuntimeError, MemoryError):
-            if world_size() == 1:
-                self.best, self.stale = before
-                self.save(step)
+            with self.deaths.told(), self.progress.pausing():
+                yield
+        except _FAILURES:
+            self.best, self.stale = before
+            self._save_alone(step)
             raise
+        self._evaluated = step
+        if step == self._saved and self.run.main:
+            add_evaluation(self.run.checkpoints, step, self._standing(step))
+
+    def _save_alone(self, step: int) -> None:
+        """Save in a run of one process; of several, the others would not take part."""
+        if world_size() == 1:
+            self.save(step)
+
+    def _standing(self, step: int) -> dict[str, Any]:
+        """Return the values of a checkpoint that an evaluation changes."""
+        best = self.best if self.best > float("-inf") else None
+        return {
+            "best": best,
+            "stale": self.stale,
+            "evaluated": self._evaluated == step,
+            "seconds": self.run.seconds,
+        }
 
     def _all_finite(self) -> bool:
         tensors = [tensor for network in self.networks.values() for tensor in network.state_dict().values()]
@@ -220,13 +329,13 @@ class TrainingState:
         try:
             self.watch.check()
         except NotFinite as error:
-            raise self._go_back(error) from None
+            raise self._go_back(error, error.step - 1) from None
 
-    def _go_back(self, error: NotFinite) -> UserError:
-        """Delete the checkpoints with the bad update, the last one before `error.step`; return the error with the remedy."""
+    def _go_back(self, error: UserError, step: int) -> UserError:
+        """Delete the checkpoints from `step` on, which have the bad update; return the error with the remedy."""
         newest = None
         if self.run.main:
-            drop_from(self.run.checkpoints, error.step - 1)
+            drop_from(self.run.checkpoints, step)
             newest = newest_checkpoint(self.run.checkpoints)
         newest = from_main_rank(newest)
         fp32 = "" if self.precision == "fp32" else " or --precision fp32"
@@ -245,10 +354,9 @@ class TrainingState:
                 "optimizer": values,
                 "scaler": scaler_state(self.accelerator),
                 "watch": self.watch.state(),
-                "best": self.best if self.best > float("-inf") else None,
-                "stale": self.stale,
+                "skipped": [self.skipped, self._skipped_now],
                 "length": self.steps,
-                "seconds": self.run.seconds,
+                **self._standing(step),
             }
             save_checkpoint(self.run.checkpoints, step, parts | {"optimizer": tensors}, state)
 
@@ -262,6 +370,13 @@ class TrainingState:
         means = self.watch.averages()
         numbers = {name: float(value) for name, value in values.items() if value is not None}
         means |= {name: number for name, number in numbers.items() if math.isfinite(number)}
+        if self.accelerator.scaler is not None:
+            means["skipped_steps"] = float(self.skipped)
+            if new := self.skipped - self._skipped_told:
+                self.run.log(
+                    f"step {step}: {count(new, 'step')} changed no weights: the gradient was not finite in fp16; a few are normal"
+                )
+                self._skipped_told = self.skipped
         self.quarantine.judge(self.images_seen(step))
         speed = self.progress.read(self.images_seen)
         self.run.metric(step, lr=lr, **means, **speed)

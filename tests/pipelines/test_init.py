@@ -51,7 +51,9 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The content as files; torch is not imported, since that takes seconds per process."""
     monkeypatch.setattr(init, "ask_torch", lambda: CPU)
     for module, name in ((weights, "find_downloads_apart"), (weights, "faults_apart"), (run, "downloads")):
-        monkeypatch.setattr(module, name, lambda references: [])  # timm's names and networks, which nothing here reads
+        monkeypatch.setattr(
+            module, name, lambda references, **_: []
+        )  # timm's names and networks, which nothing here reads
     monkeypatch.setattr(init, "trials", lambda facts, files: nullcontext(quick_machine))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for module in (checked_data, init):

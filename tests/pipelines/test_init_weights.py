@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from ssld.pipelines import init
 from ssld.pipelines.scaffold import weights
+from ssld.shared.errors import UserError
 from ssld.shared.models.downloads import Download
 from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect.config import TrainConfig
@@ -83,6 +84,16 @@ def test_files_and_names_that_give_no_network(tmp_path: Path, monkeypatch: pytes
     ):
         (found,) = weights.faults_of({"backbone": given})
         assert found.startswith(f"--backbone {line}")
+
+
+def test_a_network_without_maps_of_features_is_enough_for_stage_1_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **options: object) -> None:
+        raise UserError("gives no maps of features")
+
+    monkeypatch.setattr("ssld.shared.models.backbones.create_body", refuse)
+    given = {"backbone": ("random:test_vit", None)}
+    assert weights.faults_of(given, maps=True) == ["--backbone gives no maps of features"]
+    assert weights.faults_of(given, maps=False) == []
 
 
 def test_a_name_that_timm_does_not_have_needs_no_file(

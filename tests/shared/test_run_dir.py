@@ -81,6 +81,21 @@ def test_life_of_a_run(config: Settings) -> None:
     assert environment["versions"]["torch"]
 
 
+def test_values_that_follow_from_others_are_told_and_kept(config: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    config = changed(config, group=Group())
+    run = RunDir(config, "test")
+    run.use(config)
+    assert capsys.readouterr().out == ""
+    run.use(changed(config, steps=7, group=Group(weight=0.25)))
+    run.finish({})
+    assert capsys.readouterr().out == "settings that follow from others: steps 7, group.weight 0.25\n"
+    result = read_result(run.path)
+    assert result is not None
+    assert result["used"] == {"steps": 7, "group.weight": 0.25}
+    assert result["config"]["steps"] == 5  # the run is that of the given settings
+    assert RunDir(config, "test").status == "finished"
+
+
 def test_permitted_change_reopens(config: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     begun(config)
     run = RunDir(config, "test")

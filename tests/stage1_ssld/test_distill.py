@@ -62,7 +62,7 @@ def test_distill_writes_exactly_these_files(
 ) -> None:
     assert call(distill, arguments(distill_settings)) == 0
     run = tmp_path / "run"
-    assert files_below(run) == RECORDS | checkpoint(4) | checkpoint(6) | {"student.safetensors"}
+    assert files_below(run) == RECORDS | checkpoint(4) | checkpoint(6, "evaluation.json") | {"student.safetensors"}
     with Image.open(run / "batches.jpg") as sheet:  # 8 views of 32 px, enlarged, in two rows of four
         assert sheet.size == (4 * (160 + 6) - 6, 2 * (160 + 18 + 6) - 6)
     result = json.loads((run / "result.json").read_text())
@@ -91,7 +91,7 @@ def test_ema_and_evaluation_on_the_way_add_their_files(
     assert call(distill, arguments(settings)) == 0
     run = tmp_path / "run"
     models = {"student.safetensors", "student_best.safetensors"}
-    assert files_below(run) == RECORDS | checkpoint(6, "ema.safetensors") | models
+    assert files_below(run) == RECORDS | checkpoint(6, "ema.safetensors", "evaluation.json") | models
     last = load_file(run / "checkpoints/step_00000006/model.safetensors")
     average = load_file(run / "checkpoints/step_00000006/ema.safetensors")
     assert content_hash(read_tensors(run / "student.safetensors")) == content_hash(average) != content_hash(last)
@@ -168,7 +168,7 @@ def test_teach_then_evaluate(
     }  # fmt: skip
     assert call(teach, arguments(settings, "teach")) == 0
     run = tmp_path / "teach"
-    assert files_below(run) == RECORDS | checkpoint(60) | {"teacher.safetensors"}
+    assert files_below(run) == RECORDS | checkpoint(60, "evaluation.json") | {"teacher.safetensors"}
     trained = json.loads((run / "result.json").read_text())["metrics"]
     assert (
         trained["top1"] > 0.75

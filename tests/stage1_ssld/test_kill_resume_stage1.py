@@ -24,7 +24,7 @@ import os, signal, sys, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
 sys.path.insert(0, sys.argv[1])
-import ssld.shared.training.checkpoint, ssld.shared.models.model_file, ssld.shared.run_dir
+import ssld.shared.training.checkpoint, ssld.shared.models.model_file, ssld.shared.run_dir, ssld.shared.training.training_state
 from ssld.shared.training.loss_watch import LossWatch
 from ssld.shared.run_dir import RunDir
 import ssld.stage1_ssld.evaluation.metrics
@@ -62,10 +62,11 @@ moments = {
     "while the old checkpoint is removed": lambda: on_call(
         ssld.shared.training.checkpoint.shutil, "rmtree", 1, when=lambda path, *rest: Path(path).name == "step_00000005"
     ),
-    "before an evaluation": lambda: on_call(ssld.stage1_ssld.evaluation.metrics, "evaluate", 1),
+    "in an evaluation": lambda: on_call(ssld.stage1_ssld.evaluation.metrics, "evaluate", 1),
     "in the best model's file": lambda: on_call(
         ssld.shared.models.model_file, "save_tensors", 1, half_a_file, when=lambda tensors, path, *rest: "student_best" in path.name
     ),
+    "before the checkpoint has the evaluation": lambda: on_call(ssld.shared.training.training_state, "add_evaluation", 1),
     "in the last model's file": lambda: on_call(
         ssld.shared.models.model_file, "save_tensors", 1, half_a_file, when=lambda tensors, path, *rest: "student.safe" in path.name
     ),
@@ -123,8 +124,9 @@ def test_killed_at_every_delicate_moment(
     )  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr
     assert "NOT KILLED" not in process.stdout, process.stdout + process.stderr
-    assert process.stdout.count("KILLED") == 13
-    assert process.stdout.count("resumed from step_00000005") >= 2
+    assert process.stdout.count("KILLED") == 14
+    assert "resumed from step_00000005" in process.stdout
+    assert process.stdout.count("resumed from step_00000006") >= 2  # written before the evaluation
     assert "this run is finished; nothing to do" in process.stdout
     same_run(tmp_path / "killed", tmp_path / "whole")
 

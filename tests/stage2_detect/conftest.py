@@ -107,6 +107,7 @@ def training_files() -> Callable[..., set[str]]:
             "metrics.jsonl",
             "result.json",
             "detector.safetensors",
+            "checkpoints/step_00000006/evaluation.json",
             *(f"checkpoints/step_{step:08d}/{name}" for step in (4, 6) for name in checkpoint),
         }
 

@@ -159,7 +159,7 @@ def shown_losses(run: Any, monkeypatch: pytest.MonkeyPatch, device: str, losses:
     monkeypatch.setattr(sys, "stderr", Terminal())
     accelerator: Any = SimpleNamespace(device=torch.device(device))
     none: Any = None
-    state = TrainingState(run, accelerator, {}, none, none, len(losses), 4, 2, 0.1, "fp32")
+    state = TrainingState(run, accelerator, {}, none, none, len(losses), 4, 2, 0.1, "fp32", Path("best"))
     shown = []
     monkeypatch.setattr(Bar, "show", lambda self, **values: shown.append(values["loss"]))
     with state.progress.begin(0, len(losses)) as progress:
