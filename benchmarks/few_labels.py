@@ -11,7 +11,7 @@ photos are labeled; the others are the unlabeled ones. `--data-set coco-mini` ha
 its animals as one.
 
 `retinanet_sad` has the detector of the row `retinanet` of its seed as its teacher, which also writes the pseudo-labels of the unlabeled photos; run
-that row before. `..._ssld` start from one backbone for all seeds: stage 1 under EfficientNet-Lite2, as `ssld init` sets it for a student with
+that row before. `..._ssld` start from a backbone of the same seed: stage 1 under EfficientNet-Lite2, as `ssld init` sets it for a student with
 weights, on the training photos without their labels (nine tenths; the others tell whether it improves). `..._ssld_batch`: the same with BatchNorm
 by batch statistics.
 
@@ -34,19 +34,16 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
 import torch
 import yaml
 
+from benchmarks import paired
 from benchmarks.finetune import DATA, FEW, few_classes, our_settings, write_settings
 from benchmarks.pretrained_student import command
 from ssld.pipelines.runner.stages import flags
 from ssld.shared.config.yaml_files import merge
-from ssld.shared.run_dir import read_result
 from ssld.stage1_ssld import distill
 from ssld.stage2_detect import evaluate, predict, train
-from ssld.stage2_detect.data.coco import read_coco
-from ssld.stage2_detect.evaluation.bootstrap import draw_ap, interval, match_detections, read_detections
 
 # As many labeled photos per step as without a teacher, at the same rate: the reference batch is doubled with the batch.
 _DOUBLED = {"batch_size": 4, "optim": {"reference_batch": 16}}
@@ -84,7 +81,6 @@ data: {image_size: 128}
 steps: 120
 batch_size: 32
 optim: {name: adamw, lr: 5.0e-5, reference_batch: 256, weight_decay: 0.05, decay_norm_and_bias: false, warmup_steps: 0.05}
-seed: 0
 """
 
 
@@ -123,13 +119,13 @@ def run_one(data: Path, folder: Path, name: str, row: str, options: argparse.Nam
     run = folder / "runs" / f"{row}-{options.steps}-{options.side}"
     settings |= {"steps": options.steps, "threads": 1, "device": "cpu", "output": str(run)}
     names = {"folder": folder, "images": images}
-    names |= {kind: folder.parent / f"{kind}-{name}" for kind in ("ssld", "ssld_batch")}
+    names |= {kind: folder.parent / f"{kind}-{name}-{options.seed}" for kind in ("ssld", "ssld_batch")}
     length = f"{options.steps}-{options.side}"
     names["teacher"] = folder / "runs" / f"retinanet-{length}" / "detector.safetensors"
     names["pseudo"] = folder / f"pseudo-{length}"
     for kind in ("ssld", "ssld_batch"):
         if row.endswith(kind):
-            stage1(data, name, names[kind], "eval" if kind == "ssld" else "batch")
+            stage1(data, name, names[kind], "eval" if kind == "ssld" else "batch", options.seed)
     if row == "retinanet_sad":
         wanted = {"model": str(names["teacher"]), "images": str(folder / "unlabeled.txt"), "pseudo_labels": True}
         command(predict.main, wanted, names["pseudo"])
@@ -154,7 +150,7 @@ def _filled(value: Any, names: dict[str, Path]) -> Any:
     return value.format(**names) if isinstance(value, str) else value
 
 
-def stage1(data: Path, name: str, output: Path, batchnorm: str) -> None:
+def stage1(data: Path, name: str, output: Path, batchnorm: str, seed: int) -> None:
     """Train the backbone of the rows `..._ssld`, unless it is finished: on all training photos, of which it reads no label."""
     content = json.loads((data / DATA[name] / "annotations" / "instances_train.json").read_bytes())
     files = sorted(str(image["file_name"]) for image in content["images"])
@@ -171,7 +167,7 @@ def stage1(data: Path, name: str, output: Path, batchnorm: str) -> None:
         settings["data"][part] = [source] if part == "train" else source
     for role, model in (("student", "efficientnet_lite0"), ("teacher", "efficientnet_lite2")):
         settings[role] = {"model": str(data / "weights" / f"{model}.safetensors"), "arch": f"tf_{model}"}
-    settings["student"]["batchnorm"] = batchnorm
+    settings["student"]["batchnorm"], settings["seed"] = batchnorm, seed
     command(distill.main, settings, output)
 
 
@@ -182,37 +178,21 @@ def scored(folder: Path, row: str, options: argparse.Namespace) -> Path:
 
 def table(folders: dict[int, Path], options: argparse.Namespace) -> Iterator[str]:
     """Lines of Markdown: a row for each that has a finished run."""
-    drawn: dict[str, dict[int, np.ndarray]] = {}
+    drawn: dict[str, paired.Drawn] = {}
     seconds: dict[str, dict[int, float]] = {}
+    annotations = {seed: folder / "val.json" for seed, folder in folders.items()}
     for row in options.rows:
-        done = {seed: scored(folder, row, options) for seed, folder in folders.items()}
-        done = {seed: place for seed, place in done.items() if read_result(place)}
-        drawn[row] = {seed: ap(folders[seed] / "val.json", place, options.draws) for seed, place in done.items()}
-        seconds[row] = {seed: json.loads((place / "seconds.json").read_text()) for seed, place in done.items()}
+        places = {seed: scored(folder, row, options) for seed, folder in folders.items()}
+        drawn[row] = paired.draw(annotations, places, options.draws)
+        seconds[row] = {seed: json.loads((places[seed] / "seconds.json").read_text()) for seed in drawn[row]}
     yield f"| {options.data_set}, {options.labeled} labeled photos | AP | each seed | to {options.base}, 95 % interval | processor time |"
     yield f"|{' --- |' * 5}"
-    for row, values in drawn.items():
-        if not values:
-            continue
-        aps = [value[0] for value in values.values()]
-        cells = [row, f"{np.mean(aps):.1f}", ", ".join(f"{one:.1f}" for one in aps), "-", "-"]
-        common = sorted(values.keys() & drawn.get(options.base, {}).keys())
-        if common:
-            theirs = drawn[options.base]
-            if row != options.base:
-                difference = np.mean([values[seed] - theirs[seed] for seed in common], axis=0)
-                low, high = interval(difference)
-                cells[3] = f"{difference[0]:+.1f} ({low:+.1f} to {high:+.1f})"
+    for cells in paired.rows(drawn, options.base):
+        row, time_ratio = cells[0], "-"
+        if common := sorted(drawn[row].keys() & drawn.get(options.base, {}).keys()):
             ratio = statistics.mean(seconds[row][seed] / seconds[options.base][seed] for seed in common)
-            cells[4] = f"x {ratio:.2f}"
-        yield f"| {' | '.join(cells)} |"
-
-
-def ap(annotations: Path, place: Path, draws: int) -> np.ndarray:
-    """AP in percent on all images, then on each draw of the bootstrap [1 + draws]."""
-    data = read_coco(annotations, None, training=False)
-    found = read_detections(place / "detections.json", data)
-    return 100 * draw_ap(match_detections(data, found), draws)["AP"]
+            time_ratio = f"x {ratio:.2f}"
+        yield f"| {' | '.join([*cells, time_ratio])} |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
