@@ -116,10 +116,10 @@ def test_detector_teachers_run(shared_data: Callable[[str], Path], tmp_path: Pat
     data = shared_data("weights").parent
     threads = torch.get_num_threads()
     line = [str(data), "--output", str(tmp_path), "--backbone", "random:test_resnet", "--side", "64", "--seeds", "3"]
-    line += ["--steps", "2", "--teacher-steps", "2", "--draws", "5", "--kinds", "retinanet", "--rows", "sad"]
+    line += ["--steps", "2", "--teacher-steps", "2", "--draws", "5", "--kinds", "retinanet", "--rows", "adl"]
     assert script("detector_teachers").main([*line, "--every", "25"]) == 0
     torch.set_num_threads(threads)
-    run = tmp_path / "bccd-every25" / "retinanet-sad-3"
+    run = tmp_path / "bccd-every25" / "retinanet-adl-3"
     used = parse_config(TrainConfig, ["--config", str(run / "config.yaml")], program="train.py")
-    assert (used.seed, used.batch_size, used.steps) == (3, 16, 2)
+    assert (used.seed, used.batch_size, used.steps) == (3, 8, 2)
     assert json.loads((tmp_path / "bccd-every25" / "scores" / run.name / "result.json").read_text())["metrics"]
