@@ -4,16 +4,17 @@
     OMP_NUM_THREADS=1 python benchmarks/few_labels.py DATA --output runs/few --labeled 41 --rows supervised moving_teacher --seeds 0 1 2
     OMP_NUM_THREADS=1 python benchmarks/few_labels.py DATA --output runs/few --labeled 41 --rows retinanet retinanet_sad --base retinanet
 
-DATA holds `bccd/`, `coco-mini/` and `weights/efficientnet_lite{0,2}.safetensors`. Every row is a detector that starts from EfficientNet-Lite0,
-with the settings that `ssld init` writes for the labeled photos on a CPU, but no augmentation beyond flips, at a smaller size (`--side`), and with
-the same steps: a Faster R-CNN, or a RetinaNet in the rows `retinanet...`. What a row adds is in `ROWS`. A seed also chooses which of the training
-photos are labeled; the others are the unlabeled ones. `--data-set coco-mini` has persons, animals and vehicles as its classes, `--data-set animals`
-its animals as one.
+DATA holds `bccd/`, `coco-mini/`, `tinyimagenet100/` and `weights/efficientnet_lite{0,2}.safetensors`. Every row is a detector that starts from
+EfficientNet-Lite0, with the settings that `ssld init` writes for the labeled photos on a CPU, but no augmentation beyond flips, at a smaller size
+(`--side`), and with the same steps: a Faster R-CNN, or a RetinaNet in the rows `retinanet...`. What a row adds is in `ROWS`. A seed also chooses
+which of the training photos are labeled; the others are the unlabeled ones. `--data-set coco-mini` has persons, animals and vehicles as its classes,
+`--data-set animals` its animals as one; `--data-set mosaics`: dogs and cats of Tiny ImageNet on canvases of 160 px, 300 to train on and 300 to
+evaluate on.
 
 `retinanet_sad` has the detector of the row `retinanet` of its seed as its teacher, which also writes the pseudo-labels of the unlabeled photos; run
-that row before. `..._ssld` start from one backbone for all seeds: stage 1 under EfficientNet-Lite2, as `ssld init` sets it for a student with
+that row before. `..._ssld` start from a backbone of the same seed: stage 1 under EfficientNet-Lite2, as `ssld init` sets it for a student with
 weights, on the training photos without their labels (nine tenths; the others tell whether it improves). `..._ssld_batch`: the same with BatchNorm
-by batch statistics.
+by batch statistics. `..._ssld_tiny1000`: stage 1 on 1,000 images of Tiny ImageNet, for as many steps as the rows with more of them.
 
 A run is a process of its own with one thread; its time is processor time of training, without imports. Finished runs are not repeated. Printed: mean
 AP over the seeds and each seed's, the difference to `--base` with a 95 % interval of a paired bootstrap over the evaluation images (seeds averaged,
@@ -34,26 +35,34 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import yaml
 
+from benchmarks import paired
 from benchmarks.finetune import DATA, FEW, few_classes, our_settings, write_settings
-from benchmarks.pretrained_student import command
+from benchmarks.pretrained_student import command, paste
 from ssld.pipelines.runner.stages import flags
 from ssld.shared.config.yaml_files import merge
-from ssld.shared.run_dir import read_result
 from ssld.stage1_ssld import distill
 from ssld.stage2_detect import evaluate, predict, train
-from ssld.stage2_detect.data.coco import read_coco
-from ssld.stage2_detect.evaluation.bootstrap import draw_ap, interval, match_detections, read_detections
 
+MOSAICS = "mosaics"
 # As many labeled photos per step as without a teacher, at the same rate: the reference batch is doubled with the batch.
 _DOUBLED = {"batch_size": 4, "optim": {"reference_batch": 16}}
 _MOVING = _DOUBLED | {"moving_teacher": {"unlabeled": "{folder}/unlabeled.txt"}}
 _RETINANET = {"model": {"kind": "retinanet"}}
-_SSLD = {"backbone": "{ssld}/student.safetensors", "arch": None}
-_SSLD_BATCH = {"backbone": "{ssld_batch}/student.safetensors", "arch": None}
+# Numbers of images of Tiny ImageNet, the first ones, that stage 1 of the rows `strong_ssld_tiny...` sees.
+TINY = (1_000, 10_000, 42_500)
+BODIES = ("ssld", "ssld_batch", *(f"ssld_tiny{images}" for images in TINY))
+
+
+def _body(kind: str) -> dict[str, Any]:
+    return {"backbone": f"{{{kind}}}/student.safetensors", "arch": None}
+
+
+_SSLD = _body("ssld")
 _SAD = {
     "unlabeled": "{images}",
     "pseudo": "{pseudo}/pseudo_labels.json",
@@ -69,9 +78,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "moving_teacher_cells": _MOVING | {"augment": "cells"},
     "moving_teacher_strong": _MOVING | {"augment": "strong"},
     "ssld": _SSLD,
-    "ssld_batch": _SSLD_BATCH,
-    "strong_ssld": {"augment": "strong"} | _SSLD,
-    "strong_ssld_batch": {"augment": "strong"} | _SSLD_BATCH,
+    "ssld_batch": _body("ssld_batch"),
+    **{f"strong_{kind}": {"augment": "strong"} | _body(kind) for kind in BODIES},
     "moving_teacher_ssld": _MOVING | _SSLD,
     "moving_teacher_strong_ssld": _MOVING | {"augment": "strong"} | _SSLD,
     "retinanet": _RETINANET,
@@ -84,18 +92,35 @@ data: {image_size: 128}
 steps: 120
 batch_size: 32
 optim: {name: adamw, lr: 5.0e-5, reference_batch: 256, weight_decay: 0.05, decay_norm_and_bias: false, warmup_steps: 0.05}
-seed: 0
 """
+# The same on Tiny ImageNet, whose images have 64 px: 32,000 views.
+TINY_STAGE1 = """
+data: {image_size: 64, crop_area: [0.35, 1.0]}
+teacher: {size: 96, check_images: 0}
+steps: 500
+batch_size: 64
+"""
+
+
+def photos_of(data: Path, output: Path, name: str) -> tuple[Path, dict[str, Path]]:
+    """Folder of the images of a data set, and its COCO files by part; canvases are made at the first call."""
+    if name == MOSAICS:
+        folder = output / MOSAICS
+        paste(data / "tinyimagenet100", folder, (300, 300), 160)
+        return folder, {part: folder / f"{part}.json" for part in ("train", "val")}
+    folder = data / DATA[name]
+    return folder / "images", {part: folder / "annotations" / f"instances_{part}.json" for part in ("train", "val")}
 
 
 def prepare(data: Path, output: Path, name: str, labeled: int, seed: int) -> Path:
     """Write `train.json`, `val.json`, `unlabeled.txt` and the settings of `ssld init`; return their folder."""
-    folder, images = output / f"{name}-{labeled}-{seed}", data / DATA[name] / "images"
+    folder = output / f"{name}-{labeled}-{seed}"
     if (folder / "init.yaml").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    images, annotations = photos_of(data, output, name)
     for part in ("train", "val"):
-        content = json.loads((data / DATA[name] / "annotations" / f"instances_{part}.json").read_bytes())
+        content = json.loads(annotations[part].read_bytes())
         content = few_classes(content, FEW[name]) if name in FEW else content
         if part == "train":
             ordered = sorted(content["images"], key=lambda image: _draw(seed, image["id"]))
@@ -116,20 +141,21 @@ def _draw(seed: int, image_id: Any) -> bytes:
 def run_one(data: Path, folder: Path, name: str, row: str, options: argparse.Namespace) -> None:
     """Train and evaluate one detector in this process."""
     torch.set_num_threads(1)
-    images, weights = data / DATA[name] / "images", data / "weights" / "efficientnet_lite0.safetensors"
+    images = photos_of(data, folder.parent, name)[0]
+    weights = data / "weights" / "efficientnet_lite0.safetensors"
     settings = our_settings(folder, images, weights, options)
     del settings["train_epochs"]
     settings["data"] = {key: value for key, value in settings["data"].items() if key.startswith("train_")}
     run = folder / "runs" / f"{row}-{options.steps}-{options.side}"
     settings |= {"steps": options.steps, "threads": 1, "device": "cpu", "output": str(run)}
     names = {"folder": folder, "images": images}
-    names |= {kind: folder.parent / f"{kind}-{name}" for kind in ("ssld", "ssld_batch")}
+    names |= {kind: folder.parent / f"{kind}-{name}-{options.seed}" for kind in BODIES}
     length = f"{options.steps}-{options.side}"
     names["teacher"] = folder / "runs" / f"retinanet-{length}" / "detector.safetensors"
     names["pseudo"] = folder / f"pseudo-{length}"
-    for kind in ("ssld", "ssld_batch"):
-        if row.endswith(kind):
-            stage1(data, name, names[kind], "eval" if kind == "ssld" else "batch")
+    for kind in BODIES:
+        if ROWS[row].get("backbone") == _body(kind)["backbone"]:
+            stage1(data, name, kind, names[kind], options.seed)
     if row == "retinanet_sad":
         wanted = {"model": str(names["teacher"]), "images": str(folder / "unlabeled.txt"), "pseudo_labels": True}
         command(predict.main, wanted, names["pseudo"])
@@ -154,25 +180,37 @@ def _filled(value: Any, names: dict[str, Path]) -> Any:
     return value.format(**names) if isinstance(value, str) else value
 
 
-def stage1(data: Path, name: str, output: Path, batchnorm: str) -> None:
-    """Train the backbone of the rows `..._ssld`, unless it is finished: on all training photos, of which it reads no label."""
-    content = json.loads((data / DATA[name] / "annotations" / "instances_train.json").read_bytes())
-    files = sorted(str(image["file_name"]) for image in content["images"])
+def stage1(data: Path, name: str, kind: str, output: Path, seed: int) -> None:
+    """Train a backbone of BODIES, unless it is finished: on all training photos, or on Tiny ImageNet; it reads no label."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    parts = {"val": files[::10], "train": [file for number, file in enumerate(files) if number % 10]}
-    for part, listed in parts.items():
-        output.with_name(f"{output.name}_{part}.txt").write_text(
-            "".join(f"{file}\n" for file in listed), encoding="utf-8"
-        )
     settings: dict[str, Any] = yaml.safe_load(STAGE1)
-    for part in parts:
-        listing = str(output.with_name(f"{output.name}_{part}.txt"))
-        source = {"path": listing, "root": str((data / DATA[name] / "images").resolve())}
-        settings["data"][part] = [source] if part == "train" else source
     for role, model in (("student", "efficientnet_lite0"), ("teacher", "efficientnet_lite2")):
         settings[role] = {"model": str(data / "weights" / f"{model}.safetensors"), "arch": f"tf_{model}"}
-    settings["student"]["batchnorm"] = batchnorm
+    settings["student"]["batchnorm"], settings["seed"] = "batch" if kind == "ssld_batch" else "eval", seed
+    if kind.startswith("ssld_tiny"):
+        settings = merge(settings, yaml.safe_load(TINY_STAGE1))
+        settings["data"]["train"] = [str(_first(data, output.parent, int(kind.removeprefix("ssld_tiny"))))]
+        command(distill.main, settings, output)
+        return
+    images, annotations = photos_of(data, output.parent, name)
+    content = json.loads(annotations["train"].read_bytes())
+    files = sorted(str(image["file_name"]) for image in content["images"])
+    parts = {"val": files[::10], "train": [file for number, file in enumerate(files) if number % 10]}
+    for part, listed in parts.items():
+        listing = output.with_name(f"{output.name}_{part}.txt")
+        listing.write_text("".join(f"{file}\n" for file in listed), encoding="utf-8")
+        source = {"path": str(listing), "root": str(images.resolve())}
+        settings["data"][part] = [source] if part == "train" else source
     command(distill.main, settings, output)
+
+
+def _first(data: Path, output: Path, images: int) -> Path:
+    """A Parquet file of the first images of Tiny ImageNet, those of its unlabeled part before the labeled ones."""
+    file = output / f"tiny{images}.parquet"
+    if not file.exists():
+        parts = [pq.read_table(data / "tinyimagenet100" / f"{part}.parquet") for part in ("unlabeled", "labeled")]
+        pq.write_table(pa.concat_tables([part.select(["image"]) for part in parts]).slice(0, images), file)
+    return file
 
 
 def scored(folder: Path, row: str, options: argparse.Namespace) -> Path:
@@ -182,37 +220,21 @@ def scored(folder: Path, row: str, options: argparse.Namespace) -> Path:
 
 def table(folders: dict[int, Path], options: argparse.Namespace) -> Iterator[str]:
     """Lines of Markdown: a row for each that has a finished run."""
-    drawn: dict[str, dict[int, np.ndarray]] = {}
+    drawn: dict[str, paired.Drawn] = {}
     seconds: dict[str, dict[int, float]] = {}
+    annotations = {seed: folder / "val.json" for seed, folder in folders.items()}
     for row in options.rows:
-        done = {seed: scored(folder, row, options) for seed, folder in folders.items()}
-        done = {seed: place for seed, place in done.items() if read_result(place)}
-        drawn[row] = {seed: ap(folders[seed] / "val.json", place, options.draws) for seed, place in done.items()}
-        seconds[row] = {seed: json.loads((place / "seconds.json").read_text()) for seed, place in done.items()}
+        places = {seed: scored(folder, row, options) for seed, folder in folders.items()}
+        drawn[row] = paired.draw(annotations, places, options.draws)
+        seconds[row] = {seed: json.loads((places[seed] / "seconds.json").read_text()) for seed in drawn[row]}
     yield f"| {options.data_set}, {options.labeled} labeled photos | AP | each seed | to {options.base}, 95 % interval | processor time |"
     yield f"|{' --- |' * 5}"
-    for row, values in drawn.items():
-        if not values:
-            continue
-        aps = [value[0] for value in values.values()]
-        cells = [row, f"{np.mean(aps):.1f}", ", ".join(f"{one:.1f}" for one in aps), "-", "-"]
-        common = sorted(values.keys() & drawn.get(options.base, {}).keys())
-        if common:
-            theirs = drawn[options.base]
-            if row != options.base:
-                difference = np.mean([values[seed] - theirs[seed] for seed in common], axis=0)
-                low, high = interval(difference)
-                cells[3] = f"{difference[0]:+.1f} ({low:+.1f} to {high:+.1f})"
+    for cells in paired.rows(drawn, options.base):
+        row, time_ratio = cells[0], "-"
+        if common := sorted(drawn[row].keys() & drawn.get(options.base, {}).keys()):
             ratio = statistics.mean(seconds[row][seed] / seconds[options.base][seed] for seed in common)
-            cells[4] = f"x {ratio:.2f}"
-        yield f"| {' | '.join(cells)} |"
-
-
-def ap(annotations: Path, place: Path, draws: int) -> np.ndarray:
-    """AP in percent on all images, then on each draw of the bootstrap [1 + draws]."""
-    data = read_coco(annotations, None, training=False)
-    found = read_detections(place / "detections.json", data)
-    return 100 * draw_ap(match_detections(data, found), draws)["AP"]
+            time_ratio = f"x {ratio:.2f}"
+        yield f"| {' | '.join([*cells, time_ratio])} |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -220,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--data-set", choices=list(DATA), default="bccd")
+    parser.add_argument("--data-set", choices=[*DATA, MOSAICS], default="bccd")
     parser.add_argument("--labeled", type=int, default=160, help="number of labeled photos")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--base", default="supervised", help="row that the others are compared with")

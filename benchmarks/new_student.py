@@ -1,12 +1,12 @@
 """What stage 1 gives a student without pretrained weights, compared with training on labels and with random weights.
 
-    OMP_NUM_THREADS=1 python benchmarks/new_student.py DATA --output runs/new --rows random supervised ssld longer --seeds 0 1 2
+    OMP_NUM_THREADS=1 python benchmarks/new_student.py DATA --output runs/new --rows random supervised ssld ssld_x4 --seeds 0 1 2
 
 DATA holds `tinyimagenet100/`, `bccd/` and `weights/efficientnet_lite{0,2}.safetensors`. The student is a ResNet10-T of half its width, for which
 there are no weights. A row is a backbone (`ROWS`): `random`, its initial weights; `supervised`, trained on the 10,000 labels; the others see all
-42,500 images and never a label. All have the same steps, views, optimizer and schedule; `longer` has twice, `longest` four times the steps. The
-teacher of `ssld` (symmetric KL), `kl` (KL alone), `longer` and `longest` is EfficientNet-Lite2 through a store (`--views` of each image, the 10 most
-likely of 1,000 classes); `live` has it without a store; `lite0_...` have EfficientNet-Lite0: its 1,000 classes, prototypes made of its embeddings, or
+42,500 images and never a label. All have the same steps, views, optimizer and schedule; `..._x4` has four times the steps. The teacher of `ssld`
+(symmetric KL) and `kl` (KL alone) is EfficientNet-Lite2 through a store (`--views` of each image, the 10 most likely of 1,000 classes); `live` has it
+without a store; `lite0_...` have EfficientNet-Lite0: its 1,000 classes, prototypes made of its embeddings, or
 its features.
 
 Each backbone is measured on the 5,000 validation images of Tiny ImageNet: by the vote of the 20 nearest neighbors and by a linear probe, both from
@@ -37,6 +37,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from benchmarks import paired
 from benchmarks.pretrained_student import command, paste
 from ssld.shared.models.backbones import InputSettings, create_classifier, save_backbone
 from ssld.shared.models.references import parse_reference
@@ -45,8 +46,6 @@ from ssld.shared.run_dir import read_result
 from ssld.stage1_ssld import distill, prototypes, write_soft_labels
 from ssld.stage1_ssld.evaluation.knn import vote
 from ssld.stage2_detect import evaluate, train
-from ssld.stage2_detect.data.coco import read_coco
-from ssld.stage2_detect.evaluation.bootstrap import draw_ap, interval, match_detections, read_detections
 
 # Half as wide as timm's network, so its weights do not fit.
 STUDENT, NARROW = "resnet10t", {"channels": [32, 64, 128, 256], "stem_width": 16}
@@ -62,6 +61,7 @@ batch_size: 4
 optim: {name: adamw, lr: 1.0e-3, reference_batch: 4, weight_decay: 0.05, decay_norm_and_bias: false, clip_grad_norm: 10.0}
 channels_last: true
 """
+TIMES = (2, 4, 8, 16)
 SPATIAL = {"name": "spatial", "weight": 0.5}
 
 
@@ -84,11 +84,11 @@ class Row:
 
 ROWS: dict[str, Row] = {
     "supervised": Row(losses=None),
-    "supervised_longer": Row(losses=None, times=2),
+    **{f"supervised_x{times}": Row(losses=None, times=times) for times in TIMES},
     "ssld": Row(),
+    **{f"ssld_x{times}": Row(times=times) for times in TIMES},
     "kl": Row(losses=("kl",)),
-    "longer": Row(times=2),
-    "longest": Row(times=4),
+    **{f"kl_x{times}": Row(losses=("kl",), times=times) for times in TIMES},
     "live": Row("lite2"),
     "lite0_classes": Row("lite0"),
     **{f"lite0_prototypes{k}": Row("prototypes", prototypes=k) for k in (64, 256, 1024)},
@@ -258,30 +258,11 @@ class Bench:
         self, rows: Sequence[str], place: str, frozen: bool, seeds: Sequence[int], base: str
     ) -> Iterator[str]:
         """Lines of the table; nothing if no row has a detector."""
-        data, lines = read_coco(self.sets[place][1][0], None, training=False), []
-        drawn: dict[str, dict[int, np.ndarray]] = {}
+        drawn: dict[str, paired.Drawn] = {}
         for name in rows:
             folders = {seed: self.scores(name, place, frozen, seed) for seed in seeds}
-            drawn[name] = {
-                seed: 100
-                * draw_ap(match_detections(data, read_detections(folder / "detections.json", data)), self.scale.draws)[
-                    "AP"
-                ]
-                for seed, folder in folders.items()
-                if read_result(folder)
-            }
-        for name, one in drawn.items():
-            if not one:
-                continue
-            aps = [value[0] for value in one.values()]
-            line = f"| {name} | {np.mean(aps):.1f} | {', '.join(f'{ap:.1f}' for ap in aps)} |"
-            common = sorted(one.keys() & drawn.get(base, {}).keys())
-            if name == base or not common:
-                lines.append(f"{line} - |")
-                continue
-            difference = np.mean([one[seed] - drawn[base][seed] for seed in common], axis=0)
-            low, high = interval(difference)
-            lines.append(f"{line} {difference[0]:+.1f} ({low:+.1f} to {high:+.1f}) |")
+            drawn[name] = paired.draw(dict.fromkeys(seeds, self.sets[place][1][0]), folders, self.scale.draws)
+        lines = [f"| {' | '.join(cells)} |" for cells in paired.rows(drawn, base)]
         if lines:
             yield f"| {place}, {'frozen' if frozen else 'full'} | AP | each seed | to {base}, 95 % interval |"
             yield "| --- | --- | --- | --- |"
@@ -338,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
-        "--rows", nargs="+", choices=["random", *ROWS], default=["random", "supervised", "ssld", "longer"]
+        "--rows", nargs="+", choices=["random", *ROWS], default=["random", "supervised", "ssld", "ssld_x4"]
     )
     parser.add_argument("--base", default="supervised", help="row that the others are compared with")
     parser.add_argument("--steps", type=int, default=Scale.steps, help="of 128 images, in stage 1")

@@ -29,9 +29,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from benchmarks import paired
 from benchmarks.mosaics import read_images, write_split
 from ssld.shared.images import decode_image
 from ssld.shared.models.backbones import Classifier, create_classifier, save_backbone
@@ -43,8 +45,6 @@ from ssld.stage1_ssld import distill
 from ssld.stage1_ssld.data.views import val_view
 from ssld.stage1_ssld.evaluation.better_weights import nearest_images, neighbors_in_common
 from ssld.stage2_detect import evaluate, train
-from ssld.stage2_detect.data.coco import read_coco
-from ssld.stage2_detect.evaluation.bootstrap import draw_ap, interval, match_detections, read_detections
 
 STUDENT, TEACHER = "efficientnet_lite0", "efficientnet_lite2"
 ARCHES = {STUDENT: "tf_efficientnet_lite0", TEACHER: "tf_efficientnet_lite2"}
@@ -176,6 +176,7 @@ def command(main: Callable[[Sequence[str]], int], settings: dict[str, Any], outp
     file = output.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(settings | {"threads": torch.get_num_threads(), "workers": 0, "device": "cpu"}))
+    AcceleratorState._reset_state(True)  # it refuses another precision than that of the command before
     if main(["--config", str(file), "--output", str(output), *flags]):
         sys.exit(f"{output}: failed")
 
@@ -335,19 +336,6 @@ def detector(photos: Photos, row: str, norms: str, seed: int) -> None:
             file.unlink()
 
 
-class Scores:
-    """AP of the detectors, also over images drawn with replacement."""
-
-    def __init__(self, photos: Photos) -> None:
-        self.data = read_coco(photos.output / "val.json", None, training=False)
-        self.draws = photos.scale.draws
-
-    def __call__(self, folder: Path) -> np.ndarray:
-        """AP in percent [1 + draws]; the first is that of all images."""
-        detections = read_detections(folder / "detections.json", self.data)
-        return 100 * draw_ap(match_detections(self.data, detections), self.draws)["AP"]
-
-
 # ---- tables
 
 LOOKS = [
@@ -368,24 +356,16 @@ def looks_table(photos: Photos, rows: Sequence[str]) -> Iterator[str]:
 
 
 def scores_table(photos: Photos, rows: Sequence[str], norms: str, seeds: Sequence[int]) -> Iterator[str]:
-    scores, base = Scores(photos), dict[int, np.ndarray]()
-    yield f"| row, norms {norms} | AP | each seed | to start, 95 % interval | seeds compared |"
-    yield "| --- | --- | --- | --- | --- |"
+    drawn: dict[str, paired.Drawn] = {}
     for row in rows:
         folders = {seed: scores_folder(photos, row, norms, seed) for seed in seeds}
-        drawn = {seed: scores(folder) for seed, folder in folders.items() if read_result(folder)}
-        if not drawn:
-            continue
-        aps = [one[0] for one in drawn.values()]
-        line = f"| {row} | {np.mean(aps):.1f} | {', '.join(f'{ap:.1f}' for ap in aps)} |"
-        base = drawn if row == "start" else base
-        common = sorted(base.keys() & drawn.keys())
-        if row == "start" or not common:
-            yield f"{line} - | - |"
-            continue
-        difference = np.mean([drawn[seed] - base[seed] for seed in common], axis=0)
-        low, high = interval(difference)
-        yield f"{line} {difference[0]:+.1f} ({low:+.1f} to {high:+.1f}) | {', '.join(map(str, common))} |"
+        drawn[row] = paired.draw(dict.fromkeys(seeds, photos.output / "val.json"), folders, photos.scale.draws)
+    yield f"| row, norms {norms} | AP | each seed | to start, 95 % interval | seeds compared |"
+    yield "| --- | --- | --- | --- | --- |"
+    for cells in paired.rows(drawn, "start"):
+        common = sorted(drawn[cells[0]].keys() & drawn.get("start", {}).keys())
+        compared = "-" if cells[3] == "-" else ", ".join(map(str, common))
+        yield f"| {' | '.join([*cells, compared])} |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,6 @@ import importlib.util
 import io
 import json
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +22,6 @@ from ssld.shared.config.settings import parse_config
 from ssld.shared.models.model_file import read_tensors
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.coco import CocoImage
-from ssld.stage2_detect.predict_config import PredictConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -218,84 +216,6 @@ def test_table_of_the_detector_grid(tmp_path: Path, capsys: pytest.CaptureFixtur
         finish(tmp_path / f"mask_rcnn-ssld-{seed}", AP=0.5, AP50=0.5, AP_segm=0.25)
     script("detector_grid").main([*arguments, "--kinds", "mask_rcnn"])
     assert capsys.readouterr().out.splitlines()[2].endswith("| 50.0 (50.0 to 50.0) | 25.0 (25.0 to 25.0) |")
-
-
-def test_table_of_the_dense_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, aps in {"alone": (0.1, 0.2), "ld": (0.25, 0.35), "kd": (0.1, 0.1)}.items():
-        for seed, ap in enumerate(aps):
-            finish(tmp_path / f"gfl-{name}-{seed}", AP=ap, AP50=2 * ap)
-    finish(tmp_path / "gfl-ld_vlr-0", AP=0.5, AP50=0.5)  # a seed is missing: no row
-    finish(tmp_path / "gfl-teacher", AP=0.5, AP50=0.75)
-    finish(tmp_path / "retinanet-with_both__SAD_-0", AP=0.5, AP50=0.75)
-    arguments = ["data", "--teacher-backbone", "t", "--backbones", "a", "b", "--output", str(tmp_path), "--table-only"]
-    assert script("dense_grid").main(arguments) == 0
-    assert capsys.readouterr().out.splitlines()[2:] == [
-        "| gfl | alone | 15.0 (10.0 to 20.0) | 30.0 (20.0 to 40.0) | - |",
-        "| gfl | ld | 30.0 (25.0 to 35.0) | 60.0 (50.0 to 70.0) | +15.0 |",
-        "| gfl | kd | 10.0 (10.0 to 10.0) | 20.0 (20.0 to 20.0) | -5.0, inside the spread |",
-        "| gfl | the teacher | 50.0 | 75.0 | - |",
-    ]
-    script("dense_grid").main([*arguments[:4], "a", *arguments[6:], "--kinds", "retinanet"])
-    assert capsys.readouterr().out.splitlines()[2:] == [
-        "| retinanet | with both (SAD) | 50.0 (50.0 to 50.0) | 75.0 (75.0 to 75.0) | - |"
-    ]
-
-
-def test_lines_of_the_dense_grid_are_valid_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Each line is what train.py and predict.py take; the labeled part is every fifth image, with its boxes."""
-    grid = script("dense_grid")
-    (tmp_path / "train").mkdir()
-    images = [{"id": k, "file_name": f"{k:02}.jpg", "width": 8, "height": 8} for k in range(11)]
-    boxes = [{"id": k, "image_id": k, "category_id": 1, "bbox": [0, 0, 4, 4]} for k in range(11)]
-    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cell"}]}
-    (tmp_path / "train.json").write_text(json.dumps(content))
-    (tmp_path / "val.json").write_text(json.dumps(content | {"images": [images[0] | {"file_name": "val/20.jpg"}]}))
-    lines: list[list[str]] = []
-
-    def record(line: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        lines.append(line)
-        return subprocess.CompletedProcess(line, 0)
-
-    monkeypatch.setattr(grid.subprocess, "run", record)
-    output = tmp_path / "grid"
-    arguments = [str(tmp_path), "--teacher-backbone", "random:resnet10t", "--backbones", "random:test_resnet"]
-    (tmp_path / "train" / "20.jpg").touch()
-    assert grid.main([*arguments, "--output", str(output)]) == 2  # it would be learnt from, without its label
-    assert "20.jpg" in capsys.readouterr().err
-    (tmp_path / "train" / "20.jpg").unlink()
-    assert grid.main([*arguments, "--output", str(output), "--threads", "1"]) == 0
-    labeled = json.loads((output / "labeled.json").read_text())
-    assert [image["id"] for image in labeled["images"]] == [0, 5, 10]
-    assert [one["image_id"] for one in labeled["annotations"]] == [0, 5, 10]
-    parsed: dict[str, Any] = {}
-    for line in lines:
-        kind: Any = TrainConfig if Path(line[1]).name == "train.py" else PredictConfig
-        config = parse_config(kind, line[2:], program=line[1])
-        parsed[config.output.name] = config
-    assert len(parsed) == len(lines) == 2 + 1 + 8 + 5
-    assert parsed["gfl-ld_ld_vlr-0"].distill.ld.model_dump(include={f"{term}_weight" for term in grid.LD_TERMS}) == {
-        **dict.fromkeys((f"{term}_weight" for term in grid.LD_TERMS), 0),
-        "ld_weight": 0.25,
-        "ld_vlr_weight": 0.25,
-    }
-    longer, both = parsed["retinanet-labeled_fifth__twice_the_steps-0"], parsed["retinanet-with_both__SAD_-0"]
-    assert (longer.steps, longer.optim.milestones_steps) == (600, [420, 540])
-    assert (both.batch_size, both.labeled_ratio, both.threads, both.pseudo) == (
-        16,
-        0.5,
-        1,
-        output / "pseudo" / "pseudo_labels.json",
-    )
-
-    lines.clear()
-    chosen = ["--output", str(output), "--kinds", "gfl", "--rows", "alone", "kd"]
-    assert grid.main([*arguments, *chosen]) == 0
-    assert [Path(line[line.index("--output") + 1]).name for line in lines] == ["gfl-teacher", "gfl-alone-0", "gfl-kd-0"]
-    with pytest.raises(SystemExit, match="2"):
-        grid.main([*arguments, *chosen, "labeled fifth"])
-    assert capsys.readouterr().err.endswith("error: --rows: labeled fifth: no such row\n")
 
 
 def test_mosaics_carry_the_boxes_along(tmp_path: Path) -> None:

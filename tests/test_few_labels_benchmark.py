@@ -20,7 +20,7 @@ def test_every_row_of_few_labels_is_a_valid_run(tmp_path: Path) -> None:
     benchmark = script("few_labels")
     for extra in benchmark.ROWS.values():
         base = {"backbone": "timm:resnet18d", "steps": 10, "batch_size": 2, "optim": {"lr": 0.01, "reference_batch": 2}}
-        names = dict.fromkeys(("folder", "images", "ssld", "ssld_batch", "teacher", "pseudo"), tmp_path)
+        names = dict.fromkeys(("folder", "images", *benchmark.BODIES, "teacher", "pseudo"), tmp_path)
         settings: dict[str, Any] = merge(base, benchmark._filled(extra, names))
         settings["data"] = {"train_annotations": "a.json", "train_images": "photos"}
         file = tmp_path / "settings.yaml"
