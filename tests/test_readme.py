@@ -92,7 +92,7 @@ def test_the_quickstart_and_its_notebook_run(scripts: Any, tmp_path: Path, monke
     done = scripts.run("pipelines/run.py", *argv)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    header = next(line for line in lines if line.split()[:2] == ["backbone", "top-1"])
+    header = next(line for line in lines if line.split()[:2] == ["model", "top-1"])
     start = lines.index(header) + 1
     rows = [line.split()[0] for line in lines[start : start + 4]]
     assert rows == ["teacher", "SSLD", "baseline", "random"]

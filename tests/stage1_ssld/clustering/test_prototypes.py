@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from safetensors.torch import load_file
 from ssld.shared import run_dir
 from ssld.shared.errors import UserError
 from ssld.shared.images import decode_image
-from ssld.shared.models.backbones import create_classifier, input_settings, save_backbone
+from ssld.shared.models.backbones import create_classifier
 from ssld.shared.models.model_file import read_metadata
 from ssld.shared.models.references import parse_reference
 from ssld.shared.models.teacher import FrozenTeacher, TeacherEnsemble
-from ssld.stage1_ssld.clustering import encoder, steps
+from ssld.stage1_ssld.clustering import steps
 from ssld.stage1_ssld.clustering.embedding_files import Standard
 from ssld.stage1_ssld.clustering.steps import prototypes_for
 from ssld.stage1_ssld.curate import main as curate
@@ -33,44 +32,6 @@ from ssld.stage1_ssld.prototypes import main as prototypes
 from ssld.stage1_ssld.write_soft_labels import main as write_soft_labels
 
 RECORDS = {"config.yaml", "environment.json", "log.txt", "pool.json", "result.json", ".lock"}
-
-
-@pytest.fixture(scope="session")
-def encoder_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A state dict of a `test_vit` without classes, as encoders are published."""
-    torch.manual_seed(11)
-    net = timm.create_model("test_vit", num_classes=0)
-    path = tmp_path_factory.mktemp("encoder") / "encoder.pth"
-    torch.save(net.state_dict(), path)
-    return path
-
-
-@pytest.fixture
-def settings(tiny: Any, encoder_file: Path) -> dict[str, Any]:
-    """Three sources make three shards: 44 images, 30 of them twice."""
-    return {
-        "threads": 1,
-        "workers": 0,
-        "device": "cpu",
-        "batch_size": 16,
-        "pool": [str(tiny.unlabeled), str(tiny.parquet), str(tiny.train)],
-        "encoder": {"model": str(encoder_file), "arch": "test_vit"},
-        "prototypes": 6,
-        "perplexity": 3.0,
-        "image_size": 64,
-        "examples": 3,
-    }
-
-
-@pytest.fixture
-def made(settings: dict[str, Any], arguments: Any, call: Any, tmp_path: Path) -> Callable[..., Path]:
-    """Runs the command with changed settings; gives the run directory."""
-
-    def make(output: str = "run", **change: Any) -> Path:
-        assert call(prototypes, arguments(settings | change, output)) == 0
-        return tmp_path / output
-
-    return make
 
 
 def views(folder: Path, size: int = 64) -> torch.Tensor:
@@ -417,115 +378,3 @@ def test_how_many_prototypes() -> None:
 
 def test_its_own_number_of_prototypes(made: Any, tiny: Any) -> None:
     assert metrics(made(prototypes=None, perplexity=4.0))["prototypes"] == 16
-
-
-def test_a_pool_below_the_default_number_is_named(
-    settings: Any, arguments: Any, user_error: Any, tiny: Any, tmp_path: Path
-) -> None:
-    for file in sorted(tiny.train.rglob("*.png"))[:1]:
-        (tmp_path / "one").mkdir()
-        shutil.copy(file, tmp_path / "one")
-    given = settings | {"pool": [str(tmp_path / "one")], "prototypes": None}
-    assert (
-        user_error(prototypes, arguments(given))
-        == "pool: 1 image for 16 prototypes; give more images, or set prototypes"
-    )
-
-
-@pytest.mark.parametrize(
-    ("sizes", "balanced", "expected"),
-    [
-        ([40, 12, 8], False, []),
-        ([12, 10, 8], True, []),
-        ([12, 9, 9], True, []),
-        ([3, 5, 4], True, ["warning: 4.0 images per prototype are few, so their centers are accidental"]),
-        ([300, 2, 58], True, ["warning: balanced: the prototypes have 2 to 300 images, not about 120 each"]),
-    ],
-)
-def test_doubtful_prototypes_are_named(sizes: list[int], balanced: bool, expected: list[str]) -> None:
-    lines = list(steps._doubts(np.array(sizes), balanced=balanced))
-    assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
-
-
-def classifier_of(path: Path) -> Path:
-    net: Any = timm.create_model("test_vit", num_classes=0)
-    save_backbone(path, net, arch="test_vit", inputs=input_settings(net, {}), classes=0)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"prototypes": 75}, "prototypes: 75 are more than the 74 images of the pool; give fewer, or more images"),
-        ({"prototypes": 1}, "prototypes: has to be at least 2"),
-        ({"perplexity": 6.0}, "perplexity: 6 has to be less than the number of prototypes, 6"),
-        ({"prototypes": None, "perplexity": 20.0}, "perplexity: 20 has to be less than the number of prototypes, 16"),
-        ({"perplexity": 1.0}, "perplexity: has to be above 1"),
-        ({"pool": ["no/such"]}, "pool.0: no/such: no such file or folder"),
-        ({"encoder": "gone.safetensors"}, "encoder.model: gone.safetensors: no such file"),
-        ({"encoder": "random:test_vitt"}, "test_vitt: timm has no such model; did you mean 'test_vit'?"),
-        ({"encoder": {"model": "random:test_vit", "global_pool": "map"}}, "encoder.global_pool: test_vit: has no pooling 'map'"),
-        ({"encoder": {"model": "random:test_resnet", "global_pool": "mean"}}, "encoder.global_pool: test_resnet: has no pooling 'mean'"),
-        ({"encoder": "random:deit_tiny_distilled_patch16_224", "image_size": None},
-         "deit_tiny_distilled_patch16_224: its classifier is not one linear layer on its pooled features"),
-        ({"encoder": "random:test_maxvit", "image_size": 50}, "encoder.model: random:test_maxvit: test_maxvit cannot work at 50 pixels"),
-    ],
-)  # fmt: skip
-def test_mistakes_cost_one_line(
-    change: dict[str, Any], message: str, arguments: Any, settings: Any, user_error: Any
-) -> None:
-    assert message in user_error(prototypes, arguments(settings | change))
-
-
-def test_a_fixed_size_without_a_setter(
-    arguments: Any, settings: Any, user_error: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr("timm.models.vision_transformer.VisionTransformer.set_input_size")
-    assert (
-        user_error(prototypes, arguments(settings)) == "image_size: test_vit: works at its own size only; leave it out"
-    )
-
-
-def test_an_encoder_that_answers_nan(arguments: Any, settings: Any, user_error: Any, tmp_path: Path) -> None:
-    net = timm.create_model("test_vit", num_classes=0)
-    tensors = net.state_dict() | {"norm.bias": torch.full((64,), float("nan"))}
-    torch.save(tensors, tmp_path / "nan.pth")
-    damaged = {"model": str(tmp_path / "nan.pth"), "arch": "test_vit"}
-    message = user_error(prototypes, arguments(settings | {"encoder": damaged}))
-    assert message.startswith(f"{tmp_path / 'nan.pth'}: 1 tensor with values that are not finite, first norm.bias; ")
-
-
-def test_a_precision_that_is_too_small(
-    arguments: Any, settings: Any, user_error: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Values so large that fp16 makes them infinite: one line with the cause and the remedy."""
-    real = encoder.embed
-
-    def overflows(classifier: Any, pixels: torch.Tensor) -> torch.Tensor:
-        actual = real(classifier, pixels)
-        return actual if not torch.is_autocast_enabled("cpu") else actual / 0
-
-    monkeypatch.setattr(encoder, "embed", overflows)
-    message = user_error(prototypes, arguments(settings | {"precision": "bf16"}))
-    assert message.endswith("its features are NaN; try precision: fp32")
-
-
-def test_without_scikit_learn(arguments: Any, settings: Any, user_error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
-        raise UserError("prototypes need scikit-learn; pip install -e '.[prototypes]' in the clone")
-
-    monkeypatch.setattr(steps, "require_scikit_learn", missing)
-    assert "pip install -e '.[prototypes]' in the clone" in user_error(prototypes, arguments(settings))
-
-
-def test_an_encoder_itself_is_refused_as_a_teacher(
-    arguments: Any, distill_settings: Any, settings: Any, user_error: Any, tmp_path: Path
-) -> None:
-    """By every command, with what to do."""
-    file = classifier_of(tmp_path / "encoder.safetensors")
-    for main, given in (
-        (distill, distill_settings | {"teacher": str(file)}),
-        (curate, {"pool": settings["pool"], "teacher": str(file), "keep": 2, "device": "cpu", "workers": 0}),
-    ):
-        message = user_error(main, arguments(given, main.__module__.rpartition(".")[2]))
-        assert message.endswith("run `ssld prototypes` first, which makes a teacher of an encoder without classes")
