@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -175,6 +176,7 @@ def command(main: Callable[[Sequence[str]], int], settings: dict[str, Any], outp
     file = output.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(settings | {"threads": torch.get_num_threads(), "workers": 0, "device": "cpu"}))
+    AcceleratorState._reset_state(True)  # it refuses another precision than that of the command before
     if main(["--config", str(file), "--output", str(output), *flags]):
         sys.exit(f"{output}: failed")
 
