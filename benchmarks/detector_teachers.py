@@ -38,8 +38,9 @@ ALONE, LONGER, TEACHER = "alone", "alone, twice the steps", "the teacher"
 PSEUDO = ("pseudo", "sad")
 
 
-def _ld(*terms: str) -> dict[str, Any]:
-    return {"ld": {f"{term}_weight": weight if term in terms else 0.0 for term, weight in LD_TERMS.items()}}
+def _ld(*terms: str, temperature: float = 10.0) -> dict[str, Any]:
+    weights = {f"{term}_weight": weight if term in terms else 0.0 for term, weight in LD_TERMS.items()}
+    return {"ld": weights | {"ld_temperature": temperature}}
 
 
 # Kind -> row -> settings of `distill`; None: no teacher.
@@ -50,6 +51,8 @@ ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
         **{term: _ld(term) for term in LD_TERMS},
         "ld+ld_vlr": _ld("ld", "ld_vlr"),
         "ld+ld_vlr+kd (the default)": _ld("ld", "ld_vlr", "kd"),
+        "ld at temperature 1": _ld("ld", temperature=1.0),
+        "ld+ld_vlr+kd at temperature 1": _ld("ld", "ld_vlr", "kd", temperature=1.0),
         "pkd": _ld() | {"pkd_weight": 6.0},
     },
     "retinanet": {
@@ -120,13 +123,14 @@ class Bench:
         """The detector file of the teacher; trained and evaluated at the first call."""
         settings = self.settings(kind, self.scale.teacher_steps)
         settings |= {"backbone": str(self.weights), "arch": "tf_efficientnet_lite0", "seed": 0}
-        return self.evaluated(settings, f"{kind}-teacher")
+        return self.evaluated(settings, run_name(kind, "teacher", self.scale.teacher_steps, 0))
 
     def pseudo(self, kind: str) -> Path:
         """The teacher's boxes on the unlabeled images, as COCO JSON."""
         settings = {"model": str(self.teacher(kind)), "images": str(self.unlabeled), "pseudo_labels": True}
-        command(predict.main, settings | {"score_threshold": self.scale.threshold}, self.output / f"{kind}-pseudo")
-        return self.output / f"{kind}-pseudo" / "pseudo_labels.json"
+        output = self.output / run_name(kind, "pseudo", self.scale.teacher_steps, 0)
+        command(predict.main, settings | {"score_threshold": self.scale.threshold}, output)
+        return output / "pseudo_labels.json"
 
     def student(self, kind: str, row: str, seed: int) -> Path:
         """The detector file of a row and seed."""
@@ -139,7 +143,7 @@ class Bench:
             settings |= {"unlabeled": str(self.images), "pseudo": str(self.pseudo(kind))}
             batch = 2 * settings["batch_size"]
             settings = merge(settings, {"batch_size": batch, "optim": {"reference_batch": batch}})
-        return self.evaluated(settings, run_name(kind, row, seed))
+        return self.evaluated(settings, run_name(kind, row, self.scale.steps, seed))
 
     def evaluated(self, settings: dict[str, Any], name: str) -> Path:
         """Train a detector and write its detections of the evaluation images; return its file."""
@@ -155,8 +159,8 @@ class Bench:
     def table(self, kind: str, rows: Sequence[str], seeds: Sequence[int]) -> Iterator[str]:
         """Lines of Markdown: a row for each that has a finished run."""
         drawn: dict[str, paired.Drawn] = {}
-        names = {row: {seed: run_name(kind, row, seed) for seed in seeds} for row in rows}
-        for row, named in (names | {TEACHER: {0: f"{kind}-teacher"}}).items():
+        names = {row: {seed: run_name(kind, row, self.scale.steps, seed) for seed in seeds} for row in rows}
+        for row, named in (names | {TEACHER: {0: run_name(kind, "teacher", self.scale.teacher_steps, 0)}}).items():
             folders = {seed: self.output / "scores" / name for seed, name in named.items()}
             drawn[row] = paired.draw(dict.fromkeys(folders, self.val), folders, self.scale.draws)
         yield f"| {self.output.name}, {kind} | AP | each seed | to {ALONE}, 95 % interval |"
@@ -165,9 +169,9 @@ class Bench:
             yield f"| {' | '.join(cells)} |"
 
 
-def run_name(kind: str, row: str, seed: int) -> str:
+def run_name(kind: str, row: str, steps: int, seed: int) -> str:
     """Name of a run's folder."""
-    return f"{kind}-{''.join(c if c.isalnum() else '_' for c in row)}-{seed}"
+    return f"{kind}-{''.join(c if c.isalnum() else '_' for c in row)}-{steps}-{seed}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,8 +6,7 @@ DATA holds `tinyimagenet100/`, `bccd/` and `weights/efficientnet_lite{0,2}.safet
 there are no weights. A row is a backbone (`ROWS`): `random`, its initial weights; `supervised`, trained on the 10,000 labels; the others see all
 42,500 images and never a label. All have the same steps, views, optimizer and schedule; `..._x4` has four times the steps. The teacher of `ssld`
 (symmetric KL) and `kl` (KL alone) is EfficientNet-Lite2 through a store (`--views` of each image, the 10 most likely of 1,000 classes); `live` has it
-without a store; `lite0_...` have EfficientNet-Lite0: its 1,000 classes, prototypes made of its embeddings, or
-its features.
+without a store; `lite0_...` have EfficientNet-Lite0: its 1,000 classes, prototypes made of its embeddings, or its features.
 
 Each backbone is measured on the 5,000 validation images of Tiny ImageNet: by the vote of the 20 nearest neighbors and by a linear probe, both from
 the 10,000 labeled images. With `--seeds` it also makes one Faster R-CNN per seed and set: `bccd`, blood cells, and `mosaics`, dogs and cats of Tiny
@@ -92,6 +91,7 @@ ROWS: dict[str, Row] = {
     "live": Row("lite2"),
     "lite0_classes": Row("lite0"),
     **{f"lite0_prototypes{k}": Row("prototypes", prototypes=k) for k in (64, 256, 1024)},
+    "lite0_classes_spatial": Row("lite0", ("symmetric_kl", SPATIAL)),
     "lite0_pooled": Row("lite0", ("pooled",)),
     "lite0_pooled_spatial": Row("lite0", ("pooled", SPATIAL)),
     "lite0_prototypes256_spatial": Row("prototypes", ("symmetric_kl", SPATIAL), prototypes=256),

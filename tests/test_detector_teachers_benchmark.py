@@ -54,9 +54,9 @@ def test_every_row_of_detector_teachers_is_a_valid_run(tmp_path: Path, monkeypat
         return parse_config(kind, ["--config", str(file), "--output", str(tmp_path / "run")], program="run")
 
     for kind, rows in benchmark.ROWS.items():
-        alone = parsed(TrainConfig, benchmark.run_name(kind, "alone", 0))
+        alone = parsed(TrainConfig, benchmark.run_name(kind, "alone", 200, 0))
         for row in rows:
-            run = parsed(TrainConfig, benchmark.run_name(kind, row, 0))
+            run = parsed(TrainConfig, benchmark.run_name(kind, row, 200, 0))
             assert (run.model, run.resize, run.data, run.optim.lr) == (
                 alone.model,
                 alone.resize,
@@ -71,14 +71,14 @@ def test_every_row_of_detector_teachers_is_a_valid_run(tmp_path: Path, monkeypat
             assert (run.distill is not None) == with_teacher
             if run.distill:
                 assert run.distill.fault(run.model) is None
-        assert parsed(TrainConfig, f"{kind}-teacher").model == alone.model
-    assert parsed(PredictConfig, "retinanet-pseudo").pseudo_labels
-    terms = parsed(TrainConfig, benchmark.run_name("gfl", "ld+ld_vlr", 0)).distill.ld
+        assert parsed(TrainConfig, f"{kind}-teacher-600-0").model == alone.model
+    assert parsed(PredictConfig, "retinanet-pseudo-600-0").pseudo_labels
+    terms = parsed(TrainConfig, benchmark.run_name("gfl", "ld+ld_vlr", 200, 0)).distill.ld
     assert (terms.ld_weight, terms.ld_vlr_weight, terms.kd_weight) == (0.25, 0.25, 0)
 
     ran.clear()
     assert benchmark.main([*arguments, "--kinds", "retinanet"]) == 0
-    assert not [name for name in ran if "pseudo" in name or "sad" in name]  # no image is unlabeled
+    assert not [name for name in ran if "-pseudo-" in name or "-sad-" in name]  # no image is unlabeled
 
 
 def test_a_row_of_detector_teachers_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,7 +93,7 @@ def test_table_of_detector_teachers(tmp_path: Path, capsys: pytest.CaptureFixtur
     benchmark = script("detector_teachers")
     content = write_cells(tmp_path, images=3)
     found = [one | {"score": 0.9} for one in content["annotations"]]
-    runs = {"alone-0": [], "alone-1": [], "ld-0": found, "ld-1": [], "teacher": found}
+    runs = {"alone-200-0": [], "alone-200-1": [], "ld-200-0": found, "ld-200-1": [], "teacher-600-0": found}
     for name, detections in runs.items():
         folder = tmp_path / "grid" / "bccd" / "scores" / f"gfl-{name}"
         folder.mkdir(parents=True)
@@ -119,7 +119,7 @@ def test_detector_teachers_run(shared_data: Callable[[str], Path], tmp_path: Pat
     line += ["--steps", "2", "--teacher-steps", "2", "--draws", "5", "--kinds", "retinanet", "--rows", "adl"]
     assert script("detector_teachers").main([*line, "--every", "25"]) == 0
     torch.set_num_threads(threads)
-    run = tmp_path / "bccd-every25" / "retinanet-adl-3"
+    run = tmp_path / "bccd-every25" / "retinanet-adl-2-3"
     used = parse_config(TrainConfig, ["--config", str(run / "config.yaml")], program="train.py")
     assert (used.seed, used.batch_size, used.steps) == (3, 8, 2)
     assert json.loads((tmp_path / "bccd-every25" / "scores" / run.name / "result.json").read_text())["metrics"]
