@@ -249,6 +249,8 @@ def train(config: TrainConfig) -> None:
         f"{f'recipe {config.recipe}' if config.recipe else 'no recipe file; flags only'}; all settings are in {run.path / 'config.yaml'}"
     )
     run.use(config)
+    if config.distill:
+        run.log_if(config.distill.doubt(config.model, steps))
     run.log(config.describe_keeping(steps, evaluates=data.val is not None))
     run.log(*describe_processes(accelerator, config, config.workers))
     run.log(*state.describe_start(start, base_lr, schedule.factor(start)))

@@ -27,7 +27,7 @@ def proposes_stage_1(asked: Distill, backbone: str, photos: int, *, detector: bo
     if backbone.startswith("random:"):
         return (
             True,
-            "stage 1: the student has no pretrained weights; on drawn scenes and one set of photos its detectors beat those from random weights",
+            "stage 1: the student has no pretrained weights; measured on blood cells: 4.6 to 7.9 AP more than from random weights",
         )
     if photos >= MANY:
         return True, (
@@ -35,7 +35,7 @@ def proposes_stage_1(asked: Distill, backbone: str, photos: int, *, detector: bo
             "compare the AP of the two detectors"
         )
     return False, (
-        f"stage 1 is left out: the student has pretrained weights, and {count(photos, 'photo')} are few. Measured so far: 1 to 2.5 AP more where "
-        "10 photos have boxes, no clear difference where 124 have (docs/distillation.md, Pretrained students). --distill yes adds it, and a second "
-        "detector without it for comparison"
+        f"stage 1 is left out: the student has pretrained weights, and {count(photos, 'photo')} are few. Measured so far: 2 AP more where "
+        "10 photos of blood cells have boxes, no difference where photos show ImageNet's own classes, or where 124 have boxes (docs/distillation.md, "
+        "Pretrained students). --distill yes adds it, and a second detector without it for comparison"
     )

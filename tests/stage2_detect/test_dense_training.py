@@ -18,9 +18,10 @@ from ssld.stage2_detect import evaluate, train
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data_config import DetectionDataConfig
 from ssld.stage2_detect.detector_file import load_detector
-from ssld.stage2_detect.distill_config import ADLConfig, DistillConfig
+from ssld.stage2_detect.distill_config import ADLConfig, DistillConfig, LDConfig
 from ssld.stage2_detect.distillation.dense import DistilledDense
 from ssld.stage2_detect.distillation.teacher import FrozenDetector, open_teacher
+from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.batch import ImageBatch
 from ssld.stage2_detect.models.dense import DenseDetector
 from ssld.stage2_detect.models.retinanet import RetinaNet
@@ -97,6 +98,7 @@ def test_a_teacher_a_student_and_its_resumption(
     assert log.count("warning: the teacher is no better than its student: AP 0.00 against 0.00 on 3 images of ") == 1
     weights = {"gfl": "loss_ld x0.25, loss_ld_vlr x0.25, loss_kd x10", "retinanet": "loss_adl x1"}[kind]
     assert f"teacher {teacher} ({kind} on test_resnet): {weights}\n" in log
+    assert log.count("distill.ld.ld_temperature: 10 suits trainings of many thousand steps") == (kind == "gfl")
     assert ("model.gfl: unused by kind: retinanet\n" in log) == (kind == "retinanet")
     own = ("cls", "box", "dfl") if kind == "gfl" else ("cls", "box")
     steps = [line for line in metrics_of(run) if "loss_cls" in line]
@@ -230,6 +232,22 @@ def test_settings_that_do_not_fit(train_settings: Settings, tmp_path: Path) -> N
     distill = DistillConfig(teacher=Path("x"))
     models = [TrainConfig(**dense_settings(train_settings, kind), output=tmp_path).model for kind in ("gfl", "faster_rcnn")]  # fmt: skip
     assert [(distill.pkd(model), distill.roi(model)) for model in models] == [(0, 0), (6, 1)]
+
+
+@pytest.mark.parametrize(
+    ("ld", "steps", "doubted"),
+    [
+        ({}, 100, True),
+        ({}, 90_000, False),
+        ({"ld_temperature": 1.0}, 100, False),
+        ({"ld_weight": 0.0}, 100, True),
+        ({"ld_weight": 0.0, "ld_vlr_weight": 0.0}, 100, False),
+    ],
+)
+def test_the_temperature_of_a_short_training_is_doubted(ld: dict[str, float], steps: int, doubted: bool) -> None:
+    distill = DistillConfig(teacher=Path("x"), ld=LDConfig(**ld))
+    assert (distill.doubt(DetectorConfig(kind="gfl"), steps) is not None) == doubted
+    assert DistillConfig(teacher=Path("x")).doubt(DetectorConfig(kind="retinanet"), steps) is None
 
 
 def test_teachers_that_do_not_fit(
