@@ -14,7 +14,7 @@ evaluate on.
 `retinanet_sad` has the detector of the row `retinanet` of its seed as its teacher, which also writes the pseudo-labels of the unlabeled photos; run
 that row before. `..._ssld` start from a backbone of the same seed: stage 1 under EfficientNet-Lite2, as `ssld init` sets it for a student with
 weights, on the training photos without their labels (nine tenths; the others tell whether it improves). `..._ssld_batch`: the same with BatchNorm
-by batch statistics. `..._ssld_tiny1000`: stage 1 on 1,000 images of Tiny ImageNet, for as many steps as the rows with more of them.
+by batch statistics. `..._ssld_tiny1000`: 500 steps of stage 1 on 1,000 images of Tiny ImageNet, whatever their number.
 
 A run is a process of its own with one thread; its time is processor time of training, without imports. Finished runs are not repeated. Printed: mean
 AP over the seeds and each seed's, the difference to `--base` with a 95 % interval of a paired bootstrap over the evaluation images (seeds averaged,

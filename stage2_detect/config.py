@@ -406,7 +406,7 @@ class ConvertDataConfig(CommandConfig):
 
     source: str
     """data to convert: data.yaml or folder (YOLO), folder with Annotations/ (Pascal VOC), folder of JSON files (LabelMe),
-    folder with metadata.jsonl or metadata.csv (Hugging Face), Parquet file or folder of Parquet files, or hub:ORG/NAME"""
+    folder with metadata.jsonl, .csv or .parquet (Hugging Face), Parquet file or folder of Parquet files, or hub:ORG/NAME"""
     splits: list[str] = []
     """names of the splits to convert; empty: all"""
     classes: Path | None = None

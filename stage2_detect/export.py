@@ -76,9 +76,8 @@ def export_detector(config: ExportDetectorConfig) -> None:
             class_names=loaded.class_names,
         )
         if config.int8:
-            find_photos(
-                config, files_of(data)
-            )  # raises, before minutes of tracing, where all are those of the evaluation
+            # Raises, before minutes of tracing, where all photos are those of the evaluation.
+            find_photos(config, files_of(data))
     run = RunDir(config, "export_detector")
     if run.status == "finished":
         run.log(f"{run.path}: this run is finished; nothing to do")

@@ -39,7 +39,7 @@ class PredictConfig(RunDetectorConfig):
     pseudo_labels: bool = False
     """write only pseudo_labels.json, for ssld train --pseudo: the images with at least one box"""
     score_threshold: Fraction | None = None
-    """lowest score of a written box, 0 to 1; null: 0.5, or 0.4 with pseudo_labels, as in the released settings of SAD (arXiv 1901.00366)"""
+    """lowest score of a written box, 0 to 1; null: 0.5, or 0.4 with pseudo_labels, from an older setting of SAD's code"""
     classes: list[str] = []
     """names of the classes to write; empty: all"""
     exclude: Path | None = None

@@ -314,7 +314,7 @@ def train(config: TrainConfig) -> None:
             if due or last or stopping:
                 state.save(step)
                 if collapse and collapse.healthy and burn_in <= step < steps:
-                    save_model(last_good, step, metrics)
+                    save_model(last_good, step, metrics if scored == step else {})
             if stopping:
                 raise Stopped(f"checkpoint of step {step} written to {run.checkpoints}")
 

@@ -31,7 +31,7 @@ from ssld.stage2_detect.layouts.yolo import find_yolo
 
 LOOKED_FOR = (
     "neither YOLO (data.yaml, or images/ and labels/) nor Pascal VOC (XML files in Annotations/ or beside the images) nor Parquet files "
-    "nor LabelMe's JSON nor metadata.jsonl or metadata.csv of Hugging Face"
+    "nor LabelMe's JSON nor metadata.jsonl, .csv or .parquet of Hugging Face"
 )
 
 

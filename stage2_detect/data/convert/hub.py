@@ -23,7 +23,16 @@ from ssld.shared.errors import UserError
 from ssld.shared.files import list_files
 from ssld.shared.tally import Tally
 from ssld.shared.wording import count
-from ssld.stage2_detect.data.convert.hub_objects import BoxFormat, Keys, keys_of, objects_of, read_object, side_of
+from ssld.stage2_detect.data.convert.hub_objects import (
+    NO_OBJECTS,
+    BoxFormat,
+    Keys,
+    is_labeled,
+    keys_of,
+    objects_of,
+    read_object,
+    side_of,
+)
 from ssld.stage2_detect.data.convert.records import (
     SourceData,
     SourceImage,
@@ -71,12 +80,19 @@ def read_hub(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         images: list[SourceImage] = []
+        tally = Tally()
+        first = 0
         for file in of_split:
-            images += _read_file(file, keys[file], folder, len(images), label_of, box_format)
-        if not images:
+            images += _read_file(file, keys[file], folder, first, label_of, box_format, tally)
+            first += pq.read_metadata(file).num_rows
+        if not first:
             raise UserError(f"{source}: split {split} has no rows")
+        if not images:
+            raise UserError(
+                f"{source}: split {split} has no row with objects, not even an empty list; label its images first"
+            )
         _drop_repeated_ids(images)
-        data.splits[split], data.tallies[split] = images, Tally()
+        data.splits[split], data.tallies[split] = images, tally
         data.searched[split] = f"in {count(len(of_split), 'file')}, the first {of_split[0]}"
     return data
 
@@ -189,13 +205,22 @@ def _rows(file: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]
 
 
 def _read_file(
-    file: Path, keys: Keys, folder: Path, first: int, label_of: dict[Any, int], box_format: BoxFormat
+    file: Path,
+    keys: Keys,
+    folder: Path,
+    first: int,
+    label_of: dict[Any, int],
+    box_format: BoxFormat,
+    tally: Tally,
 ) -> Iterator[SourceImage]:
-    """Yield the images of a file and write them to `folder`, numbered from `first`."""
+    """Yield the labeled images of a file and write them to `folder`, numbered from `first`."""
     present = pq.read_schema(file).names
     columns = [name for name in ("image", "objects", "image_id", "width", "height") if name in present]
     for number, row in _rows(file, columns):
         place = f"{file}, row {number}"
+        if not is_labeled(row["objects"]):
+            tally.skip("image", NO_OBJECTS, place)
+            continue
         cell = row["image"]
         encoded = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(encoded, bytes) or not encoded:

@@ -1,7 +1,8 @@
 """Objects of one image as data sets of Hugging Face write them: a struct of lists, or a list of structs.
 
 Layout: https://huggingface.co/docs/datasets/object_detection. `bbox` and `category` (numbers or names), and optionally `area`, `iscrowd` and
-`segmentation` (polygons, or RLE).
+`segmentation` (polygons, or RLE). Empty lists say that an image shows nothing; an image without objects (null, {}, or null in place of every list)
+is not labeled yet.
 """
 
 from collections.abc import Collection
@@ -12,6 +13,7 @@ from ssld.stage2_detect.data.convert.records import Corners, SourceObject, finit
 from ssld.stage2_detect.data.segmentations import is_shape
 
 BoxFormat = Literal["xywh", "xyxy", "xyxy_relative", "cxcywh_relative"]
+NO_OBJECTS = "whose row has no objects, not even an empty list"
 _CATEGORIES = ("category", "categories", "category_id", "label", "labels")
 _CROWDS = ("iscrowd", "is_crowd", "crowd")
 
@@ -34,10 +36,13 @@ def keys_of(names: Collection[str], place: str) -> Keys:
     return Keys(category, crowd, *(name if name in names else None for name in ("area", "segmentation")))
 
 
+def is_labeled(objects: Any) -> bool:
+    """Whether somebody has looked for objects in the image: an empty list says so, null does not."""
+    return isinstance(objects, list) or any(value is not None for value in (objects or {}).values())
+
+
 def objects_of(objects: Any, place: str) -> list[dict[str, Any]]:
     """Return the objects of a struct of lists or a list of structs. Raises UserError for lists of unequal length."""
-    if objects is None:
-        return []
     if isinstance(objects, list):
         return [one or {} for one in objects]
     lists = {key: value for key, value in objects.items() if value is not None}

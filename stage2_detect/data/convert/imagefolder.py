@@ -25,8 +25,10 @@ from ssld.shared.images import UnreadableImage
 from ssld.shared.tally import Tally
 from ssld.shared.wording import count, some
 from ssld.stage2_detect.data.convert.hub_objects import (
+    NO_OBJECTS,
     BoxFormat,
     Keys,
+    is_labeled,
     keys_of,
     objects_of,
     read_object,
@@ -36,6 +38,7 @@ from ssld.stage2_detect.data.convert.records import (
     SourceData,
     SourceImage,
     check_class_names,
+    check_splits,
     drop_image,
     read_class_list,
     size_of,
@@ -45,7 +48,8 @@ from ssld.stage2_detect.layouts.coco import TEST, TRAIN, VAL
 from ssld.stage2_detect.layouts.others import IMAGE_FOLDER_FILES
 
 _SPLITS = (*TRAIN, *VAL, *TEST)
-NO_ROW, NO_OBJECTS = "without a row in the metadata", "whose row has no objects, not even an empty list"
+_LONGEST_CELL = 1 << 30  # characters; the objects of one image with polygons pass the 131,072 of Python's default
+NO_ROW = "without a row in the metadata"
 
 
 class _Row(NamedTuple):
@@ -75,13 +79,12 @@ def read_imagefolder(path: Path, *, classes: Path | None, splits: Sequence[str],
     Raises UserError, naming file and line, for any fault of the data.
     """
     root = path.resolve()
-    rows = _rows_by_split(root)
-    unknown = [split for split in splits if split not in rows]
-    if unknown:
-        raise UserError(f"{path}: has no split {unknown[0]!r} (it has {', '.join(rows)})")
-    rows = {split: rows[split] for split in splits or rows}
+    all_rows = _rows_by_split(root)
+    check_splits(splits, all_rows, path)
+    rows = {split: all_rows[split] for split in splits or all_rows}
+    found = {image: (row.place, _objects(row)) for of_split in rows.values() for image, row in of_split.items()}
     objects = {
-        image: _objects(row) for of_split in rows.values() for image, row in of_split.items() if _is_labeled(row)
+        image: (place, objects_of(several, place)) for image, (place, several) in found.items() if is_labeled(several)
     }
     keys = {
         image: keys_of(list(dict.fromkeys(key for one in several for key in one)), place)
@@ -92,7 +95,13 @@ def read_imagefolder(path: Path, *, classes: Path | None, splits: Sequence[str],
     label_of = {name: label for label, name in enumerate(names)}
     named: dict[Any, str] = dict(enumerate(names))
     data = SourceData("Hugging Face image folder", names, hint="are its numbers another box_format?")
-    present = [root / name for name in list_files(root, IMAGE_SUFFIXES)]
+    unlisted: dict[str, list[Path]] = {}
+    for name in list_files(root, IMAGE_SUFFIXES):
+        split = _split_of(root / name, root, list(all_rows))
+        if root / name not in all_rows.get(split, {}):
+            unlisted.setdefault(split, []).append(root / name)
+    if outside := unlisted.get(""):
+        data.notes.append(f"{count(len(outside), 'image')} in no folder of a split, not read (first: {outside[0]})")
     for split, of_split in rows.items():
         tally = data.tallies[split] = Tally()
         data.splits[split] = images = []
@@ -115,9 +124,8 @@ def read_imagefolder(path: Path, *, classes: Path | None, splits: Sequence[str],
                 for number, one in enumerate(several, 1)
             ]
             images.append(SourceImage(image, *size, read, unsized=_stated(row) is None))
-        for image in present:
-            if image not in of_split and _split_of(image, root, list(rows)) == split:
-                tally.skip("image", NO_ROW, image)
+        for image in unlisted.get(split, []):
+            tally.skip("image", NO_ROW, image)
         files = dict.fromkeys(row.place.rpartition(", ")[0] for row in of_split.values())
         data.searched[split] = f"in {count(len(files), 'metadata file')}, the first {next(iter(files))}"
     return data
@@ -183,10 +191,14 @@ def _rows(file: Path) -> Iterator[_Row]:
         yield from (_Row(f"{file}, row {number}", row) for number, row in enumerate(table))
     elif kind == ".csv":
         reader = csv.DictReader(io.StringIO(read_text(file), newline=""))
+        limit = csv.field_size_limit(_LONGEST_CELL)
         try:
-            yield from (_Row(f"{file}, line {reader.line_num}", row) for row in reader)
+            rows = [_Row(f"{file}, line {reader.line_num}", row) for row in reader]
         except csv.Error as error:
-            raise UserError(f"{file}, line {reader.line_num}: is not a table: {error}") from None
+            raise UserError(f"{file}, line {reader.line_num + 1}: is not a table: {error}") from None
+        finally:
+            csv.field_size_limit(limit)
+        yield from rows
     else:
         for number, line in enumerate(read_text(file).split("\n"), 1):
             if not line.strip():
@@ -200,18 +212,16 @@ def _rows(file: Path) -> Iterator[_Row]:
             yield _Row(f"{file}, line {number}", row)
 
 
-def _is_labeled(row: _Row) -> bool:
-    return row.values.get("objects") not in (None, "")
-
-
-def _objects(row: _Row) -> tuple[str, list[dict[str, Any]]]:
-    """Return (place, objects) of a row; a cell of a table holds them as text."""
-    value = row.values["objects"]
+def _objects(row: _Row) -> Any:
+    """Return the objects of a row, None without any; a cell of a table holds them as text."""
+    value = row.values.get("objects")
     if isinstance(value, str):
-        value = _of_text(value, row.place)
+        value = _of_text(value, row.place) if value.strip() else None
+    if value is None:
+        return None
     if not isinstance(value, dict | list) or not all(isinstance(one, dict) for one in value if isinstance(value, list)):
         raise UserError(f"{row.place}: objects: expected bbox and category, as lists with an entry for each object")
-    return row.place, objects_of(value, row.place)
+    return value
 
 
 def _of_text(text: str, place: str) -> Any:

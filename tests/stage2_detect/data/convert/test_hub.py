@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from converted_data import line, read, write
+from converted_data import counted, line, read, write
 from PIL import Image
 from pycocotools import mask as mask_codec
 from turned_images import save_as, save_turned, scenes
@@ -66,6 +66,18 @@ def test_hub_struct_of_lists(tmp_path: Path) -> None:
     assert [Path(record.path).suffix for record in data.images] == [".png", ".jpg", ".webp"]
     assert len(read(tmp_path / "out", "validation").images) == 1
     assert not (tmp_path / "out" / ".pending").exists()
+
+
+def test_rows_that_nobody_has_labeled_are_counted_and_not_read(tmp_path: Path) -> None:
+    rows = [hub_row([[1, 2, 10, 5]], [1]), hub_row([], []) | {"objects": None}, hub_row([], [])]
+    rows.append(hub_row([], []) | {"objects": {"bbox": None, "category": None}})
+    file = tmp_path / "hub" / "train-00000-of-00001.parquet"
+    parquet(file, rows, ["cat", "dog"])
+    assert main(line(tmp_path / "hub", tmp_path / "out", "--allow_loss", "true")) == 0
+    assert [Path(record.path).stem for record in read(tmp_path / "out").images] == ["00000000", "00000002"]
+    assert counted(tmp_path / "out")["image"]["skipped"] == {
+        "whose row has no objects, not even an empty list": {"count": 2, "first": f"{file}, row 1"}
+    }
 
 
 @pytest.mark.parametrize("stored", [False, True])

@@ -13,6 +13,7 @@ from converted_data import by_name, counted, line, read, save, write
 from PIL import Image
 
 from ssld.stage2_detect.convert_data import main
+from ssld.stage2_detect.data.convert.imagefolder import read_imagefolder
 from ssld.stage2_detect.data.convert.parts import find_data
 from ssld.stage2_detect.data_config import DetectionDataConfig
 
@@ -98,6 +99,44 @@ def test_splits_and_what_is_not_read(tmp_path: Path) -> None:
         "outside the image": {"count": 1, "first": f"{file}, line 1, object 2"},
         "on images that cannot be read": {"count": 1, "first": f"{root}/train/broken.png"},
     }
+
+
+def test_one_split_of_several(tmp_path: Path) -> None:
+    """Images of the splits that are not asked for are not counted as missing; those in no split are named."""
+    root = tmp_path / "set"
+    for name in ("train/a.png", "train/unlisted.png", "test/c.png", "extra/d.png"):
+        save(root / name)
+    lines(root / "train" / "metadata.jsonl", {"file_name": "a.png", "objects": BOTH})
+    lines(root / "test" / "metadata.jsonl", {"file_name": "c.png", "objects": BOTH})
+    data = read_imagefolder(root, classes=None, splits=["train"], box_format="xywh")
+    assert [image.path.name for image in data.splits["train"]] == ["a.png"]
+    assert data.tallies["train"].record()["image"]["skipped"] == {
+        "without a row in the metadata": {"count": 1, "first": f"{root}/train/unlisted.png"}
+    }
+    assert data.notes == [f"1 image in no folder of a split, not read (first: {root}/extra/d.png)"]
+
+
+@pytest.mark.parametrize("objects", [{}, {"bbox": None, "category": None}])
+def test_null_is_no_empty_list(tmp_path: Path, objects: dict[str, Any]) -> None:
+    root = tmp_path / "set"
+    for name in ("a.png", "b.png"):
+        save(root / name)
+    lines(root / "metadata.jsonl", {"file_name": "a.png", "objects": BOTH}, {"file_name": "b.png", "objects": objects})
+    assert main(line(root, tmp_path / "out", "--allow_loss", "true")) == 0
+    assert by_name(read(tmp_path / "out")).keys() == {"a"}
+    assert counted(tmp_path / "out")["image"]["skipped"].keys() == {"whose row has no objects, not even an empty list"}
+
+
+def test_a_cell_may_be_long(tmp_path: Path) -> None:
+    """Polygons of many corners, in a table."""
+    root = tmp_path / "set"
+    save(root / "a.png")
+    shape = [[1.0, 1.0, 9.0, 1.0, 9.0, 9.0] * 5000]
+    row = {"file_name": "a.png", "objects": {"bbox": [CAT], "category": ["cat"], "segmentation": [shape]}}
+    table(root / "metadata.csv", [row], json.dumps)
+    limit = csv.field_size_limit()
+    assert main(line(root, tmp_path / "out")) == 0
+    assert csv.field_size_limit() == limit
 
 
 def test_numbers_need_names_and_boxes_are_of_the_upright_image(tmp_path: Path, user_error: Callable[..., str]) -> None:
