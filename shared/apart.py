@@ -16,7 +16,7 @@ def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
         f"print('{_MARK}' + json.dumps(function(*json.loads(sys.argv[1]))))"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, json.dumps(arguments)],
+        [sys.executable, "-P", "-W", "ignore", "-c", script, json.dumps(arguments)],
         capture_output=True,
         text=True,
         check=False,

@@ -60,8 +60,8 @@ def distill_student(config: DistillConfig | str | Path | None = None, **settings
         **settings: settings that override `config`, named as in the YAML file: nested dicts, or dotted keys as in `**{"optim.lr": 0.01}`.
 
     Returns:
-        `metrics` (with evaluation images `agreement`, with labels `top1`, in 0..1), `outputs` (files and their sha256), `config`, `inputs`,
-        `read`, `seconds`.
+        `metrics` (with evaluation images `agreement`, with labels `top1`, in 0..1), `outputs` (files and their sha256), `config`, `used`
+        (settings that followed from others), `inputs`, `read`, `seconds`.
 
     Raises:
         UserError: a mistake the user can fix, in the words of the command; also memory or disk that ran out.
@@ -442,7 +442,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 if step <= config.log_every and soft is not None and student.starts_with_head:
                     run.log_if(statistics_warning(means, soft.logits_BM.shape[1]))
             due = step % config.save_every == 0 or step == steps
-            if config.evaluates_after(step, steps):
+            if val_source and config.evaluates_after(step, steps):
                 score_now(step, due=due)
             last = step == steps or state.exhausted(config.patience)
             if last:

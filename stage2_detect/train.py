@@ -162,7 +162,8 @@ def train(config: TrainConfig) -> None:
     )
     start = state.restore(look=config.look)
     last_good = run.path / "detector_last_good.safetensors"
-    state.drop_later(last_good, start)
+    if not config.look:
+        state.drop_later(last_good, start)
     if config.export_check and start == 0:
         problem = ""
         if run.main:
@@ -305,7 +306,7 @@ def train(config: TrainConfig) -> None:
                 if collapse:
                     run.log_if(collapse.see(step, means, last=step == steps))
             due = step % config.save_every == 0 or step == steps or (moving is not None and step == burn_in)
-            if config.evaluates_after(step, steps):
+            if data.val and config.evaluates_after(step, steps):
                 score_now(step, due=due)
             last = step == steps or state.exhausted(config.patience)
             if last:

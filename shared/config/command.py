@@ -127,9 +127,8 @@ def _resolved(config_type: type[ConfigT], config: ConfigT | str | Path | None, s
     over = spelled_out(over, config_type.short_forms)
     below: dict[str, Any] = {}
     if isinstance(config, config_type):
-        below = config.model_dump(
-            exclude_unset=True
-        )  # what was left out follows from all settings, these and those over them
+        # What was left out follows from all settings, these and those over them.
+        below = config.model_dump(exclude_unset=True)
     elif isinstance(config, str | Path):
         config = recipe_file(config, config_type.recipes)
         below = read_recipe(config, config_type.alternatives, config_type.short_forms)

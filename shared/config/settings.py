@@ -200,7 +200,7 @@ class Parser(ArgumentParser):
         return parsed
 
     def _unknown(self, words: list[str]) -> UserError:
-        flags = [word.split("=")[0] for word in words if word.startswith("--")]
+        flags = [word.split("=")[0] for word in words if re.match("-+[A-Za-z]", word)]
         if not flags:
             text = " ".join(words)
             return UserError(f"{text}: no flag before it; give it as --NAME {text} (--help lists the flags)")

@@ -147,8 +147,9 @@ class TrainingConfig(ComputeConfig):
         kept = "the newest is kept" if self.keep_checkpoints == 1 else f"the newest {self.keep_checkpoints} are kept"
         often = self.evaluate_every and self.evaluate_every < steps
         evaluated = f"every {self.evaluate_every} steps and at the end" if often else "at the end"
-        between = f"every {self.save_every} steps{' or at evaluations' if often else ''} and"
-        saved = f"{between} at the end, {kept}" if self.save_every < steps else "at the end"
+        places = [f"every {self.save_every} steps"] if self.save_every < steps else []
+        places += ["at evaluations"] if often and evaluates else []
+        saved = f"{' or '.join(places)} and at the end, {kept}" if places else "at the end"
         return f"a checkpoint {saved}; {f'evaluation {evaluated}' if evaluates else 'no evaluation'}"
 
     def total_steps(self, images: int | None) -> int:

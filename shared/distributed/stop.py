@@ -58,19 +58,21 @@ class WorkerDeaths:
 
     def __init__(self) -> None:
         self._handler: Callable[..., Any] | None = None  # torch's, while this object has its place
-        self._died = False
+        self._died = self._inside = False
 
     def __enter__(self) -> "WorkerDeaths":
+        self._inside = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._inside = False
         self._give_back()
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Inside, the death of a worker is an error, also of one that has died before."""
+        """Inside, the death of a worker is an error, also of one that has died before; torch keeps its handler outside of the training loop."""
         handler = self._give_back()
         try:
             if handler and self._died:
@@ -79,7 +81,7 @@ class WorkerDeaths:
             yield
         finally:
             now = signal.getsignal(signal.SIGCHLD)
-            if callable(now) and threading.current_thread() is threading.main_thread():
+            if self._inside and callable(now) and threading.current_thread() is threading.main_thread():
                 self._handler = now
                 signal.signal(signal.SIGCHLD, self._note)
 

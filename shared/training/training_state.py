@@ -95,10 +95,8 @@ class TrainingState:
         self.deaths = WorkerDeaths()
         self._skipped_now = self._skipped_told = 0  # those in a row until now, and those that the log knows of
         self._saved = self._evaluated = 0  # steps of the last checkpoint and of the last evaluation
-        self._saved_at, self._saving = (
-            time.monotonic(),
-            0.0,
-        )  # when the last checkpoint was written, and seconds that it took
+        # When the last checkpoint was written, and seconds that it took.
+        self._saved_at, self._saving = time.monotonic(), 0.0
         # Not a method of this object: a circle would keep the run's lock after an error.
         self.progress = Progress(self.run, self.accelerator.device, partial(_latest_loss, self.watch))
 
@@ -131,16 +129,16 @@ class TrainingState:
             self.skipped, self._skipped_now = state.get("skipped", [0, 0])
             self._skipped_told = self.skipped
             self.length_before = state.get("length")
-            self.owes_evaluation = (
-                state.get("evaluated") is False
-            )  # earlier versions wrote checkpoints after evaluations alone
+            # Earlier versions wrote checkpoints after evaluations alone.
+            self.owes_evaluation = state.get("evaluated") is False
             self.run.earlier_seconds = float(state.get("seconds", 0))
             self._saved = step
         if step > self.steps:
             raise UserError(f"{beyond_the_end(self.run.path, step, self.steps)}; give another --output")
         self.run.begin()
         self.run.cut_metrics(step)
-        self.drop_later(self.best_file, step)
+        if not look:
+            self.drop_later(self.best_file, step)
         if not from_main_rank(self.best_file.exists()):
             self.best, self.stale = float("-inf"), 0
         return step

@@ -94,15 +94,15 @@ def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
     # ---- steps of the main rank
     if run.main:
         embeddings = Embeddings([path.with_suffix(".npy") for path in files.paths])
-        count = _count(config, len(embeddings))
-        standard, clusters = _clusters(config, run, embeddings, count)
-        sample_BD = standard(embeddings.sample(max(1024, _SAMPLE // count))).astype(np.float64)
+        number = _count(config, len(embeddings))
+        standard, clusters = _clusters(config, run, embeddings, number)
+        sample_BD = standard(embeddings.sample(max(1024, _SAMPLE // number))).astype(np.float64)
         score_BK = scores(sample_BD, clusters.center_KD, clusters.offset_K)
         temperature = temperature_for(score_BK, config.perplexity)
         perplexity = float(np.median(perplexities(score_BK / temperature)))
         metrics = _metrics(clusters, temperature, perplexity, len(embeddings))
         run.log(
-            f"{count} prototypes of {len(embeddings)} images: sizes from {metrics['smallest']} to {metrics['largest']}, median "
+            f"{number} prototypes of {len(embeddings)} images: sizes from {metrics['smallest']} to {metrics['largest']}, median "
             f"{metrics['median_size']:g}; {clusters.refilled} empty ones refilled"
         )
         run.log(f"soft labels: median perplexity {perplexity:.2f} at temperature {temperature:.4g}")

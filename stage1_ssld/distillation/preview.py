@@ -42,7 +42,10 @@ def preview(
         view = (config.data.image_size, config.data.image_size)
         if isinstance(targets.teacher, FrozenTeacher) and view != (targets.teacher.size or targets.teacher.own_size):
             if targets.teacher.size:
-                cause = "teacher.size" if teacher.size else "the size of its prototypes"
+                made_at = "prototypes" in targets.teacher.reference.metadata
+                cause = (
+                    "teacher.size" if teacher.size else "the size of its prototypes" if made_at else "its fixed size"
+                )
                 yield f"teacher sees views of {view[0]} px, resized to {_pixels(targets.teacher.size)} ({cause})"
             else:
                 own = _pixels(targets.teacher.own_size)

@@ -183,6 +183,12 @@ class SoftLabelStore:
         versions = self._other_versions()
         return f"store {self.path}: written with {versions}; the compared views are equal" if versions else None
 
+    def _pixels(self, size: Any) -> Any:
+        """Return the (height, width) that a teacher sees, or those of an ensemble's members: null is the size of the views."""
+        side = self.header["view"]["image_size"]
+        of_members = isinstance(size, list) and not all(isinstance(one, int) for one in size)
+        return [self._pixels(one) for one in size] if of_members else size or [side, side]
+
     def check_teacher(self, teacher: Teacher) -> None:
         """Raise UserError if the store holds the soft labels of another teacher, or of this teacher at another input size or precision."""
         writer, given = self.facts(), teacher.facts()
@@ -193,7 +199,7 @@ class SoftLabelStore:
             )
         for key, value in teacher.settings().items():
             stored = self.header["teacher_settings"][key]
-            if stored != value:
+            if stored != value and not (key == "size" and self._pixels(stored) == self._pixels(value)):
                 raise UserError(
                     f"store {self.path}: its soft labels are of a teacher with {key} {json.dumps(stored)}, but this run has {json.dumps(value)}; "
                     f"set teacher.{key} back, give no teacher, or write another store"

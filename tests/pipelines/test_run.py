@@ -44,7 +44,7 @@ def test_runs_in_order_and_prints_the_table(
     assert (file.parent / "runs/student/out.txt").read_text() == "dts"
     out = capfd.readouterr().out
     assert f"[2/5] teacher: ssld teach --source {file.parent}/runs/data/out.txt --text t" in out
-    assert [line.split() for line in out.splitlines() if line.startswith(("SSLD", "backbone"))] == [
+    assert [line.split() for line in out.splitlines() if line.startswith(("SSLD", "model"))] == [
         ["model", "top-1", "agreement", "detector", "AP", "AP50"],
         ["SSLD", "70.0", "75.0", "25.7", "50.0"],
         ["SSLD", "-", "baseline", "+10.0", "+25.0", "-", "-"],

@@ -152,7 +152,10 @@ def test_its_views_have_the_size_that_the_prototypes_were_made_at(
     assert not torch.allclose(teacher(pixels), at_32(pixels), atol=0.1)
     assert call(distill, arguments(distill_settings | {"teacher": file, "steps": 1}, "student")) == 0
     log = (tmp_path / "student" / "log.txt").read_text()
-    assert "teacher sees views of 32 px, resized to 64 x 64 (teacher.size)" in log
+    assert "teacher sees views of 32 px, resized to 64 x 64 (the size of its prototypes)" in log
+    fixed = distill_settings | {"teacher": "random:test_vit", "steps": 1}
+    assert call(distill, arguments(fixed, "fixed")) == 0
+    assert "resized to 160 x 160 (its fixed size)" in (tmp_path / "fixed" / "log.txt").read_text()
 
 
 def test_nothing_is_learnt_where_student_and_teacher_are_equal(made: Any, tiny: Any) -> None:
