@@ -325,6 +325,9 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         finally:
             net.load_state_dict(now)
 
+    metrics: dict[str, float] = {}
+    scored = -1  # the step that `metrics` are of; -1: none
+
     def score_now(step: int, *, due: bool = False) -> None:
         """Evaluate, and keep the best weights where there is more than one evaluation. A checkpoint may be `due` before."""
         nonlocal metrics, scored
@@ -370,9 +373,8 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         pairs = student.heads.pairs(predictions, teacher_features) if student.heads and teacher_features else None
         return objective(logits, soft, labels, mixed, pairs)
 
-    step, scored = start, -1  # the step that `metrics` are of; -1: none
+    step = start
     drawn: list[Any] = []  # images of the first step, for batches.jpg
-    metrics: dict[str, float] = {}
     with (
         StopRequest() as stop,
         state.deaths,

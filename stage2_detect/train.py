@@ -217,6 +217,9 @@ def train(config: TrainConfig) -> None:
         if accelerator.is_main_process:
             trained.save(path, step=step, metrics=metrics, run=str(run.path), precision=config.precision)
 
+    metrics: dict[str, Any] = {}
+    scored = -1  # the step that `metrics` are of; -1: none
+
     def score_now(step: int, *, due: bool = False) -> None:
         """Evaluate, and keep the best weights where there is more than one evaluation. A checkpoint may be `due` before."""
         nonlocal metrics, scored
@@ -263,8 +266,7 @@ def train(config: TrainConfig) -> None:
         return
 
     # ---- the loop
-    step, scored = start, -1  # the step that `metrics` are of; -1: none
-    metrics: dict[str, Any] = {}
+    step = start
     with StopRequest() as stop, state.deaths, state.progress.begin(start, steps) as progress:
         if state.owes_evaluation and config.evaluates_after(start, steps):
             score_now(start)

@@ -133,6 +133,7 @@ class TrainingState:
             self.owes_evaluation = state.get("evaluated") is False
             self.run.earlier_seconds = float(state.get("seconds", 0))
             self._saved = step
+            self._evaluated = step if state.get("evaluated") else 0
         if step > self.steps:
             raise UserError(f"{beyond_the_end(self.run.path, step, self.steps)}; give another --output")
         self.run.begin()
@@ -288,7 +289,7 @@ class TrainingState:
         """
         if due or from_main_rank(time.monotonic() - self._saved_at >= _WORTH * self._saving):
             self.save(step)
-        before = self.best, self.stale
+        before, again = (self.best, self.stale), step == self._evaluated
         try:
             with self.deaths.told(), self.progress.pausing():
                 yield
@@ -296,6 +297,9 @@ class TrainingState:
             self.best, self.stale = before
             self._save_alone(step)
             raise
+        if again:  # for its metrics alone, after a death between the last evaluation and the end of the run
+            self.best, self.stale = before
+            return
         self._evaluated = step
         if step == self._saved and self.run.main:
             add_evaluation(self.run.checkpoints, step, self._standing(step))

@@ -270,7 +270,7 @@ def test_gain_is_first_and_large(tab: Page, report_page: Path) -> None:
     names, rights = tab.value(
         f"[{heads}.map(one => one.innerText), {heads}.map(one => one.getBoundingClientRect().right)]"
     )
-    assert names[:2] == ["backbone", "detector AP"]
+    assert names[:2] == ["model", "detector AP"]
     assert rights[1] <= PHONE  # not cut off
 
 

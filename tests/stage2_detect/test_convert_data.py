@@ -97,8 +97,8 @@ def test_the_error_for_an_unknown_format_lists_the_content(tmp_path: Path, user_
     write(tmp_path / "set" / ".hidden", "")
     assert user_error(main, line(tmp_path / "set", tmp_path / "o1")).endswith("; it holds labels.dat")
     write(tmp_path / "set" / "labels.csv", "a,b")
-    assert "; labels.csv is a table, whose columns have no fixed meaning;" in user_error(
-        main, line(tmp_path / "set", tmp_path / "o1")
+    assert user_error(main, line(tmp_path / "set", tmp_path / "o1")) == (
+        f"source: {tmp_path / 'set'}: labels.csv is a table, whose columns have no fixed meaning; write COCO JSON or YOLO from it"
     )
     write(tmp_path / "one.dat", "a,b")
     assert user_error(main, line(tmp_path / "one.dat", tmp_path / "o2")).endswith("it is a single file")

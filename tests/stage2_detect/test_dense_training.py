@@ -89,6 +89,7 @@ def test_a_teacher_a_student_and_its_resumption(
     parts = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS", "COMPLETE")
     plain = {".lock", "batches.jpg", "config.yaml", "environment.json", "log.txt", "metrics.jsonl", "result.json"}
     checkpoints = {f"checkpoints/step_{step:08d}/{name}" for step in (4, 6) for name in parts}
+    checkpoints.add("checkpoints/step_00000006/evaluation.json")
     left = {name for name in files_below(run) if not name.startswith("pictures/")}
     assert left == plain | checkpoints | {"detector.safetensors", "analysis.json"}
 

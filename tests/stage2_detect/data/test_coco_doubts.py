@@ -112,7 +112,7 @@ def test_classes_that_differ_in_spelling_alone_are_questioned(read: Callable[...
 
 
 def test_many_images_without_objects_are_a_warning(folder: Path) -> None:
-    for owners, level in ((1, "warning"), (3, "note")):
+    for owners, level in ((1, "warning"), (3, "warning"), (5, "note")):
         whole = content()
         for row in whole["annotations"]:
             row["image_id"] = 1 + row["id"] % owners
