@@ -153,7 +153,8 @@ def test_its_views_have_the_size_that_the_prototypes_were_made_at(
     assert call(distill, arguments(distill_settings | {"teacher": file, "steps": 1}, "student")) == 0
     log = (tmp_path / "student" / "log.txt").read_text()
     assert "teacher sees views of 32 px, resized to 64 x 64 (the size of its prototypes)" in log
-    fixed = distill_settings | {"teacher": "random:test_vit", "steps": 1}
+    data = {key: value for key, value in distill_settings["data"].items() if key != "val"}
+    fixed = distill_settings | {"teacher": {"model": "random:test_vit", "check_images": 0}, "steps": 1, "data": data}
     assert call(distill, arguments(fixed, "fixed")) == 0
     assert "resized to 160 x 160 (its fixed size)" in (tmp_path / "fixed" / "log.txt").read_text()
 
