@@ -87,7 +87,6 @@ ROWS: dict[str, Row] = {
     "ssld": Row(),
     **{f"ssld_x{times}": Row(times=times) for times in TIMES},
     "kl": Row(losses=("kl",)),
-    **{f"kl_x{times}": Row(losses=("kl",), times=times) for times in TIMES},
     "live": Row("lite2"),
     "lite0_classes": Row("lite0"),
     **{f"lite0_prototypes{k}": Row("prototypes", prototypes=k) for k in (64, 256, 1024)},

@@ -269,3 +269,6 @@ def test_a_worker_that_dies_in_a_step_is_told_after_it(failing_handler: None) ->
             os.kill(os.getpid(), signal.SIGCHLD)  # where the loop waits for a batch
     assert done == ["the step", "another"]
     assert signal.getsignal(signal.SIGCHLD) is handler
+    with deaths.told():  # the last evaluation, after the loop
+        pass
+    assert signal.getsignal(signal.SIGCHLD) is handler

@@ -159,6 +159,13 @@ def test_another_teacher(written_store: Path, teacher_file: Path, tmp_path: Path
     )
 
 
+def test_a_size_that_is_that_of_the_views_changes_nothing(written_store: Path, teacher_file: Path) -> None:
+    """Null in an older store, and a number now, as of prototypes: the pixels are the same."""
+    store = SoftLabelStore(written_store)
+    assert store.header["teacher_settings"]["size"] is None
+    store.check_teacher(FrozenTeacher(str(teacher_file), size=store.header["view"]["image_size"]))
+
+
 @pytest.mark.parametrize(
     ("change", "key", "local"),
     [({"size": 48}, "size null", "[48, 48]"), ({"dtype": torch.bfloat16}, 'precision "fp32"', '"bf16"')],
