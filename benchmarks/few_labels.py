@@ -14,7 +14,8 @@ evaluate on.
 `retinanet_sad` has the detector of the row `retinanet` of its seed as its teacher, which also writes the pseudo-labels of the unlabeled photos; run
 that row before. `..._ssld` start from a backbone of the same seed: stage 1 under EfficientNet-Lite2, as `ssld init` sets it for a student with
 weights, on the training photos without their labels (nine tenths; the others tell whether it improves). `..._ssld_batch`: the same with BatchNorm
-by batch statistics. `..._ssld_tiny1000`: 500 steps of stage 1 on 1,000 images of Tiny ImageNet, whatever their number.
+by batch statistics. `..._ssld_features`: the teacher's pooled features and maps in place of its soft labels. `..._ssld_tiny1000`: 500 steps of
+stage 1 on 1,000 images of Tiny ImageNet, whatever their number.
 
 A run is a process of its own with one thread; its time is processor time of training, without imports. Finished runs are not repeated. Printed: mean
 AP over the seeds and each seed's, the difference to `--base` with a 95 % interval of a paired bootstrap over the evaluation images (seeds averaged,
@@ -55,7 +56,7 @@ _MOVING = _DOUBLED | {"moving_teacher": {"unlabeled": "{folder}/unlabeled.txt"}}
 _RETINANET = {"model": {"kind": "retinanet"}}
 # Numbers of images of Tiny ImageNet, the first ones, that stage 1 of the rows `strong_ssld_tiny...` sees.
 TINY = (1_000, 10_000, 42_500)
-BODIES = ("ssld", "ssld_batch", *(f"ssld_tiny{images}" for images in TINY))
+BODIES = ("ssld", "ssld_batch", "ssld_features", *(f"ssld_tiny{images}" for images in TINY))
 
 
 def _body(kind: str) -> dict[str, Any]:
@@ -187,6 +188,8 @@ def stage1(data: Path, name: str, kind: str, output: Path, seed: int) -> None:
     for role, model in (("student", "efficientnet_lite0"), ("teacher", "efficientnet_lite2")):
         settings[role] = {"model": str(data / "weights" / f"{model}.safetensors"), "arch": f"tf_{model}"}
     settings["student"]["batchnorm"], settings["seed"] = "batch" if kind == "ssld_batch" else "eval", seed
+    if kind == "ssld_features":
+        settings["losses"] = ["pooled", {"name": "spatial", "weight": 0.5}]
     if kind.startswith("ssld_tiny"):
         settings = merge(settings, yaml.safe_load(TINY_STAGE1))
         settings["data"]["train"] = [str(_first(data, output.parent, int(kind.removeprefix("ssld_tiny"))))]

@@ -111,6 +111,7 @@ class Scale:
     side: int = 160
     draws: int = 200
     norms: str = "trained"
+    stage1_seed: int = 0
 
 
 class Bench:
@@ -171,10 +172,15 @@ class Bench:
         settings |= {"image_size": self.scale.teacher_size, "val_crop": 1.0, "channels_last": True}
         return settings | {"precision": self.scale.teacher_precision}, self.output / f"prototypes{number}"
 
+    def named(self, name: str) -> str:
+        """Name of a row's files; those of the first seed of stage 1 have the row's own."""
+        seed = self.scale.stage1_seed
+        return f"{name}-stage1_{seed}" if seed and name != "random" else name
+
     def student(self, row: Row) -> dict[str, Any]:
         """Settings of a row's stage 1."""
         steps = row.times * self.scale.steps
-        settings: dict[str, Any] = yaml.safe_load(STAGE1) | {"steps": steps}
+        settings: dict[str, Any] = yaml.safe_load(STAGE1) | {"steps": steps, "seed": self.scale.stage1_seed}
         settings["student"] = {"model": str(self.start()), "batchnorm": "batch"}  # the file holds random weights
         if row.losses is None:
             return settings | {"objective": "labels", "data": self.views(self.labeled)}
@@ -190,7 +196,7 @@ class Bench:
         """Return the reference of a row's backbone; trains it first if its file is missing."""
         if name == "random":
             return str(self.start())
-        row, output = ROWS[name], self.output / "students" / name
+        row, output = ROWS[name], self.output / "students" / self.named(name)
         if row.losses is not None and row.teacher == "store":
             command(write_soft_labels.main, *self.soft_labels())
         if row.teacher == "prototypes":
@@ -202,7 +208,7 @@ class Bench:
 
     def look(self, name: str) -> dict[str, float]:
         """Shares of the validation images whose class is found, in percent: `knn` and `probe`."""
-        file = self.output / "looks" / f"{name}.json"
+        file = self.output / "looks" / f"{self.named(name)}.json"
         if not file.exists():
             (bank, labels), (queries, truth) = (
                 embeddings(self.backbone(name), one) for one in (self.labeled, self.val)
@@ -216,7 +222,8 @@ class Bench:
 
     def scores(self, name: str, place: str, frozen: bool, seed: int) -> Path:
         """Folder of a detector's detections."""
-        return self.output / "scores" / place / f"{name}{'-frozen' if frozen else ''}-{self.scale.norms}-{seed}"
+        kind = f"{'-frozen' if frozen else ''}-{self.scale.norms}"
+        return self.output / "scores" / place / f"{self.named(name)}{kind}-{seed}"
 
     def detector(self, name: str, place: str, frozen: bool, seed: int) -> None:
         """Train and evaluate one detector."""
@@ -249,7 +256,7 @@ class Bench:
         yield "| backbone | nearest neighbors | linear probe |"
         yield "| --- | --- | --- |"
         for name in rows:
-            if (self.output / "looks" / f"{name}.json").exists():
+            if (self.output / "looks" / f"{self.named(name)}.json").exists():
                 found = self.look(name)
                 yield f"| {name} | {found['knn']:.1f} | {found['probe']:.1f} |"
 
@@ -327,6 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--teacher-size", type=int, default=Scale.teacher_size, help="pixels per side of the teacher's views"
     )
     parser.add_argument("--teacher-precision", default=Scale.teacher_precision, choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--stage1-seed", type=int, default=Scale.stage1_seed, help="of the rows' stage 1")
     parser.add_argument("--images", type=int, help="of each part of Tiny ImageNet; all by default")
     parser.add_argument("--canvases", type=int, nargs=2, default=Scale.canvases, help="to train on, to evaluate on")
     parser.add_argument("--detector-steps", type=int, default=Scale.detector_steps, help="of 4 images")
