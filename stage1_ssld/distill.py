@@ -15,7 +15,6 @@ From Python, with a loss of one's own (docs/distillation.md, "Your own loss"):
 import sys
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from ssld.shared.config.command import call_command, run_command
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.run_dir import read_result
 from ssld.shared.wording import count
-from ssld.stage1_ssld.config import EVALUATION_BATCH, DistillConfig, TeachConfig
+from ssld.stage1_ssld.config import DistillConfig, TeachConfig
 from ssld.stage1_ssld.data_config import register_loss
 
 __all__ = ["distill", "main", "register_loss", "train"]
@@ -95,11 +94,9 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         pins_memory,
         prepare_model,
         start_processes,
-        to_device,
     )
-    from ssld.shared.distributed.ranks import from_main_rank, share_buffers, total_over_ranks, world_size
+    from ssld.shared.distributed.ranks import from_main_rank, total_over_ranks, world_size
     from ssld.shared.distributed.stop import StopRequest
-    from ssld.shared.files import spread
     from ssld.shared.images import stable_seed
     from ssld.shared.models.backbones import check_networks
     from ssld.shared.run_dir import RunDir
@@ -112,27 +109,25 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.stage1_ssld.data.batch_images import view_images
     from ssld.stage1_ssld.data.held_out import hold_out
     from ssld.stage1_ssld.data.labels import doubt_on_order
-    from ssld.stage1_ssld.data.loaders import TrainingData, ValViews, described, make_loader, val_batches
-    from ssld.stage1_ssld.data.mixing import mix_batch
+    from ssld.stage1_ssld.data.loaders import TrainingData, described
     from ssld.stage1_ssld.data.sources import open_sources
     from ssld.stage1_ssld.data.streams import plan_streams
     from ssld.stage1_ssld.distillation.features import STATISTICS_IMAGES
     from ssld.stage1_ssld.distillation.fitting import with_chosen_settings
-    from ssld.stage1_ssld.distillation.losses import entropy
+    from ssld.stage1_ssld.distillation.forward_pass import ForwardPass
     from ssld.stage1_ssld.distillation.memory_trial import whole_step
     from ssld.stage1_ssld.distillation.objective import (
         Objective,
-        implausible_start,
         statistics_warning,
         worse_than_start,
     )
-    from ssld.stage1_ssld.distillation.preview import has_trained_start, preview
+    from ssld.stage1_ssld.distillation.preview import preview
     from ssld.stage1_ssld.distillation.student import Student
     from ssld.stage1_ssld.distillation.targets import open_targets
     from ssld.stage1_ssld.distillation.teacher import try_teacher
-    from ssld.stage1_ssld.evaluation.better_weights import LEAST_IMAGES, MOST_IMAGES, Choice, choose_weights, weights
     from ssld.stage1_ssld.evaluation.curves import write_curves
-    from ssld.stage1_ssld.evaluation.metrics import describe, evaluate, score_of
+    from ssld.stage1_ssld.evaluation.metrics import describe, score_of
+    from ssld.stage1_ssld.evaluation.validation import Validation
 
     # ---- references and sources, checked before any process group exists
     check_networks(config.networks(), config.hub_data())
@@ -237,36 +232,12 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     start = state.restore(look=config.look)
 
     # ---- evaluation and network files, used in the loop and after it
-    sizes: dict[str, Any] = {
-        "image_size": data.image_size,
-        "val_crop": data.val_crop,
-        "interpolation": data.interpolation,
-    }
-
-    def measure() -> dict[str, float]:
-        """Evaluate the network as it is on `data.val`; empty without images or classes."""
-        if val_source is None or targets.classes == 0:
-            return {}
-        net = student.evaluated
-        net.eval()
-        share_buffers(net)
-        views = ValViews(val_source, targets.val_labels, **sizes)
-        # The size of a batch must not depend on the number of ranks: the results are then the same on any number.
-        order = val_batches(range(len(views)), min(config.batch_size, EVALUATION_BATCH), rank, ranks)
-        with teacher.running_statistics() if teacher else nullcontext():
-            metrics = evaluate(
-                net,
-                teacher,
-                make_loader(views, order, workers=config.workers, pin_memory=pin_memory),
-                device=device,
-                dtype=dtype,
-                on_unreadable=quarantine.add,
-            )
-        quarantine.write()
-        return metrics
+    validation = Validation(
+        config, val_source, student, targets, device=device, dtype=dtype, quarantine=quarantine, run=run
+    )
 
     def evaluate_now(step: int) -> dict[str, float]:
-        metrics = measure()
+        metrics = validation.measure()
         if metrics:
             state.check_metrics(step, metrics)
             run.log(f"step {step}: {describe(metrics)}")
@@ -289,41 +260,6 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 run=str(run.path),
                 **facts,
             )
-
-    def compare_with_start() -> Choice | None:
-        """Compare the trained weights with the initial ones, and load the better ones where `keep_weights: better` is set."""
-        if val_source is None or teacher is None or not has_trained_start(config, student, targets):
-            return None
-        net = student.evaluated.eval()
-        share_buffers(net)
-        start = student.start()
-        choice = None
-        if accelerator.is_main_process:
-            views = ValViews(val_source, None, **sizes)
-            order = val_batches(spread(len(views), MOST_IMAGES), min(config.batch_size, EVALUATION_BATCH), 0, 1)
-            batches = partial(make_loader, views, order, workers=config.workers, pin_memory=pin_memory)
-            choice = choose_weights(net, start, teacher, batches, better=_keeps_better(config))
-            run.log(
-                choice.describe()
-                if choice
-                else f"data.val: too few images to compare the student with its start (at least {LEAST_IMAGES})"
-            )
-        choice = from_main_rank(choice)
-        if choice and choice.which != "last":
-            net.net.load_state_dict(weights(choice.which, net.net.state_dict(), start))
-        return choice
-
-    def measure_start() -> dict[str, float]:
-        """Agreement and KL of the initial weights, where they are trained ones with a classifier for these classes."""
-        if teacher is None or student.model.new_head or not has_trained_start(config, student, targets):
-            return {}
-        net = student.evaluated.net
-        now = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-        net.load_state_dict(student.start())
-        try:
-            return {name: value for name, value in measure().items() if name in ("images", "agreement", "kl")}
-        finally:
-            net.load_state_dict(now)
 
     metrics: dict[str, float] = {}
     scored = -1  # the step that `metrics` are of; -1: none
@@ -365,14 +301,6 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     run.log(*state.describe_start(start, base_lr, cosine_factor(start, steps=steps, warmup_steps=warmup_steps)))
 
     # ---- the loop
-    def losses_of(
-        outputs: tuple[Any, Any], teacher_features: Any, soft: Any, labels: torch.Tensor, mixed: Any
-    ) -> dict[str, torch.Tensor]:
-        """Evaluate the objective on the student's outputs (logits, predicted features) and the teacher's features and soft labels."""
-        logits, predictions = outputs
-        pairs = student.heads.pairs(predictions, teacher_features) if student.heads and teacher_features else None
-        return objective(logits, soft, labels, mixed, pairs)
-
     step = start
     drawn: list[Any] = []  # images of the first step, for batches.jpg
     with (
@@ -398,38 +326,27 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                     raise UserError(
                         f"{batch.unreadable[0]} and the images after it are all unreadable; fix or remove them"
                     )
-                pixels, labels = to_device(batch.pixels_BCHW, device), to_device(batch.labels_B, device)
-                stored = batch.soft.to(device) if batch.soft else None
                 seed = stable_seed(config.seed, step, micro, rank)
-                mixed = mix_batch(pixels, data, seed)
-                pixels = mixed.pixels_BCHW if mixed else pixels
+                forward = ForwardPass(batch, data, student, targets, objective, device=device, seed=seed)
                 if step == 1 and len(drawn) < MOST:
-                    drawn += view_images(pixels, batch, targets.class_names)
+                    drawn += view_images(forward.pixels_BCHW, batch, targets.class_names)
                     if micro == config.accumulate - 1 or len(drawn) >= MOST:
                         sheet = write_sheet(run.path, drawn) if run.main else None
                         run.log(f"the first training images, after augmentation and mixing: {sheet}")
                         if config.look:
                             accelerator.end_training()
                             return
-                torch.manual_seed(seed)  # drop-path is then the same after a resumption
                 # DDP reduces gradients once a step, in the last backward pass.
                 with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(model):
-                    outputs = model(pixels)
-                    soft, teacher_features = targets.for_batch(pixels, stored)
-                    parts = losses_of(outputs, teacher_features, soft, labels, mixed)
-                    logits = outputs[0].detach()
+                    parts = forward.losses(model)
                     # DDP averages over ranks, so the sum over this rank's images is multiplied by `ranks`.
                     accelerator.backward(parts["loss"] * (ranks / config.batch_size))
-                if targets.classes:
-                    name, expected = ("accuracy", labels) if soft is None else ("agreement", soft.first_B)
-                    parts[name] = (logits.argmax(-1) == expected).sum()
-                if logged and soft is not None:
-                    entropies += torch.stack([entropy(soft.logits_BM), entropy(soft.comparable(logits))])
-                state.watch.add(step - 1, {key: part / config.batch_size for key, part in parts.items()}, batch.keys)
-                if step == 1 and micro == 0 and soft is not None:
-                    first = objective(logits, soft, labels, mixed) if student.heads else parts
-                    uniform = objective(torch.zeros_like(logits), soft, labels, mixed)["loss"]
-                    run.log_if(implausible_start(first["loss"], uniform, len(batch.keys)))
+                if logged:
+                    entropies += forward.entropies()
+                shares = {name: part / config.batch_size for name, part in (parts | forward.hits()).items()}
+                state.watch.add(step - 1, shares, batch.keys)
+                if step == 1 and micro == 0:
+                    run.log_if(forward.doubt())
             norm = state.update(step, config.optim.clip_grad_norm, measure=logged)
             if student.ema:
                 student.ema.update(student.model, step=step)
@@ -437,18 +354,18 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
 
             if logged:
                 values = {"grad_norm": norm}
-                if soft is not None:
+                if forward.soft:
                     entropy_2 = total_over_ranks(entropies) / config.batch_size
                     values |= {"teacher_entropy": entropy_2[0], "student_entropy": entropy_2[1]}
                 means = state.log(step, base_lr * factor, **values)
-                if step <= config.log_every and soft is not None and student.starts_with_head:
-                    run.log_if(statistics_warning(means, soft.logits_BM.shape[1]))
+                if step <= config.log_every and forward.soft and student.starts_with_head:
+                    run.log_if(statistics_warning(means, forward.soft.logits_BM.shape[1]))
             due = step % config.save_every == 0 or step == steps
             if val_source and config.evaluates_after(step, steps):
                 score_now(step, due=due)
             last = step == steps or state.exhausted(config.patience)
             if last:
-                state.check_last_update(step, lambda: losses_of(model(pixels), teacher_features, soft, labels, mixed))  # noqa: B023 - called here
+                state.check_last_update(step, lambda: forward.losses(model))  # noqa: B023 - called here
             stopping = stop.agreed() and not last
             if due or last or stopping:
                 state.save(step)
@@ -461,11 +378,11 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     if scored != step:
         score_now(step)
     file = run.path / f"{result}.safetensors"
-    if choice := compare_with_start():
+    if choice := validation.compare_with_start():
         if choice.which != "last":
             metrics = evaluate_now(step)
         metrics |= {f"neighbours_{which}": share for which, share in choice.shares.items()}
-    of_start = measure_start()
+    of_start = validation.measure_start()
     if "agreement" in of_start:
         run.log(f"the initial weights: {describe(of_start)}")
         run.log_if(worse_than_start(metrics, of_start, batch_statistics=student.uses_batch_statistics()))
@@ -476,10 +393,6 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         write_curves(run.path)
     state.finish(metrics, step, [file])
     run.log(f"wrote {file}")
-
-
-def _keeps_better(config: DistillConfig | TeachConfig) -> bool:
-    return isinstance(config, DistillConfig) and config.keep_weights == "better"
 
 
 if __name__ == "__main__":
