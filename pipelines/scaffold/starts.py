@@ -36,7 +36,6 @@ _CHOSEN = {
     for name in ("kind", "fpn_channels", "freeze_stages", "freeze_norm", "rpn.anchor_sizes", "roi.hidden")
 }
 """settings that init.yaml.jinja writes for a detector from a backbone"""
-_WITHOUT_STAGE_1: dict[Start, Start] = {"ssld": "imagenet", "coco_ssld": "coco"}
 
 
 @dataclass(frozen=True)
@@ -184,6 +183,11 @@ def read_starts(text: str) -> tuple[Start, ...] | None:
     return tuple(start for start in STARTS if start in names)
 
 
+def _own(backbone: str) -> Start:
+    """The start that a backbone is without stage 1."""
+    return "random" if backbone.startswith("random:") else "imagenet"
+
+
 def choose_starts(
     given: Sequence[Start] | None, init: Init | None, backbone: str, arch: str | None, *, distills: bool
 ) -> tuple[Start, ...]:
@@ -197,7 +201,7 @@ def choose_starts(
     Raises:
         UserError: a start that was given is impossible, with the reason.
     """
-    own: Start = "random" if backbone.startswith("random:") else "imagenet"
+    own = _own(backbone)
     name = arch_of(backbone, arch)
     below = init is not None and init.is_published and init.arch == name
     if given is None:
@@ -224,9 +228,10 @@ def choose_starts(
     return tuple(given)
 
 
-def in_a_trial(starts: Sequence[Start]) -> tuple[Start, ...]:
-    """Return starts that cost the same per step and do not wait for stage 1."""
-    without = {_WITHOUT_STAGE_1.get(start, start) for start in starts}
+def in_a_trial(starts: Sequence[Start], backbone: str) -> tuple[Start, ...]:
+    """Return starts that cost the same per step and do not wait for stage 1: of `ssld` the backbone as it is."""
+    without_stage_1: dict[Start, Start] = {"ssld": _own(backbone), "coco_ssld": "coco"}
+    without = {without_stage_1.get(start, start) for start in starts}
     return tuple(start for start in STARTS if start in without)
 
 
@@ -281,7 +286,7 @@ def rows_of(
     With `moving` the last one is like that of `start_of_moving`, and learns from unlabeled photos too.
     """
     alone = len(starts) == 1 and not moving
-    own: Start = "random" if backbone.startswith("random:") else "imagenet"
+    own = _own(backbone)
     main = next(start for start in _MAIN if start in starts)
     base = next((start for start in _BASE if start in starts and start != main), main)
     student = "${ssld}/student.safetensors"

@@ -48,15 +48,15 @@ def trials(facts: Facts, files: Mapping[Path, str]) -> Iterator[Trial]:
         there = replace(facts, **{key: moved.get(getattr(facts, key), getattr(facts, key)) for key in names})
         paths: dict[str, Any] = {key: path.absolute() for key, path in vars(there).items() if isinstance(path, Path)}
         there = replace(there, **paths)  # as an error of the trial has to name them
-        there = replace(there, starts=in_a_trial(facts.starts))
         yield lambda settings, trained, limit: _rate(folder, there, settings, trained, limit)
 
 
 def _rate(folder: Path, facts: Facts, settings: Settings, trained: Trained, limit: float) -> Rate | None:
     """Measure the rate of one training of the pipeline with these settings, within `limit` seconds."""
     file, output = folder / "trial.yaml", folder / "runs"
-    write_atomically(file, pipeline_text(file, facts, settings))
     networks, moving = settings.networks, facts.moving is not None
+    facts = replace(facts, starts=in_a_trial(facts.starts, networks.backbone))
+    write_atomically(file, pipeline_text(file, facts, settings))
     rows = rows_of(facts.starts, facts.init, networks.backbone, networks.arch, moving=moving)
     name = "ssld" if trained == "ssld" else next(r.stage for r in rows if (r.init is not None) == (trained == "coco"))
     absent = facts.init if trained == "coco" and facts.init and not facts.init.here else None

@@ -205,5 +205,6 @@ def test_a_moving_teacher_is_compared_with_the_same_detector(given: Any, init: A
 
 
 def test_no_detector_of_a_trial_waits_for_stage_1() -> None:
-    assert in_a_trial(("coco_ssld", "ssld")) == ("coco", "imagenet")
-    assert in_a_trial(STARTS) == ("coco", "imagenet", "random")
+    assert in_a_trial(("coco_ssld", "ssld"), "timm:resnet18d") == ("coco", "imagenet")
+    assert in_a_trial(STARTS, "timm:resnet18d") == ("coco", "imagenet", "random")
+    assert in_a_trial(("random", "ssld"), "random:resnet18d") == ("random",)
