@@ -4,9 +4,10 @@
 
 DATA holds `tinyimagenet100/`, `bccd/` and `weights/efficientnet_lite{0,2}.safetensors`. The student is a ResNet10-T of half its width, for which
 there are no weights. A row is a backbone (`ROWS`): `random`, its initial weights; `supervised`, trained on the 10,000 labels; the others see all
-42,500 images and never a label. All have the same steps, views, optimizer and schedule; `..._x4` has four times the steps. The teacher of `ssld`
-(symmetric KL; `ssld_lr...`: at another learning rate) and `kl` (KL alone) is EfficientNet-Lite2 through a store (`--views` of each image, the 10 most likely of 1,000 classes); `live` has it
-without a store; `lite0_...` have EfficientNet-Lite0: its 1,000 classes, prototypes made of its embeddings, or its features.
+42,500 images and never a label. All have the same steps, views, optimizer and schedule; `..._x4` has four times the steps, `..._lr0.001` another
+learning rate. The teacher of `ssld` (symmetric KL) and `kl` (KL alone) is EfficientNet-Lite2 through a store (`--views` of each image, the 10 most
+likely of 1,000 classes); `live` has it without a store, `lite2_...` its features; `lite0_...` have EfficientNet-Lite0: its 1,000 classes, prototypes
+made of its embeddings, or its features.
 
 Each backbone is measured on the 5,000 validation images of Tiny ImageNet: by the vote of the 20 nearest neighbors and by a linear probe, both from
 the 10,000 labeled images. With `--seeds` it also makes one Faster R-CNN per seed and set: `bccd`, blood cells, and `mosaics`, dogs and cats of Tiny
