@@ -4,9 +4,10 @@
 
 DATA holds `tinyimagenet100/`, `bccd/` and `weights/efficientnet_lite{0,2}.safetensors`. The student is a ResNet10-T of half its width, for which
 there are no weights. A row is a backbone (`ROWS`): `random`, its initial weights; `supervised`, trained on the 10,000 labels; the others see all
-42,500 images and never a label. All have the same steps, views, optimizer and schedule; `..._x4` has four times the steps. The teacher of `ssld`
-(symmetric KL) and `kl` (KL alone) is EfficientNet-Lite2 through a store (`--views` of each image, the 10 most likely of 1,000 classes); `live` has it
-without a store; `lite0_...` have EfficientNet-Lite0: its 1,000 classes, prototypes made of its embeddings, or its features.
+42,500 images and never a label. All have the same steps, views, optimizer and schedule; `..._x4` has four times the steps, `..._lr0.001` another
+learning rate. The teacher of `ssld` (symmetric KL) and `kl` (KL alone) is EfficientNet-Lite2 through a store (`--views` of each image, the 10 most
+likely of 1,000 classes); `live` has it without a store, `lite2_...` its features; `lite0_...` have EfficientNet-Lite0: its 1,000 classes, prototypes
+made of its embeddings, or its features.
 
 Each backbone is measured on the 5,000 validation images of Tiny ImageNet: by the vote of the 20 nearest neighbors and by a linear probe, both from
 the 10,000 labeled images. With `--seeds` it also makes one Faster R-CNN per seed and set: `bccd`, blood cells, and `mosaics`, dogs and cats of Tiny
@@ -50,7 +51,7 @@ from ssld.stage2_detect import evaluate, train
 STUDENT, NARROW = "resnet10t", {"channels": [32, 64, 128, 256], "stem_width": 16}
 STAGE1 = """
 batch_size: 128
-optim: {name: adamw, lr: 3.0e-3, reference_batch: 128, weight_decay: 0.05, decay_norm_and_bias: false, warmup_steps: 0.1}
+optim: {name: adamw, reference_batch: 128, weight_decay: 0.05, decay_norm_and_bias: false, warmup_steps: 0.1}
 channels_last: true
 """
 STAGE2 = """
@@ -73,12 +74,14 @@ class Row:
         losses: names or mappings, as in `losses`; None: the labels.
         times: length of the run in units of `--steps`.
         prototypes: K.
+        lr: learning rate for batches of 128.
     """
 
     teacher: str = "store"
     losses: tuple[Any, ...] | None = ("symmetric_kl",)
     times: int = 1
     prototypes: int = 0
+    lr: float = 3e-3
 
 
 ROWS: dict[str, Row] = {
@@ -87,12 +90,16 @@ ROWS: dict[str, Row] = {
     "ssld": Row(),
     **{f"ssld_x{times}": Row(times=times) for times in TIMES},
     "kl": Row(losses=("kl",)),
+    **{f"ssld_lr{rate:g}": Row(lr=rate) for rate in (3.5e-4, 1e-3)},
     "live": Row("lite2"),
     "lite0_classes": Row("lite0"),
     **{f"lite0_prototypes{k}": Row("prototypes", prototypes=k) for k in (64, 256, 1024)},
     "lite0_classes_spatial": Row("lite0", ("symmetric_kl", SPATIAL)),
     "lite0_pooled": Row("lite0", ("pooled",)),
     "lite0_pooled_spatial": Row("lite0", ("pooled", SPATIAL)),
+    "lite0_spatial": Row("lite0", (SPATIAL,)),
+    "lite0_classes_pooled_spatial": Row("lite0", ({"name": "symmetric_kl", "weight": 0.1}, "pooled", SPATIAL)),
+    "lite2_pooled_spatial": Row("lite2", ("pooled", SPATIAL)),
     "lite0_prototypes256_spatial": Row("prototypes", ("symmetric_kl", SPATIAL), prototypes=256),
 }
 
@@ -181,6 +188,7 @@ class Bench:
         """Settings of a row's stage 1."""
         steps = row.times * self.scale.steps
         settings: dict[str, Any] = yaml.safe_load(STAGE1) | {"steps": steps, "seed": self.scale.stage1_seed}
+        settings["optim"]["lr"] = row.lr
         settings["student"] = {"model": str(self.start()), "batchnorm": "batch"}  # the file holds random weights
         if row.losses is None:
             return settings | {"objective": "labels", "data": self.views(self.labeled)}
