@@ -93,6 +93,9 @@ def _init(arguments: Namespace) -> int:
             say(line)
     pool = _divide(arguments, photos_read) if distills or moving else None
     moving_photos = _moving_photos(arguments.unlabeled, pool, distills=distills) if pool and moving else []
+    if pool and distills and detector and networks[0].random:
+        # Such a student learns features, for which held-out photos show nothing (init.yaml.jinja).
+        pool = replace(pool, train=sorted([*pool.train, *pool.held_out]), held_out=[])
     pool = pool if distills else None
     lists = _lists(arguments, photos_read, pool, moving_photos)
     files = photos_read.files | {names[name]: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
@@ -115,7 +118,7 @@ def _init(arguments: Namespace) -> int:
         gpus=len(gpus),
         cores=cores(),
         seed=arguments.seed,
-        pretrained="random" not in starts and not networks[0].backbone.startswith("random:"),
+        pretrained="random" not in starts and not networks[0].random,
         starts=starts,
         init=init,
         trackers=("tensorboard",) if find_spec("tensorboard") else (),

@@ -59,6 +59,7 @@ class Stage1Config(TrainingConfig):
 _LENGTHS = ("steps", "train_epochs", "train_images")
 EVALUATION_BATCH = 128
 """Most images per evaluation batch; the memory trial of auto_batch runs one too."""
+LR_OF_RANDOM, LR_OF_PRETRAINED = 4e-3, 5e-5  # AdamW at batch 256; larger steps destroy pretrained weights (docs/distillation.md)
 
 _NONE: Any = None  # as a default it fits the types that type checkers see below
 if TYPE_CHECKING:  # `DistillConfig.fitted` has replaced None before anything reads these settings
@@ -116,17 +117,16 @@ class DistillConfig(Stage1Config):
     def fitted(self, images: int, image_size: int, *, gpu: bool, ranks: int = 1) -> Self:
         """Return the settings with everything that was left out chosen for `images` training images and a student whose weights take `image_size`.
 
-        A random student gets ten times the rate of a pretrained one, whose weights larger steps destroy (docs/distillation.md). The length is 10
-        passes; on a GPU more for few images, up to 100, until two million are seen; on a CPU at most 500 steps.
+        The length is 10 passes; on a GPU more for few images, up to 100, until two million are seen; on a CPU at most 500 steps.
         """
         chosen: dict[str, Any] = {}
         if self.takes_own_size:
             chosen["data"] = self.data.model_copy(update={"image_size": image_size})
         if self.optim is None:
-            lr = 5e-4 if self.student.model.startswith("random:") else 5e-5
+            random = self.student.model.startswith("random:")
             chosen["optim"] = Stage1OptimConfig(
                 name="adamw",
-                lr=lr,
+                lr=LR_OF_RANDOM if random else LR_OF_PRETRAINED,
                 reference_batch=256,
                 weight_decay=0.05,
                 decay_norm_and_bias=False,

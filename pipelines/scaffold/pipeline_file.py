@@ -14,6 +14,7 @@ from ssld.pipelines.scaffold.starts import main_row, rows_of
 from ssld.pipelines.scaffold.suggest import Facts, Settings
 from ssld.shared.models.downloads import kind_of
 from ssld.shared.wording import duration, printable
+from ssld.stage1_ssld.config import LR_OF_PRETRAINED, LR_OF_RANDOM
 
 
 class _Comment(str):
@@ -49,6 +50,8 @@ def pipeline_text(
     sides = dict(zip(("medium_size", "small_size"), smaller, strict=False))
     return template.render(
         rows=rows,
+        features=chosen.networks.random and bool(rows),
+        rate=LR_OF_RANDOM if chosen.networks.random else LR_OF_PRETRAINED,
         main=main_row(rows) if rows else None,
         base=next((row for row in rows if row.baseline is None), None),
         evaluated=sorted(rows, key=lambda row: row.baseline is not None),

@@ -106,6 +106,11 @@ class Networks:
     weight: float
     """seconds of a training step relative to other networks on the same machine, roughly"""
 
+    @property
+    def random(self) -> bool:
+        """Whether the backbone starts without weights."""
+        return self.backbone.startswith("random:")
+
 
 @dataclass(frozen=True)
 class Shape:

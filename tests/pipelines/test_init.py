@@ -22,7 +22,7 @@ from ssld.pipelines.scaffold.suggest import (
     Settings,
     Trained,
 )
-from ssld.stage1_ssld.config import DistillConfig
+from ssld.stage1_ssld.config import LR_OF_RANDOM, DistillConfig
 from ssld.stage2_detect import check_data
 from ssld.stage2_detect.config import TrainConfig
 from tests.pipelines.scaffold.test_suggest import GPU, content, ids
@@ -264,7 +264,8 @@ def test_stage_1_is_left_out_where_nothing_says_that_it_helps(photos: Path, capf
     assert init.main([*line, "--output", "new.yaml", "--backbone", "random:resnet18"]) == 0
     stages = yaml.safe_load(Path("new.yaml").read_text())["stages"]
     assert list(stages)[:3] == ["ssld", "detector_random", "detector_ssld"]
-    assert stages["ssld"]["set"]["optim"]["lr"] == 5e-4
+    assert stages["ssld"]["set"]["optim"]["lr"] == LR_OF_RANDOM
+    assert stages["ssld"]["set"]["losses"] == ["pooled", {"name": "spatial", "weight": 0.5}]
 
 
 def test_what_few_evaluation_photos_cannot_tell_is_said(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -468,6 +469,11 @@ def test_unlabeled_photos_are_told_apart_from_evaluation_photos(
     data = yaml.safe_load(Path("mine.yaml").read_text())["stages"]["ssld"]["set"]["data"]
     assert data["val"] == {"path": "mine_held_out.txt", "root": "more photos"}
     assert run.main(["mine.yaml", "--dry-run"]) == 0
+    # A student without weights learns features, which held-out photos do not measure: it trains on all.
+    assert init.main([*WITH_STAGE_1, "--backbone", "random:resnet18", "--output", "new.yaml"]) == 0
+    assert Path("new_unlabeled.txt").read_text().splitlines() == sorted(names)
+    assert "val" not in yaml.safe_load(Path("new.yaml").read_text())["stages"]["ssld"]["set"]["data"]
+    assert not Path("new_held_out.txt").exists()
 
 
 def test_a_folder_of_evaluation_photos_alone_is_refused(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
