@@ -300,9 +300,12 @@ def identity(config: BaseModel) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (dotted key, old, new) of every difference between two dumped configurations."""
+    """Yield (dotted key, old, new) of every difference between two dumped configurations; the groups of a list have its numbers as keys."""
     for key in dict.fromkeys([*old, *new]):
         before, after = old.get(key), new.get(key)
+        lists = isinstance(before, list) and isinstance(after, list) and len(before) == len(after)
+        if lists and all(isinstance(group, dict) for group in (*before, *after)):
+            before, after = ({str(place): group for place, group in enumerate(one)} for one in (before, after))
         if isinstance(before, dict) and isinstance(after, dict):
             yield from differences(before, after, f"{prefix}{key}.")
         elif before != after:
