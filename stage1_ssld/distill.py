@@ -129,7 +129,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.stage1_ssld.distillation.preview import has_trained_start, preview
     from ssld.stage1_ssld.distillation.student import Student
     from ssld.stage1_ssld.distillation.targets import open_targets
-    from ssld.stage1_ssld.distillation.teacher import try_teacher
+    from ssld.stage1_ssld.distillation.teacher import compare_teacher, try_teacher
     from ssld.stage1_ssld.evaluation.better_weights import LEAST_IMAGES, MOST_IMAGES, Choice, choose_weights, weights
     from ssld.stage1_ssld.evaluation.curves import write_curves
     from ssld.stage1_ssld.evaluation.metrics import describe, evaluate, score_of
@@ -161,6 +161,8 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     # ---- targets: a teacher, a store or labels; and the resulting classes
     targets = open_targets(config, sources, val_source, device=device, log=run.log)
     teacher = targets.teacher
+    if teacher and isinstance(config, DistillConfig) and config.teacher:
+        compare_teacher(run, teacher, config.teacher, data.image_size)
     if val_source and targets.classes == 0:
         run.log(
             f"{val_source.path}: feature losses alone train no classifier, so no top-1 and no agreement are measured; "

@@ -42,7 +42,7 @@ from ssld.stage1_ssld.distillation.soft_label_store import (
     source_record,
     view_settings,
 )
-from ssld.stage1_ssld.distillation.teacher import make_teacher, try_teacher
+from ssld.stage1_ssld.distillation.teacher import compare_teacher, make_teacher, try_teacher
 
 
 class AllViews(Dataset[View]):
@@ -120,6 +120,7 @@ def write_store(config: SoftLabelsConfig) -> None:
     teacher = make_teacher(
         config.teacher, precision=config.precision, device=device, channels_last=config.channels_last
     )
+    compare_teacher(run, teacher, config.teacher, config.data.image_size)
     for line in teacher.loaded:
         run.log(line)
     if config.top > teacher.num_classes:
