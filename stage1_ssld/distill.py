@@ -385,6 +385,13 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     ):
         if state.owes_evaluation and config.evaluates_after(start, steps):
             score_now(start)
+        if 0 < start < steps and state.exhausted(config.patience):  # no step follows whose loss would show a bad update
+            with state.fetching(start + 1, 0):
+                batch = next(stream)
+            student.train_mode()
+            pixels, labels = to_device(batch.pixels_BCHW, device), to_device(batch.labels_B, device)
+            soft, teacher_features = targets.for_batch(pixels, batch.soft.to(device) if batch.soft else None)
+            state.check_last_update(start, lambda: losses_of(model(pixels), teacher_features, soft, labels, None))
         while step < steps and not state.exhausted(config.patience):
             step += 1
             logged = step % config.log_every == 0 or step == steps
@@ -450,6 +457,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 score_now(step, due=due)
             last = step == steps or state.exhausted(config.patience)
             if last:
+                student.train_mode()  # an evaluation may have changed it
                 state.check_last_update(step, lambda: losses_of(model(pixels), teacher_features, soft, labels, mixed))  # noqa: B023 - called here
             stopping = stop.agreed() and not last
             if due or last or stopping:
