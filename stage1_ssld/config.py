@@ -220,7 +220,8 @@ class DistillConfig(Stage1Config):
         return super().inputs() | self.student.inputs("student.model") | teacher | store
 
     def networks(self) -> dict[str, Network]:
-        teacher = self.teacher.networks("teacher") if self.teacher else {}
+        classes = self.objective == "labels" or not all(loss.of_features for loss in self.losses)
+        teacher = self.teacher.networks("teacher", classes=classes) if self.teacher else {}
         return self.student.networks("student.model", None if self.takes_own_size else self.data.image_size) | teacher
 
 
@@ -337,7 +338,6 @@ class CurateConfig(ForwardConfig):
 
     process_timeout: ProcessTimeout = LONGEST_TIMEOUT  # the main process selects while the others wait
     """time limit, in minutes, of one process waiting for another, 1 to 10,080; the run ends after it"""
-
     pool: list[SourceConfig] = Field(min_length=1)
     """sources to select images from; labels are not read"""
     allow_loss: bool = False

@@ -67,6 +67,8 @@ class Network(NamedTuple):
     """required side in pixels; None: the model's own"""
     allow_pickle: bool = False
     """whether a state dict in a pickle is allowed"""
+    classes: bool = False
+    """whether it has to have classes"""
 
 
 _LONGEST_NAME = 1000

@@ -18,7 +18,7 @@ from ssld.shared.images import seeded_torch
 from ssld.shared.models.backbones import Classifier, create_classifier, licence, place
 from ssld.shared.models.folding import fold_batchnorm as fold
 from ssld.shared.models.model_file import content_hash
-from ssld.shared.models.references import ModelReference, parse_reference
+from ssld.shared.models.references import ModelReference, no_classes, parse_reference
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -95,10 +95,7 @@ class FrozenTeacher:
         self.num_classes = int(getattr(classifier.net, "num_classes", 0))
         self.class_names: list[str] | None = self.reference.metadata.get("class_names")
         if self.num_classes < 2 and classes:
-            raise UserError(
-                f"{reference}: has {self.num_classes} classes, a teacher needs several; "
-                "run `ssld prototypes` first, which makes a teacher of an encoder without classes"
-            )
+            raise UserError(no_classes(reference, self.num_classes))
         self._content_sha256 = content_hash(classifier.net.state_dict())
         if global_pool is not None:
             if classes:
