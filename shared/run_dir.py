@@ -165,7 +165,7 @@ class RunDir:
         """
         if not self.main:
             return
-        known = self._environment["networks"]
+        known = self._environment.get("networks")
         if known is None:
             values = ", ".join(f"{name} {json.dumps(value)}" for name, value in facts.items())
             self.log(
@@ -328,6 +328,7 @@ class RunDir:
                 self._delete_scratch()
                 self._make_again(*gone_or_changed(self.path, result))
                 if self.status == "finished":
+                    self._environment = before  # kept where the command finds damage itself and reopens the run
                     return
         (self.path / "error.json").unlink(missing_ok=True)
         self.changed = changes
