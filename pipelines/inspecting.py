@@ -1,8 +1,8 @@
 """`ssld inspect`: kind, origin, scores and licence of a file or folder of this project; counts of annotations and detections; an image's size.
 
 Reads binary files (models as .safetensors or pickles of tensors, exports as .onnx and .pt2, manifests of a curation as .parquet), COCO annotations
-and detections in JSON, images, and the folders of pipelines, runs, checkpoints and soft-label stores. Settings that a kind of detector does not use are
-left out. Only model files import torch.
+and detections in JSON, images, and the folders of pipelines, runs, checkpoints and soft-label stores. Settings that a kind of detector does not use
+are left out. Only model files import torch.
 """
 
 import json
