@@ -269,8 +269,8 @@ def train(config: TrainConfig) -> None:
     # ---- the loop
     def inputs_of(batch: TrainBatch) -> list[Any]:
         """Return what the model takes of a batch, on the device."""
-        weak = [batch.weak] if batch.weak else []  # views for a moving teacher
-        return [part.to(device, non_blocking=True) for part in (batch.images, batch.targets, *weak)]
+        weak = [batch.weak.to(device, non_blocking=True)] if batch.weak else []  # views for a moving teacher
+        return [batch.images.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True), *weak]
 
     step = start
     with StopRequest() as stop, state.deaths, state.progress.begin(start, steps) as progress:

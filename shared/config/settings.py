@@ -305,10 +305,15 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> I
     """Yield (dotted key, old, new) of every difference between two dumped configurations; the groups of a list have its numbers as keys."""
     for key in dict.fromkeys([*old, *new]):
         before, after = old.get(key), new.get(key)
-        lists = isinstance(before, list) and isinstance(after, list) and len(before) == len(after)
-        if lists and all(isinstance(group, dict) for group in (*before, *after)):
-            before, after = ({str(place): group for place, group in enumerate(one)} for one in (before, after))
+        if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+            before, after = _by_number(before), _by_number(after)
         if isinstance(before, dict) and isinstance(after, dict):
             yield from differences(before, after, f"{prefix}{key}.")
         elif before != after:
             yield f"{prefix}{key}", before, after
+
+
+def _by_number(items: list[Any]) -> Any:
+    """Return the groups of a list by their number, and any other list as it is."""
+    groups = bool(items) and all(isinstance(one, dict) for one in items)
+    return {str(number): one for number, one in enumerate(items)} if groups else items

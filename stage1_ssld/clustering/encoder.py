@@ -74,7 +74,7 @@ class Encoder:
     def settings(self) -> dict[str, Any]:
         """Return what its features depend on: its weights, side of the views in pixels, mean and std (0..1 per channel)."""
         inputs = self._inputs
-        weights = self.facts["content_sha256"][:16]
+        weights = str(self.facts["content_sha256"])[:16]
         return {"weights": weights, "size": self.size, "mean": list(inputs.mean), "std": list(inputs.std)}
 
     def embed(self, pixels_BCHW: Tensor) -> np.ndarray:
