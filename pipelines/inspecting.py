@@ -1,8 +1,8 @@
 """`ssld inspect`: kind, origin, scores and licence of a file or folder of this project; counts of annotations and detections; an image's size.
 
-Reads binary files (models as .safetensors, exports as .onnx and .pt2, manifests of a curation as .parquet), COCO annotations and detections in JSON,
-images, and the folders of pipelines, runs, checkpoints and soft-label stores. Settings that a kind of detector does not use are left out. Only model
-files import torch.
+Reads binary files (models as .safetensors or pickles of tensors, exports as .onnx and .pt2, manifests of a curation as .parquet), COCO annotations
+and detections in JSON, images, and the folders of pipelines, runs, checkpoints and soft-label stores. Settings that a kind of detector does not use
+are left out. Only model files import torch.
 """
 
 import json
@@ -10,29 +10,57 @@ import math
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from ssld.pipelines.reports.table import Record, read_record
+from ssld.shared.checksums import is_sound
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.files import IMAGE_SUFFIXES
+from ssld.shared.models.downloads import PICKLE_SUFFIXES
 from ssld.shared.run_dir import read_result
+from ssld.shared.training.checkpoint_folders import EVALUATION
 from ssld.shared.wording import amount, printable
 from ssld.stage2_detect.model_config import DetectorConfig, Kind
 
 KNOWN = (
-    "inspect reads model files (.safetensors), exported networks (.onnx, .pt2), manifests (.parquet), COCO annotations "
+    "inspect reads model files (.safetensors, .pth), exported networks (.onnx, .pt2), manifests (.parquet), COCO annotations "
     "and detections (.json), images, and folders of pipelines, runs, checkpoints and soft labels"
 )
 _FIRST = (
-    *("kind", "arch", "num_classes", "class_names", "input_size", "teacher", "licence", "backbone", "step", "weights"),
+    *(
+        "kind",
+        "arch",
+        "num_classes",
+        "class_names",
+        "prototypes",
+        "encoder",
+        "input_size",
+        "views",
+        "top",
+        "kept_probability",
+    ),
+    *("teacher", "licence", "backbone", "step", "weights"),
     *("metrics", "model", "resize"),
 )
 _OF_A_RUN = (
-    *("backbone", "student", "teacher", "model", "data", "init", "steps", "train_epochs", "batch_size", "precision"),
-    "seed",
+    *(
+        "backbone",
+        "student",
+        "teacher",
+        "store",
+        "losses",
+        "encoder",
+        "pool",
+        "model",
+        "data",
+        "init",
+        "distill",
+        "moving_teacher",
+    ),
+    *("prototypes", "views", "top", "keep", "steps", "train_epochs", "batch_size", "precision", "seed"),
 )
 _MOST, _LARGEST = 10, 64_000_000
 
@@ -43,6 +71,7 @@ def inspect_text(path: Path) -> str:
         raise UserError(f"{path}: no such file or folder")
     kinds = {".safetensors": _model, ".onnx": _onnx, ".pt2": _program, ".parquet": _parquet, ".json": _coco}
     other = _image if path.suffix.lower() in IMAGE_SUFFIXES else None
+    kinds |= dict.fromkeys(PICKLE_SUFFIXES, _pickle)
     read = _folder if path.is_dir() else kinds.get(path.suffix, other)
     if read is None:
         raise UserError(f"{path}: not a file or folder of this project; {KNOWN}")
@@ -63,11 +92,37 @@ def _model(path: Path) -> tuple[str, dict[str, Any]]:
     values = sum(math.prod(shape) for shape in shapes.values())
     facts = {"tensors": f"{len(shapes)} ({values / 1e6:.2f} M values)", **metadata}
     if not metadata:
-        return "safetensors file of another program", facts | {"metadata": "none: not written by this project"}
+        facts |= {"metadata": "none: not written by this project"}
+        return "safetensors file of another program", facts | _of_others(shapes)
     model = metadata.get("model")
     if isinstance(model, dict) and "kind" in model:
         return f"detector ({model['kind']}) file", facts
+    if isinstance(made := metadata.get("prototypes"), dict):
+        side = " x ".join(map(str, metadata.get("input_size") or ["?"]))
+        return f"backbone file, a teacher of {made.get('prototypes')} prototypes at {side} px", facts
     return f"{metadata.get('kind', 'backbone')} file", facts
+
+
+def _pickle(path: Path) -> tuple[str, dict[str, Any]]:
+    from ssld.shared.models.state_dicts import read_state_dict  # imports torch
+
+    tensors, place = read_state_dict(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    values = sum(math.prod(shape) for shape in shapes.values())
+    facts = {"tensors": f"{len(shapes)} ({values / 1e6:.2f} M values)"} | ({"found under": place} if place else {})
+    return "pickle with the tensors of a network", facts | _of_others(shapes)
+
+
+def _of_others(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Describe tensors that do not say what they are of, and the ways to use them."""
+    named = [f"{name} [{', '.join(map(str, shape))}]" for name, shape in shapes.items()]
+    detector = any("rpn." in name or "bbox" in name for name in shapes)
+    use = (
+        "if it is a detector of torchvision, detectron2 or mmdetection: ssld convert-detector --weights FILE"
+        if detector
+        else "a teacher or evaluated network by its timm name (teacher.arch, arch); as a student or backbone if it is a .safetensors file"
+    )
+    return {"tensors by name": ", ".join(named if len(named) < 5 else [*named[:2], "...", *named[-2:]]), "use": use}
 
 
 def _onnx(path: Path) -> tuple[str, dict[str, Any]]:
@@ -188,19 +243,45 @@ def _folder(path: Path) -> tuple[str, dict[str, Any]]:
         facts["sources"] = [f"{one.get('path')} ({one.get('rows', 0):,} rows)" for one in facts.get("sources", [])]
         facts["shards"] = f"{len(shards)} ({sum(shard.get('images', 0) for shard in shards):,} images)"
         facts.pop("replayed", None)  # checksums of views, not readable
+        kept = facts.get("kept_probability", _kept_by_run(path.absolute().parent))
+        if isinstance(kept, float):
+            facts["kept_probability"] = f"{100 * kept:.1f} % of the probability is in the stored classes"
+        if "top" in facts:
+            facts["top"] = f"{facts['top']} of {facts.get('num_classes')} classes stored per view"
+        settings = facts.get("teacher_settings")
+        if isinstance(settings, dict) and settings.get("size", 0) is None:
+            facts["teacher_settings"] = settings | {"size": "that of the views"}
         return "store of soft labels", facts | {"size": _size(path)}
     if (path / "state.json").is_file():
         state = "complete" if (path / "COMPLETE").exists() else "NOT complete: it is ignored"
-        plain = {key: value for key, value in _json(path / "state.json").items() if not isinstance(value, dict)}
+        values = _json(path / "state.json") | (_json(path / EVALUATION) if is_sound(path / EVALUATION) else {})
+        plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
+        if isinstance(skipped := plain.pop("skipped", None), list):
+            plain["skipped steps"] = skipped[0]
         parts = sorted(file.name for file in path.glob("*.safetensors"))
         return f"checkpoint ({state})", plain | {"parts": parts, "size": _size(path)}
     if (path / "config.yaml").is_file():
         return _run(path)
     if record := read_record(path):
         return _pipeline(path, record)
+    if (path / "config.json").is_file():
+        return _hub_folder(path)
     if runs := sorted(file.parent.name for file in path.glob("*/config.yaml")):
         return "folder of run directories", {"runs": [f"{name} ({_state(path / name)})" for name in runs]}
     raise UserError(f"{path}: not a file or folder of this project; {KNOWN}")
+
+
+def _kept_by_run(run: Path) -> Any:
+    """Return the share of probability in a store by the result of the run that wrote it, None without one: earlier versions wrote it there alone."""
+    return (read_result(run) or {"metrics": {}})["metrics"].get("kept_probability")
+
+
+def _hub_folder(path: Path) -> tuple[str, dict[str, Any]]:
+    from ssld.shared.models.metadata import folder_facts, read_config
+
+    config = path / "config.json"
+    files = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", *PICKLE_SUFFIXES))
+    return "folder in the Hugging Face layout", folder_facts(read_config(config), config) | {"weights": files}
 
 
 def _pipeline(path: Path, record: Record) -> tuple[str, dict[str, Any]]:
@@ -230,6 +311,7 @@ def _run(path: Path) -> tuple[str, dict[str, Any]]:
         folder.name for folder in path.glob("checkpoints/*") if (folder / "COMPLETE").exists()
     )
     facts |= {key: environment[key] for key in ("started", "machine", "versions") if key in environment}
+    facts |= {f"{name} in use": network for name, network in (environment.get("networks") or {}).items()}
     main = {key: settings[key] for key in _OF_A_RUN if settings.get(key) is not None}
     if isinstance(main.get("model"), dict) and "kind" in main["model"]:
         main["model"] = main["model"]["kind"]

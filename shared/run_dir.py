@@ -1,7 +1,7 @@
 """The folder of one run, with all its records.
 
     config.yaml       the resolved settings
-    environment.json  command line, versions, machine, digests of the inputs
+    environment.json  command line, versions, machine, digests of the inputs, facts about frozen networks
     metrics.jsonl     one line per logged step
     log.txt           all printed lines
     quarantine.txt    unreadable images, if any
@@ -84,7 +84,8 @@ class RunDir:
         self.listeners: list[RunListener] = []
         self._config, self._command, self._scratch = config, command, scratch
         self._changes: list[str] = []
-        self._unrecorded: dict[str, Any] | None = None  # environment.json of a start that has not begun
+        self._environment: dict[str, Any] = {}  # environment.json of this start
+        self._begun = True  # whether the records are those of this start
         self.changed: list[str] = []
         self.earlier_seconds = 0.0
         self._started = time.monotonic()  # the clock may be set meanwhile
@@ -139,14 +140,53 @@ class RunDir:
         A command with settings that may change calls it once nothing can refuse them any more, at the latest when it finishes: settings that never
         ran are no change, and leave a finished run finished.
         """
-        if self._unrecorded is None:
+        if self._begun:
             return
         (self.path / "result.json").unlink(missing_ok=True)
-        write_atomically(self.path / "environment.json", json.dumps(self._unrecorded, indent=2) + "\n")
+        self._write_environment()
         write_atomically(self.path / "config.yaml", dump_yaml(self._config))
-        self._unrecorded = None
+        self._begun = True
         for change in self.changed:
             self.log(f"changed since the last start: {change}")
+
+    def compare_network(self, key: str, facts: Mapping[str, Any], note: str | None = None) -> None:
+        """Record facts about a frozen network, such as the size at which it sees images, and compare them with those of earlier starts.
+
+        They follow from its file, its settings and this version, so the digests of the inputs do not show all of their changes. A run of an earlier
+        version, which has recorded none, continues, and the log says what is assumed.
+
+        Args:
+            key: name of the network in messages.
+            facts: JSON values by name.
+            note: a further line for the log of a run without these records.
+
+        Raises:
+            UserError: a fact that this run began with is another one now.
+        """
+        if not self.main:
+            return
+        known = self._environment.get("networks")
+        if known is None:
+            values = ", ".join(f"{name} {json.dumps(value)}" for name, value in facts.items())
+            self.log(
+                f"{key}: this run began with a version that did not record what follows; it is assumed to be as now: {values}"
+            )
+            self.log_if(note)
+        known = known if isinstance(known, dict) else {}
+        before = known.get(key)
+        before = before if isinstance(before, dict) else {}
+        other = [
+            f"{name} {json.dumps(before[name])}, now {json.dumps(value)}"
+            for name, value in facts.items()
+            if before.get(name, value) != value
+        ]
+        if other:
+            raise UserError(
+                f"{self.path}: began with another {key}: {'; '.join(other)}; give another --output or delete it"
+            )
+        self._environment["networks"] = known | {key: dict(facts)}
+        if self._begun:
+            self._write_environment()
 
     def metric(self, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl, and pass it to the listeners."""
@@ -232,6 +272,9 @@ class RunDir:
     def __del__(self) -> None:
         self.close()
 
+    def _write_environment(self) -> None:
+        write_atomically(self.path / "environment.json", json.dumps(self._environment, indent=2) + "\n")
+
     def _rewrite_metrics(self, lines: Iterable[dict[str, Any]]) -> None:
         write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -270,9 +313,11 @@ class RunDir:
         self.inputs = input_digests(self._config)
         environment = _environment(self._command, self.inputs)
         changes: list[str] = []
+        networks: Any = {}
         if holds_work(self.path):
             changes = self._refuse_other_run()
             before = self._environment_before()
+            networks = before.get("networks")  # None: an earlier version wrote the record
             self._changes = list(dict.fromkeys([*_strings(before.get("changes")), *changes]))
             for key in ("versions", "processes", "threads"):
                 if before and before.get(key) != environment[key]:
@@ -283,10 +328,12 @@ class RunDir:
                 self._delete_scratch()
                 self._make_again(*gone_or_changed(self.path, result))
                 if self.status == "finished":
+                    self._environment = before  # kept where the command finds damage itself and reopens the run
                     return
         (self.path / "error.json").unlink(missing_ok=True)
         self.changed = changes
-        self._unrecorded = environment | {"changes": self._changes}
+        self._environment = environment | {"changes": self._changes, "networks": networks}
+        self._begun = False
         if not changes:
             self.begin()
 

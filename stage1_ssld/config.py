@@ -59,7 +59,10 @@ class Stage1Config(TrainingConfig):
 _LENGTHS = ("steps", "train_epochs", "train_images")
 EVALUATION_BATCH = 128
 """Most images per evaluation batch; the memory trial of auto_batch runs one too."""
-LR_OF_RANDOM, LR_OF_PRETRAINED = 4e-3, 5e-5  # AdamW at batch 256; larger steps destroy pretrained weights (docs/distillation.md)
+LR_OF_RANDOM, LR_OF_PRETRAINED = (
+    4e-3,
+    5e-5,
+)  # AdamW at batch 256; larger steps destroy pretrained weights (docs/distillation.md)
 
 _NONE: Any = None  # as a default it fits the types that type checkers see below
 if TYPE_CHECKING:  # `DistillConfig.fitted` has replaced None before anything reads these settings
@@ -220,7 +223,8 @@ class DistillConfig(Stage1Config):
         return super().inputs() | self.student.inputs("student.model") | teacher | store
 
     def networks(self) -> dict[str, Network]:
-        teacher = self.teacher.networks("teacher") if self.teacher else {}
+        classes = self.objective == "labels" or not all(loss.of_features for loss in self.losses)
+        teacher = self.teacher.networks("teacher", classes=classes) if self.teacher else {}
         return self.student.networks("student.model", None if self.takes_own_size else self.data.image_size) | teacher
 
 
@@ -337,7 +341,6 @@ class CurateConfig(ForwardConfig):
 
     process_timeout: ProcessTimeout = LONGEST_TIMEOUT  # the main process selects while the others wait
     """time limit, in minutes, of one process waiting for another, 1 to 10,080; the run ends after it"""
-
     pool: list[SourceConfig] = Field(min_length=1)
     """sources to select images from; labels are not read"""
     allow_loss: bool = False

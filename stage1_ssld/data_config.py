@@ -310,12 +310,12 @@ class TeacherConfig(TeacherMember):
             files |= reference_input(f"{key}.ensemble.{number}.model", member.model)
         return files
 
-    def networks(self, key: str) -> dict[str, Network]:
-        """Its networks, by key."""
+    def networks(self, key: str, *, classes: bool = True) -> dict[str, Network]:
+        """Its networks, by key; `classes`: whether its logits are needed."""
         members = {f"{key}.ensemble.{number}": member for number, member in enumerate(self.ensemble)}
         return {
             f"{name}.model": Network(
-                one.model, one.arch, one.size if isinstance(one.size, int) else None, allow_pickle=True
+                one.model, one.arch, one.size if isinstance(one.size, int) else None, allow_pickle=True, classes=classes
             )
             for name, one in ({key: self} | members).items()
         }

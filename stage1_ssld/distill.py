@@ -106,6 +106,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.shared.training.quarantine import Quarantine
     from ssld.shared.training.trackers import start_trackers
     from ssld.shared.training.training_state import TrainingState
+    from ssld.stage1_ssld.data.batch import Batch
     from ssld.stage1_ssld.data.batch_images import view_images
     from ssld.stage1_ssld.data.held_out import hold_out
     from ssld.stage1_ssld.data.labels import doubt_on_order
@@ -124,7 +125,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.stage1_ssld.distillation.preview import preview
     from ssld.stage1_ssld.distillation.student import Student
     from ssld.stage1_ssld.distillation.targets import open_targets
-    from ssld.stage1_ssld.distillation.teacher import try_teacher
+    from ssld.stage1_ssld.distillation.teacher import compare_teacher, try_teacher
     from ssld.stage1_ssld.evaluation.curves import write_curves
     from ssld.stage1_ssld.evaluation.metrics import describe, score_of
     from ssld.stage1_ssld.evaluation.validation import Validation
@@ -156,6 +157,8 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     # ---- targets: a teacher, a store or labels; and the resulting classes
     targets = open_targets(config, sources, val_source, device=device, log=run.log)
     teacher = targets.teacher
+    if teacher and isinstance(config, DistillConfig) and config.teacher:
+        compare_teacher(run, teacher, config.teacher, data.image_size)
     if val_source and targets.classes == 0:
         run.log(
             f"{val_source.path}: feature losses alone train no classifier, so no top-1 and no agreement are measured; "
@@ -301,6 +304,10 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     run.log(*state.describe_start(start, base_lr, cosine_factor(start, steps=steps, warmup_steps=warmup_steps)))
 
     # ---- the loop
+    def forward_pass(batch: Batch, step: int, micro: int = 0) -> ForwardPass:
+        seed = stable_seed(config.seed, step, micro, rank)
+        return ForwardPass(batch, data, student, targets, objective, device=device, seed=seed)
+
     step = start
     drawn: list[Any] = []  # images of the first step, for batches.jpg
     with (
@@ -311,6 +318,11 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     ):
         if state.owes_evaluation and config.evaluates_after(start, steps):
             score_now(start)
+        if 0 < start < steps and state.exhausted(config.patience):  # no step follows whose loss would show a bad update
+            with state.fetching(start + 1, 0):
+                forward = forward_pass(next(stream), start + 1)
+            student.train_mode()
+            state.check_last_update(start, lambda: forward.losses(model))
         while step < steps and not state.exhausted(config.patience):
             step += 1
             logged = step % config.log_every == 0 or step == steps
@@ -326,8 +338,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                     raise UserError(
                         f"{batch.unreadable[0]} and the images after it are all unreadable; fix or remove them"
                     )
-                seed = stable_seed(config.seed, step, micro, rank)
-                forward = ForwardPass(batch, data, student, targets, objective, device=device, seed=seed)
+                forward = forward_pass(batch, step, micro)
                 if step == 1 and len(drawn) < MOST:
                     drawn += view_images(forward.pixels_BCHW, batch, targets.class_names)
                     if micro == config.accumulate - 1 or len(drawn) >= MOST:
@@ -365,6 +376,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 score_now(step, due=due)
             last = step == steps or state.exhausted(config.patience)
             if last:
+                student.train_mode()  # an evaluation may have changed it
                 state.check_last_update(step, lambda: forward.losses(model))  # noqa: B023 - called here
             stopping = stop.agreed() and not last
             if due or last or stopping:

@@ -92,6 +92,7 @@ def train(config: TrainConfig) -> None:
     from ssld.shared.training.training_state import TrainingState
     from ssld.shared.wording import count
     from ssld.stage2_detect.data.batch_order import labeled_images
+    from ssld.stage2_detect.data.loaders import TrainBatch
     from ssld.stage2_detect.data.sizing import Sizing
     from ssld.stage2_detect.data.training_data import read_training_data, teacher_check_images, training_loader
     from ssld.stage2_detect.deploy.writing import try_export
@@ -266,11 +267,20 @@ def train(config: TrainConfig) -> None:
         return
 
     # ---- the loop
+    def inputs_of(batch: TrainBatch) -> list[Any]:
+        """Return what the model takes of a batch, on the device."""
+        weak = [batch.weak.to(device, non_blocking=True)] if batch.weak else []  # views for a moving teacher
+        return [batch.images.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True), *weak]
+
     step = start
     with StopRequest() as stop, state.deaths, state.progress.begin(start, steps) as progress:
         if state.owes_evaluation and config.evaluates_after(start, steps):
             score_now(start)
         stream = iter(loader)
+        if 0 < start < steps and state.exhausted(config.patience):  # no step follows whose loss would show a bad update
+            with state.fetching(start + 1, 0):
+                batch = next(stream)
+            state.check_last_update(start, lambda: model.train()(*inputs_of(batch)))
         while step < steps and not state.exhausted(config.patience):
             step += 1
             lr = base_lr * schedule.factor(step - 1)
@@ -280,14 +290,12 @@ def train(config: TrainConfig) -> None:
                 with state.fetching(step, micro):
                     batch = next(stream)
                 quarantine.add(str(image.name) for image in batch.unreadable)
-                images = batch.images.to(device, non_blocking=True)
-                targets = batch.targets.to(device, non_blocking=True)
-                weak = [batch.weak.to(device, non_blocking=True)] if batch.weak else []  # views for a moving teacher
+                inputs = inputs_of(batch)
                 # Drop-path is then the same after a resumption.
                 torch.manual_seed(stable_seed(config.seed, step, micro, accelerator.process_index))
                 # DDP reduces gradients once per step, in the last backward pass.
                 with nullcontext() if micro == config.accumulate - 1 else accelerator.no_sync(model):
-                    losses = model(images, targets, *weak)
+                    losses = model(*inputs)
                     loss = torch.stack(list(losses.values())).sum()
                     accelerator.backward(loss / config.accumulate)
                 losses = {"loss": loss, **losses}
@@ -312,7 +320,7 @@ def train(config: TrainConfig) -> None:
                 score_now(step, due=due)
             last = step == steps or state.exhausted(config.patience)
             if last:
-                state.check_last_update(step, lambda: model.train()(images, targets, *weak))  # noqa: B023 - called here
+                state.check_last_update(step, lambda: model.train()(*inputs))  # noqa: B023 - called here
             stopping = stop.agreed() and not last
             if due or last or stopping:
                 state.save(step)

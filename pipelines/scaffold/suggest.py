@@ -151,6 +151,8 @@ RESNET50 = 3.0
 _LARGE = Networks("timm:resnet50d.ra2_in1k", None, "timm:hgnetv2_b6.ssld_stage2_ft_in1k", None, 256, 1024, RESNET50)
 _SMALL = Networks("timm:resnet18d.ra2_in1k", None, "timm:resnet50d.ra2_in1k", None, 128, 512, 1.0)
 _NARROW = Networks("timm:resnet18d.ra2_in1k", None, "timm:resnet50d.ra2_in1k", None, 64, 256, 0.8)
+USUAL_TEACHERS = frozenset(one.teacher for one in (_LARGE, _SMALL, _NARROW))
+"""teachers that are proposed where the user names none"""
 FEW = 2
 """images per process up to which BatchNorm is frozen"""
 LEAST_PIXELS, LEAST_SIDE = 12, 160

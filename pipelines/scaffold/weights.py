@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ssld.pipelines.runner.plan import names_architecture
 from ssld.pipelines.scaffold.starts import Init, Start, absence, download_of
-from ssld.pipelines.scaffold.suggest import Networks
+from ssld.pipelines.scaffold.suggest import USUAL_TEACHERS, Networks
 from ssld.shared.apart import call_apart
 from ssld.shared.errors import UserError
 from ssld.shared.models.damage import refuse_damaged
@@ -83,7 +83,8 @@ def check_files(networks: Networks, roles: tuple[str, ...], *, maps: bool) -> No
         check_file(role, text)
         if kind == "file" and arch is None and not names_architecture(Path(text)):
             raise UserError(f"--{role} {text}: does not name its architecture; add --{flag} with its timm name")
-        if kind in ("file", "folder", "random"):
+        unusual = role == "teacher" and kind == "timm" and text not in USUAL_TEACHERS
+        if kind in ("file", "folder", "random") or unusual:
             given[role] = (text, arch)
     if faults := faults_apart(given, maps=maps):
         raise UserError(*faults)
@@ -108,17 +109,21 @@ def faults_of(given: Mapping[str, tuple[str, str | None]], maps: bool = True) ->
     """Build the network of each reference with its weights, and return a line for each that fails. Imports torch.
 
     Args:
-        given: (reference, timm name of the network or None) by role; a `teacher` needs classes and may be a pickle, as in stage 1.
+        given: (reference, timm name of the network or None) by role; a `teacher` needs classes and may be a pickle, as in stage 1. Of one by timm's
+            name, which may have to be downloaded, only what timm's registry says is checked.
         maps: whether a `backbone` has to give maps of features, as a detector needs them; stage 1 alone takes any classifier.
     """
     from ssld.shared.models.backbones import create_classifier, load_backbone
-    from ssld.shared.models.references import parse_reference
+    from ssld.shared.models.references import is_encoder, no_classes, parse_reference
     from ssld.shared.models.teacher import FrozenTeacher
 
     faults = []
     for role, (text, arch) in given.items():
         try:
-            if role == "teacher":
+            if role == "teacher" and kind_of(text) == "timm":
+                if is_encoder(text):
+                    raise UserError(no_classes(text))
+            elif role == "teacher":
                 FrozenTeacher(text, arch=arch)
             elif maps:
                 load_backbone(text, arch=arch, features_only=True)

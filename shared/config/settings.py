@@ -67,6 +67,8 @@ class Network(NamedTuple):
     """required side in pixels; None: the model's own"""
     allow_pickle: bool = False
     """whether a state dict in a pickle is allowed"""
+    classes: bool = False
+    """whether it has to have classes"""
 
 
 _LONGEST_NAME = 1000
@@ -300,10 +302,18 @@ def identity(config: BaseModel) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (dotted key, old, new) of every difference between two dumped configurations."""
+    """Yield (dotted key, old, new) of every difference between two dumped configurations; the groups of a list have its numbers as keys."""
     for key in dict.fromkeys([*old, *new]):
         before, after = old.get(key), new.get(key)
+        if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+            before, after = _by_number(before), _by_number(after)
         if isinstance(before, dict) and isinstance(after, dict):
             yield from differences(before, after, f"{prefix}{key}.")
         elif before != after:
             yield f"{prefix}{key}", before, after
+
+
+def _by_number(items: list[Any]) -> Any:
+    """Return the groups of a list by their number, and any other list as it is."""
+    groups = bool(items) and all(isinstance(one, dict) for one in items)
+    return {str(number): one for number, one in enumerate(items)} if groups else items

@@ -56,7 +56,7 @@ def system_fault(error: Exception, output: Path | None, auto_batch: bool | None)
     # On every rank: the others wait for this one until the launcher ends them, and note nothing.
     if auto_batch and output:
         _note_too_few_passes(output)
-    what = (str(error).splitlines() or ["no more to be had"])[0]
+    what = (str(error).splitlines() or ["no more to be had."])[0]
     return f"out of memory: {what} {advice}"
 
 

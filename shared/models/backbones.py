@@ -22,7 +22,7 @@ from ssld.shared.config.settings import Network
 from ssld.shared.errors import UserError
 from ssld.shared.models.downloads import require_downloads
 from ssld.shared.models.model_file import content_hash, save_model_file
-from ssld.shared.models.references import ModelReference, parse_reference
+from ssld.shared.models.references import ModelReference, is_encoder, no_classes, parse_reference
 from ssld.shared.models.state_dicts import Fitted, create, fit, read_state_dict
 from ssld.shared.terminal import say
 
@@ -177,6 +177,9 @@ def check_networks(networks: Mapping[str, Network], hub_data: Mapping[str, str] 
 
     Prints what will be downloaded. Raises UserError for the first fault, and for weights or data that cannot be downloaded.
     """
+    for key, network in networks.items():
+        if network.classes and is_encoder(network.model):
+            raise UserError(f"{key}: {no_classes(network.model)}")
     models = {key: network.model for key, network in networks.items()} | dict(hub_data or {})
     for line in require_downloads(models):
         if launched_ranks()[0] == 0:

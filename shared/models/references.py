@@ -55,6 +55,20 @@ class ModelReference:
         return args
 
 
+def no_classes(text: str, classes: int = 0) -> str:
+    """Return the message on a teacher whose network has too few classes."""
+    return f"{text}: has {classes} classes, a teacher needs several; run `ssld prototypes` first, which makes a teacher of an encoder without classes"
+
+
+def is_encoder(text: str) -> bool:
+    """Whether a reference names weights that have no classes by timm's registry, which is known before any download."""
+    try:
+        cfg: Any = get_pretrained_cfg(known_arch(text.removeprefix("timm:"), text)) if kind_of(text) == "timm" else None
+    except UserError:  # no such name: reported where it is read
+        return False
+    return cfg is not None and cfg.num_classes == 0
+
+
 def parse_reference(
     text: str, arch: str | None = None, *, allow_pickle: bool = False, arch_key: str = "arch"
 ) -> ModelReference:

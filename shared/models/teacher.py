@@ -18,7 +18,7 @@ from ssld.shared.images import seeded_torch
 from ssld.shared.models.backbones import Classifier, create_classifier, licence, place
 from ssld.shared.models.folding import fold_batchnorm as fold
 from ssld.shared.models.model_file import content_hash
-from ssld.shared.models.references import ModelReference, parse_reference
+from ssld.shared.models.references import ModelReference, no_classes, parse_reference
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -89,15 +89,13 @@ class FrozenTeacher:
             classifier, inputs = create_classifier(self.reference, image_size=side)
         classifier.requires_grad_(False).eval()
         self.own_size = inputs.size
+        self._normalization = {"mean": list(inputs.mean), "std": list(inputs.std)}
         at_own_size = inputs.fixed_size or size == "own" or "prototypes" in self.reference.metadata
         self.size = (side, side) if side else inputs.size if at_own_size else None
         self.num_classes = int(getattr(classifier.net, "num_classes", 0))
         self.class_names: list[str] | None = self.reference.metadata.get("class_names")
         if self.num_classes < 2 and classes:
-            raise UserError(
-                f"{reference}: has {self.num_classes} classes, a teacher needs several; "
-                "run `ssld prototypes` first, which makes a teacher of an encoder without classes"
-            )
+            raise UserError(no_classes(reference, self.num_classes))
         self._content_sha256 = content_hash(classifier.net.state_dict())
         if global_pool is not None:
             if classes:
@@ -199,8 +197,10 @@ class FrozenTeacher:
         }
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that its logits depend on: size that pixels are resized to (height, width; None: as they come), precision."""
-        return {"size": list(self.size) if self.size else None, "precision": PRECISIONS[self._dtype]}
+        """Return what its logits depend on beside its weights: size that pixels are resized to (height, width; None: as they come), precision, mean
+        and std (0..1 per channel)."""
+        size = list(self.size) if self.size else None
+        return {"size": size, "precision": PRECISIONS[self._dtype], **self._normalization}
 
     @contextmanager
     def _forward(self) -> Iterator[None]:
@@ -303,9 +303,9 @@ class TeacherEnsemble:
         }
 
     def settings(self) -> dict[str, Any]:
-        """See FrozenTeacher; the sizes of all members."""
+        """See FrozenTeacher; sizes, means and standard deviations of all members."""
         settings = [member.settings() for member in self._members]
-        return settings[0] | {"size": [one["size"] for one in settings]}
+        return settings[0] | {key: [one[key] for one in settings] for key in ("size", "mean", "std")}
 
 
 Teacher = FrozenTeacher | TeacherEnsemble

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from ssld.shared.checksums import is_sound, write_folder_sums, write_with_sum
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import save_tensors
-from ssld.shared.training.checkpoint_folders import MARK, complete_checkpoints, damaged_checkpoint, step_of
-
-_EVALUATION = "evaluation.json"
+from ssld.shared.training.checkpoint_folders import EVALUATION, MARK, complete_checkpoints, damaged_checkpoint, step_of
 
 
 def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
@@ -57,7 +55,7 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]]
 
 def add_evaluation(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Replace values of the state of a checkpoint below `folder` by those after an evaluation of its weights."""
-    write_with_sum(folder / f"step_{step:08d}" / _EVALUATION, json.dumps(state) + "\n")
+    write_with_sum(folder / f"step_{step:08d}" / EVALUATION, json.dumps(state) + "\n")
 
 
 def keep_newest(folder: Path, keep: int) -> None:
@@ -86,7 +84,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
         raise UserError(damage)
     parts = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    evaluation = path / _EVALUATION
+    evaluation = path / EVALUATION
     return parts, state | (json.loads(evaluation.read_text(encoding="utf-8")) if is_sound(evaluation) else {})
 
 

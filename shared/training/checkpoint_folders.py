@@ -7,6 +7,8 @@ from ssld.shared.checksums import damage_in_folder
 
 MARK = "COMPLETE"
 """file in a checkpoint that is written last"""
+EVALUATION = "evaluation.json"
+"""file in a checkpoint with what an evaluation of its weights changes"""
 _NAME = re.compile(r"step_\d+")
 
 

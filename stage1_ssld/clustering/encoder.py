@@ -71,6 +71,12 @@ class Encoder:
         self._classifier = place(classifier, device, channels_last=config.channels_last)
         self._device, self._dtype, self._precision = device, DTYPES[config.precision], config.precision
 
+    def settings(self) -> dict[str, Any]:
+        """Return what its features depend on: its weights, side of the views in pixels, mean and std (0..1 per channel)."""
+        inputs = self._inputs
+        weights = str(self.facts["content_sha256"])[:16]
+        return {"weights": weights, "size": self.size, "mean": list(inputs.mean), "std": list(inputs.std)}
+
     def embed(self, pixels_BCHW: Tensor) -> np.ndarray:
         """Pooled features [B,D] float32. Raises UserError if any is NaN or infinite."""
         mixed = self._dtype != torch.float32

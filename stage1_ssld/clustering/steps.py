@@ -72,6 +72,7 @@ def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
     if (images := pool.images()) is not None:
         _count(config, images)
     encoder = Encoder(config, device)
+    run.compare_network("encoder", encoder.settings())
     compare_shards(run, pool=pool)
     left_out = f"; its {encoder.facts['classes']} classes are left out" if encoder.facts["classes"] else ""
     run.log(f"encoder {encoder.facts['reference']} at {encoder.size} px{left_out}")

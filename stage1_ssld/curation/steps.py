@@ -54,7 +54,7 @@ from ssld.stage1_ssld.curation.shard_pass import (
     open_shards,
     over_missing_shards,
 )
-from ssld.stage1_ssld.distillation.teacher import make_teacher
+from ssld.stage1_ssld.distillation.teacher import compare_teacher, make_teacher
 
 _EMBEDDINGS = ("embeddings_pool", "embeddings_held_out")  # folders; removed after the cosines are written
 
@@ -76,6 +76,7 @@ def curate(config: CurateConfig) -> None:
 def _curate(config: CurateConfig, run: RunDir, device: torch.device) -> None:
     pool, held_out, val_shards = _open(config)
     teacher = _Teacher(config, device)
+    compare_teacher(run, teacher.network, config.teacher, config.image_size)
     compare_shards(run, pool=pool, held_out=held_out)
 
     # ---- scores of the pool, hashes of the held-out images: shared among the ranks
@@ -159,21 +160,21 @@ class _Teacher:
 
     def __init__(self, config: CurateConfig, device: torch.device) -> None:
         self._reference, self._device = config.teacher.model, device
-        self._teacher = make_teacher(
+        self.network = make_teacher(
             config.teacher, precision=config.precision, device=device, channels_last=config.channels_last
         )
-        self.classes, self.names = self._teacher.num_classes, self._teacher.class_names
+        self.classes, self.names = self.network.num_classes, self.network.class_names
 
     def facts(self) -> dict[str, Any]:
         """Teacher metadata for the manifest."""
-        return self._teacher.facts()
+        return self.network.facts()
 
     def scores(self, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
         """(class_N, score_N) of the readable images of a piece."""
         if piece.pixels_BCHW is None:
             return np.empty(0, np.int32), np.empty(0, np.float32)
-        with self._teacher.running_statistics():
-            logits = self._teacher(to_device(piece.pixels_BCHW, self._device))
+        with self.network.running_statistics():
+            logits = self.network(to_device(piece.pixels_BCHW, self._device))
         score_B, class_B = logits.float().softmax(-1).max(-1)
         # Both in one copy, the scores as the bits of their float32.
         class_N, bits_N = torch.stack((class_B.int(), score_B.view(torch.int32))).cpu().numpy()
@@ -192,8 +193,8 @@ class _Teacher:
                 f"{piece.unreadable[0]}: cannot be read any more, but could when this run began; put it back, or give another --output"
             )
         assert piece.pixels_BCHW is not None
-        with self._teacher.running_statistics():
-            return self._teacher.embed(to_device(piece.pixels_BCHW, self._device)).cpu().numpy()
+        with self.network.running_statistics():
+            return self.network.embed(to_device(piece.pixels_BCHW, self._device)).cpu().numpy()
 
 
 def _nothing(piece: Piece) -> None:

@@ -9,7 +9,7 @@ data/soft_labels.py defines the records. V views per image, K classes, m stored 
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from ssld.shared.images import UnreadableImage
 from ssld.shared.models.model_file import content_hash
 from ssld.shared.models.teacher import Teacher
 from ssld.shared.run_identity import input_digest
+from ssld.stage1_ssld.data.labels import are_prototypes
 from ssld.stage1_ssld.data.soft_labels import record_layout
 from ssld.stage1_ssld.data.sources import ImageSource
 from ssld.stage1_ssld.data.views import training_view
-from ssld.stage1_ssld.data_config import DataConfig, is_remote
+from ssld.stage1_ssld.data_config import DataConfig, TeacherConfig, is_remote
 
 FORMAT = 2
 HEADER = "store.json"
@@ -178,10 +179,20 @@ class SoftLabelStore:
                     f"library versions that differ: {self._other_versions() or 'none that is recorded'}; write the store again with these"
                 )
 
-    def note(self) -> str | None:
-        """Log line on library versions that differ from those it was written with; None if none do."""
-        versions = self._other_versions()
-        return f"store {self.path}: written with {versions}; the compared views are equal" if versions else None
+    def notes(self) -> Iterator[str]:
+        """Yield lines for the log on what differs from the time it was written, and on what an earlier version did not record."""
+        if versions := self._other_versions():
+            yield f"store {self.path}: written with {versions}; the compared views are equal"
+        settings = self.header["teacher_settings"]
+        if "mean" not in settings:
+            yield f"store {self.path}: written by a version that did not record mean and std of its teacher, so they are not compared"
+        unresized = settings["size"] is None or set(map(bool, settings["size"])) == {False}
+        if unresized and are_prototypes(self.class_names):
+            side = self.header["view"]["image_size"]
+            yield (
+                f"warning: store {self.path}: written by a version whose teachers of prototypes saw views of {side} px as they are; prototypes hold "
+                "at the size they were made at: if that is another one, write the store again (ssld soft-labels)"
+            )
 
     def _pixels(self, size: Any) -> Any:
         """Return the (height, width) that a teacher sees, or those of an ensemble's members: null is the size of the views."""
@@ -197,12 +208,14 @@ class SoftLabelStore:
                 f"store {self.path}: holds the soft labels of {writer['reference']}, not of {given['reference']}: other weights; "
                 "give that teacher, or none"
             )
+        recorded = self.header["teacher_settings"]
         for key, value in teacher.settings().items():
-            stored = self.header["teacher_settings"][key]
+            stored = recorded.get(key, value)  # an earlier version did not record mean and std
             if stored != value and not (key == "size" and self._pixels(stored) == self._pixels(value)):
+                back = f"set teacher.{key} back, " if key in TeacherConfig.model_fields else ""
                 raise UserError(
                     f"store {self.path}: its soft labels are of a teacher with {key} {json.dumps(stored)}, but this run has {json.dumps(value)}; "
-                    f"set teacher.{key} back, give no teacher, or write another store"
+                    f"{back}give no teacher, or write another store"
                 )
 
     def _number_of(self, source: ImageSource) -> int:

@@ -42,7 +42,7 @@ from ssld.stage1_ssld.distillation.soft_label_store import (
     source_record,
     view_settings,
 )
-from ssld.stage1_ssld.distillation.teacher import make_teacher, try_teacher
+from ssld.stage1_ssld.distillation.teacher import compare_teacher, make_teacher, try_teacher
 
 
 class AllViews(Dataset[View]):
@@ -120,6 +120,7 @@ def write_store(config: SoftLabelsConfig) -> None:
     teacher = make_teacher(
         config.teacher, precision=config.precision, device=device, channels_last=config.channels_last
     )
+    compare_teacher(run, teacher, config.teacher, config.data.image_size)
     for line in teacher.loaded:
         run.log(line)
     if config.top > teacher.num_classes:
@@ -177,9 +178,10 @@ def write_store(config: SoftLabelsConfig) -> None:
         [_shard_record(folder, number, config, images, layout) for number in range(rank(), count, world_size())]
     )
     shards = sorted(shards, key=lambda shard: shard["file"])
-    if main:
-        write_atomically(folder / HEADER, json.dumps(_header(config, teacher, sources, shards), indent=1) + "\n")
     metrics = _summary(shards, images, config.views, layout)
+    if main:
+        header = _header(config, teacher, sources, shards, kept=metrics["kept_probability"])
+        write_atomically(folder / HEADER, json.dumps(header, indent=1) + "\n")
     run.log(
         f"store of {amount(metrics['bytes'])}; {100 * metrics['first_probability']:.1f} % of the probability in the most likely class, "
         f"{100 * metrics['kept_probability']:.1f} % in the {config.top} stored ones, entropy {metrics['entropy']:.3f} nats on average"
@@ -194,9 +196,15 @@ def shard_name(number: int) -> str:
 
 
 def _header(
-    config: SoftLabelsConfig, teacher: Teacher, sources: Sequence[ImageSource], shards: Sequence[dict[str, Any]]
+    config: SoftLabelsConfig,
+    teacher: Teacher,
+    sources: Sequence[ImageSource],
+    shards: Sequence[dict[str, Any]],
+    *,
+    kept: float,
 ) -> dict[str, Any]:
-    """Content of the header: what the soft labels are of, pixels by which a reader tests that it makes the same views, and the shards."""
+    """Content of the header: what the soft labels are of, the share of probability in them (`kept`), pixels by which a reader tests that it makes the
+    same views, and the shards."""
     header = {
         "format": FORMAT,
         "teacher": teacher.facts(),
@@ -208,6 +216,7 @@ def _header(
         "views": config.views,
         "seed": config.seed,
         "top": config.top,
+        "kept_probability": round(kept, 4),
         "precision": config.store_precision,
         "shard_images": config.shard_images,
         "versions": library_versions(),

@@ -121,8 +121,7 @@ def open_targets(
         assert isinstance(config, DistillConfig)
         if store:
             store.match(sources, config.data)
-            note = store.note()
-            if note:
+            for note in store.notes():
                 log(note)
             if teacher:
                 store.check_teacher(teacher)

@@ -12,9 +12,10 @@ from ssld.shared.distributed.ranks import gather_lists, rank, world_size
 from ssld.shared.errors import UserError
 from ssld.shared.files import spread
 from ssld.shared.models.teacher import FrozenTeacher, Teacher, TeacherEnsemble
+from ssld.shared.run_dir import RunDir
 from ssld.stage1_ssld.config import EVALUATION_BATCH, DistillConfig, SoftLabelsConfig
 from ssld.stage1_ssld.data.batch import NO_LABEL, Batch
-from ssld.stage1_ssld.data.labels import labels_in_classes
+from ssld.stage1_ssld.data.labels import are_prototypes, labels_in_classes
 from ssld.stage1_ssld.data.loaders import Labels, ValViews, make_loader, val_batches
 from ssld.stage1_ssld.data.sources import ImageSource
 from ssld.stage1_ssld.data_config import TeacherConfig
@@ -58,6 +59,19 @@ def make_teacher(
         for member in (config, *config.ensemble)
     ]
     return TeacherEnsemble(members) if config.ensemble else members[0]
+
+
+def compare_teacher(run: RunDir, teacher: Teacher, config: TeacherConfig, image_size: int) -> None:
+    """Record the teacher's weights, and how it sees views of `image_size` pixels. Raises UserError where this run began with others."""
+    settings = teacher.settings()
+    sizes = settings["size"] if config.ensemble else [settings["size"]]
+    note = None
+    if config.size is None and are_prototypes(teacher.class_names) and [image_size] * 2 not in sizes:
+        note = (
+            f"warning: earlier versions gave a teacher of prototypes views of {image_size} px as they are; if this run began with one, its "
+            "soft labels are others from here on: give another --output to train anew"
+        )
+    run.compare_network("teacher", {"weights": teacher.content_sha256()[:16], **settings}, note)
 
 
 def try_teacher(

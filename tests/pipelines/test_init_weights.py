@@ -61,6 +61,23 @@ def test_a_broken_file_of_weights_is_named_as_it_was_given(
     assert out == ""
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3.lvd1689m", "timm:vit_base_patch16_siglip_256.v2_webli"])
+def test_an_encoder_of_timms_is_no_teacher_of_classes(
+    name: str, photos: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name says so: nothing is downloaded, and nothing announced."""
+    monkeypatch.setattr(weights, "find_downloads_apart", None)
+    monkeypatch.setattr(weights, "faults_apart", weights.faults_of)
+    line = ["--images", "photos", "--annotations", "all.json", "--unlabeled", "more photos", "--distill", "yes"]
+    assert init.main([*line, "--teacher", name, "--output", "mine.yaml"]) == 2
+    out, error = capfd.readouterr()
+    assert error.startswith(
+        f"error: --teacher {name}: has 0 classes, a teacher needs several; run `ssld prototypes` first"
+    )
+    assert out == ""
+    assert not Path("mine.yaml").exists()
+
+
 def test_files_and_names_that_give_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is a line with the flag; sound ones give none."""
     monkeypatch.chdir(tmp_path)

@@ -19,7 +19,7 @@ from ssld.pipelines.inspecting import KNOWN, inspect_text
 from ssld.pipelines.reports.table import Record, write_record
 from ssld.shared.errors import UserError
 from ssld.shared.models.model_file import read_metadata, save_model_file
-from ssld.shared.training.checkpoint import save_checkpoint
+from ssld.shared.training.checkpoint import add_evaluation, save_checkpoint
 from ssld.stage1_ssld.data.manifest import SCHEMA, write_manifest
 from ssld.stage2_detect.model_config import DetectorConfig
 
@@ -120,6 +120,64 @@ def test_store(tmp_path: Path) -> None:
     for expected in ("store of soft labels", "photos (12 rows)", "2 (12 images)", "cc-by-nc-4.0"):
         assert expected in text
     assert "abc" not in text
+
+
+@pytest.mark.parametrize("in_header", [True, False])
+def test_a_store_says_how_much_it_keeps(in_header: bool, tmp_path: Path) -> None:
+    """By its header, or for one of an earlier version by the result of its run."""
+    store = tmp_path / "store"
+    store.mkdir()
+    header = {"num_classes": 1000, "top": 10, "views": 8, "teacher_settings": {"size": None, "precision": "fp32"}}
+    (store / "store.json").write_text(json.dumps(header | ({"kept_probability": 0.934} if in_header else {})))
+    if not in_header:
+        (tmp_path / "result.json").write_text(json.dumps({"metrics": {"kept_probability": 0.934}}))
+    text = inspect_text(store)
+    for expected in ("93.4 % of the probability", "10 of 1000 classes stored per view", "that of the views"):
+        assert expected in text
+
+
+def test_a_teacher_of_prototypes(tmp_path: Path) -> None:
+    facts: dict[str, Any] = {"kind": "backbone", "arch": "resnet18", "input_size": [160, 160]}
+    facts |= {"prototypes": {"prototypes": 64, "temperature": 11.8}, "encoder": {"reference": "timm:dino"}}
+    save_model_file(tmp_path / "t.safetensors", TENSORS, facts)
+    title, *lines = inspect_text(tmp_path / "t.safetensors").splitlines()
+    assert title.endswith("backbone file, a teacher of 64 prototypes at 160 x 160 px")
+    assert "    temperature      11.8" in lines
+    assert "    reference        timm:dino" in lines
+
+
+def test_tensors_of_other_programs_and_folders_of_the_hub(tmp_path: Path) -> None:
+    tensors = {"stem.weight": torch.zeros(4, 3, 3, 3), "fc.weight": torch.zeros(9, 4)}
+    torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "net.pth")
+    text = inspect_text(tmp_path / "net.pth")
+    for expected in (
+        "pickle with the tensors",
+        "state_dict",
+        "stem.weight [4, 3, 3, 3], fc.weight [9, 4]",
+        "timm name",
+    ):
+        assert expected in text
+    torch.save({"rpn.head.weight": torch.zeros(2, 2)}, tmp_path / "detector.pth")
+    assert "ssld convert-detector" in inspect_text(tmp_path / "detector.pth")
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pth")  # not opened: it could run code
+    with pytest.raises(UserError, match=r"module\.pth: cannot be read as a plain state dict"):
+        inspect_text(tmp_path / "module.pth")
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "config.json").write_text(json.dumps({"architecture": "resnet18", "num_classes": 9}))
+    (hub / "model.safetensors").write_bytes(b"")
+    text = inspect_text(hub)
+    for expected in ("folder in the Hugging Face layout", "resnet18", "model.safetensors"):
+        assert expected in text
+
+
+def test_a_checkpoint_has_the_values_of_its_evaluation(tmp_path: Path) -> None:
+    state = {"step": 9, "best": 0.1, "evaluated": False, "skipped": [3, 0]}
+    path = save_checkpoint(tmp_path, 9, {"model": TENSORS}, state)
+    add_evaluation(tmp_path, 9, {"best": 0.25, "evaluated": True})
+    text = inspect_text(path)
+    for expected in ("best               0.25", "evaluated          yes", "skipped steps      3"):
+        assert expected in text
 
 
 def test_run_directory_and_checkpoint(tmp_path: Path) -> None:

@@ -96,6 +96,47 @@ def test_values_that_follow_from_others_are_told_and_kept(config: Settings, caps
     assert RunDir(config, "test").status == "finished"
 
 
+def test_facts_about_a_network_are_those_of_the_first_start(
+    config: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(steps: int = 5, **facts: object) -> RunDir:
+        run = RunDir(changed(config, steps=steps), "test")
+        run.compare_network("teacher", facts, "a note")
+        return run
+
+    def record() -> dict[str, object]:
+        found: dict[str, object] = json.loads((config.output / "environment.json").read_text())
+        return found
+
+    start(size=1).close()
+    start(size=2).close()  # nothing was done at size 1
+    run = start(size=2)
+    run.metric(1, loss=1.0)
+    run.close()
+    with pytest.raises(
+        UserError, match="run: began with another teacher: size 2, now 3; give another --output or delete it"
+    ):
+        start(size=3)
+    start(size=2, mean=0.5).close()  # a fact that the record lacks is added
+    with pytest.raises(UserError, match=r"size 2, now 1; mean 0\.5, now 0\.4"):
+        start(size=1, mean=0.4)
+    run = start(steps=6, size=2, mean=0.5)  # a permitted change, which has not begun
+    before = record()
+    run.close()
+    assert before == record()
+    assert before["networks"] == {"teacher": {"size": 2, "mean": 0.5}}
+    assert "did not record" not in capsys.readouterr().out
+    (config.output / "environment.json").write_text(json.dumps({k: v for k, v in before.items() if k != "networks"}))
+    start(size=3).close()
+    out = capsys.readouterr().out
+    assert (
+        "teacher: this run began with a version that did not record what follows; it is assumed to be as now: size 3\na note\n"
+        in out
+    )
+    start(size=3).close()
+    assert "a note" not in capsys.readouterr().out
+
+
 def test_permitted_change_reopens(config: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     begun(config)
     run = RunDir(config, "test")

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from ssld.shared.models.backbones import input_settings, save_backbone
 from ssld.shared.models.model_file import read_metadata, read_tensors
+from ssld.shared.training.training_state import TrainingState
 from ssld.stage1_ssld.distill import main as distill
+from ssld.stage1_ssld.evaluation import metrics
 from ssld.stage1_ssld.teach import main as teach
 from ssld.stage1_ssld.write_soft_labels import main as write_soft_labels
 
@@ -183,6 +185,33 @@ def test_patience_ends_a_run_early_and_for_good(
     (tmp_path / "run" / "result.json").unlink()  # as if killed before the end: the resumed run does not train on
     assert call(distill, arguments(settings)) == 0
     assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["steps"] == 6
+
+
+def test_patience_ends_a_run_by_a_repeated_evaluation_after_the_same_check(
+    arguments: Arguments, distill_settings: Settings, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third evaluation dies; the next start repeats it, and then checks the loss after the last update, as the first would have."""
+    optim = distill_settings["optim"] | {"lr": 1e-12}
+    settings = distill_settings | {"steps": 40, "evaluate_every": 2, "patience": 2, "optim": optim}
+    measure, calls = metrics.evaluate, [0]
+
+    def dying(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise MemoryError
+        return measure(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "evaluate", dying)
+        assert call(distill, arguments(settings)) == 2
+    checked = {}
+    monkeypatch.setattr(
+        TrainingState, "check_last_update", lambda _, step, losses: checked.update({step: losses()["loss"].item()})
+    )
+    assert call(distill, arguments(settings)) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["steps"] == 6
+    assert list(checked) == [6]
+    assert checked[6] > 0
 
 
 def test_best_by_something_that_is_not_measured(

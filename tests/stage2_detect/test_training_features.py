@@ -19,6 +19,7 @@ from ssld.stage2_detect.config import ExpectedConfig
 from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.data.sizing import Sizing
 from ssld.stage2_detect.detector_file import load_detector
+from ssld.stage2_detect.evaluation import scoring
 from ssld.stage2_detect.evaluation.scoring import compare_expected
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.rcnn import RCNN
@@ -99,6 +100,40 @@ def test_patience_ends_a_run_that_does_not_get_better(
     capsys.readouterr()
     assert call(train.main, arguments(settings)) == 0
     assert "finished; nothing to do" in capsys.readouterr().out
+
+
+def test_patience_ends_a_run_by_a_repeated_evaluation_after_the_same_check(
+    train_settings: Settings, arguments: Arguments, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second evaluation dies; the next start repeats it, and then refuses the last update, whose losses are not finite."""
+    settings = train_settings | {"steps": 40, "evaluate_every": 2, "patience": 1}
+    settings["optim"] = train_settings["optim"] | {"lr": 1e-30, "warmup_steps": 0}
+    score, calls = scoring.score, [0]
+
+    def dying(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise MemoryError
+        return score(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "score", dying)
+        assert call(train.main, arguments(settings)) == 2
+    losses = RCNN.losses
+
+    def infinite(*args: Any) -> Any:
+        first, *others = losses(*args)
+        return {name: loss * torch.inf for name, loss in first.items()}, *others
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(RCNN, "losses", infinite)
+        assert call(train.main, arguments(settings)) == 2
+    assert not (run / "result.json").exists()
+    assert not (run / "checkpoints" / "step_00000004").exists()
+    assert (run / "checkpoints" / "step_00000002").exists()
+    assert call(train.main, arguments(settings)) == 0
+    assert result(run)["steps"] == 4
 
 
 def test_the_last_evaluation_can_be_the_best(

@@ -213,6 +213,17 @@ def test_identity_leaves_out_where_and_how_fast(tmp_path: Path) -> None:
     assert list(differences(a, c)) == [("group.rate", 0.1, 2.0), ("maybe", None, {"rate": 3.0, "names": []})]
 
 
+def test_groups_in_a_list_differ_one_by_one() -> None:
+    old = {"pool": [{"path": "a", "weight": None}, {"path": "b"}], "sizes": [1, 2], "train": [{"path": "c"}]}
+    new = {
+        "pool": [{"weight": None, "path": "a"}, {"path": "d"}],
+        "sizes": [1, 3],
+        "train": [{"path": "c"}, {"path": "e"}],
+    }
+    expected = [("pool.1.path", "b", "d"), ("sizes", [1, 2], [1, 3]), ("train", old["train"], new["train"])]
+    assert list(differences(old, new)) == expected
+
+
 def test_merge_goes_group_by_group() -> None:
     base = {"a": {"x": 1, "y": [1, 2]}, "b": 1}
     assert merge(base, {"a": {"y": [3]}, "c": 2}) == {"a": {"x": 1, "y": [3]}, "b": 1, "c": 2}

@@ -138,6 +138,26 @@ def test_where_no_batch_comes_the_steps_before_are_saved(folder: Path, error: Ex
     assert load_checkpoint(folder / "checkpoints" / "step_00000004")[0]["model"]["weight"].item() == 4
 
 
+@pytest.mark.parametrize("place", ["fetching", "evaluating"])
+@pytest.mark.parametrize(("ranks", "saved"), [(1, [4, 5]), (2, [4])])
+def test_one_of_several_ranks_saves_nothing_alone(
+    place: str, ranks: int, saved: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint needs all ranks, and the others know nothing of the failure: this one would wait for them in vain."""
+    one = Start(folder)
+    one.train(4)
+    one.state.save(4)
+    one.train(5)
+    monkeypatch.setattr("ssld.shared.training.training_state.world_size", lambda: ranks)
+    monkeypatch.setattr("ssld.shared.training.training_state._WORTH", math.inf)  # none before the evaluation
+    inside = one.state.fetching(6, 0) if place == "fetching" else one.state.evaluating(5)
+    with pytest.raises(MemoryError), inside:
+        raise MemoryError
+    assert one.saved == saved
+    one.die()
+    assert Start(folder).step == saved[-1]
+
+
 def test_a_failed_evaluation_leaves_the_score_before_it(folder: Path) -> None:
     one = Start(folder)
     one.train(2)

@@ -127,3 +127,21 @@ def test_an_encoder_itself_is_refused_as_a_teacher(
     ):
         message = user_error(main, arguments(given, main.__module__.rpartition(".")[2]))
         assert message.endswith("run `ssld prototypes` first, which makes a teacher of an encoder without classes")
+
+
+def test_an_encoder_is_known_by_its_name_before_its_download(
+    arguments: Any, distill_settings: Any, settings: Any, user_error: Any
+) -> None:
+    """Features alone need no classes: there the weights are what is missing, since the network is off."""
+    name = "timm:vit_small_patch16_dinov3.lvd1689m"
+    pool = {"pool": settings["pool"], "teacher": name, "keep": 2, "device": "cpu", "workers": 0}
+    both = distill_settings | {"teacher": name, "losses": ["pooled", "kl"]}
+    for main, given in ((distill, distill_settings | {"teacher": name}), (distill, both), (curate, pool)):
+        message = user_error(main, arguments(given))
+        assert message.startswith(
+            f"teacher.model: {name}: has 0 classes, a teacher needs several; run `ssld prototypes`"
+        )
+    features = distill_settings | {"teacher": name, "losses": ["pooled"]}
+    message = user_error(distill, arguments(features))
+    assert "classes" not in message
+    assert name.removeprefix("timm:") in message

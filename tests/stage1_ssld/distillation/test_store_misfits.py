@@ -135,13 +135,39 @@ def test_replayed_views_are_of_every_source(sizes: list[int], count: int) -> Non
 
 
 def test_other_versions_are_told(store_copy: Path, written_store: Path, store_data: DataConfig) -> None:
-    assert SoftLabelStore(written_store).note() is None
+    assert list(SoftLabelStore(written_store).notes()) == []
     edit_header(store_copy, lambda header: header["versions"].update(timm="0.9"))
     store = SoftLabelStore(store_copy)
     store.match(open_sources(store_data.train, "data.train"), store_data)
-    note = store.note()
-    assert note is not None
+    (note,) = store.notes()
     assert note.startswith(f"store {store_copy}: written with timm 0.9 then, 1.")
+
+
+def test_what_an_earlier_version_did_not_record(store_copy: Path, teacher_file: Path) -> None:
+    def make_old(header: dict[str, Any]) -> None:
+        del header["teacher_settings"]["mean"], header["teacher_settings"]["std"]
+
+    edit_header(store_copy, make_old)
+    store = SoftLabelStore(store_copy)
+    store.check_teacher(FrozenTeacher(str(teacher_file)))
+    (note,) = store.notes()
+    assert "did not record mean and std" in note
+
+
+@pytest.mark.parametrize(
+    ("size", "warns"), [(None, True), ([None, None], True), ([64, 64], False), ([[64, 64], [64, 64]], False)]
+)
+def test_prototypes_at_another_size_than_their_own(store_copy: Path, size: Any, warns: bool) -> None:
+    """A header without a size is of a version that showed prototypes the views as they are; one or several networks."""
+
+    def make_prototypes(header: dict[str, Any]) -> None:
+        header["class_names"] = [f"prototype {number}" for number in range(3)]
+        header["teacher_settings"]["size"] = size
+
+    edit_header(store_copy, make_prototypes)
+    notes = list(SoftLabelStore(store_copy).notes())
+    assert len(notes) == warns
+    assert all("prototypes saw views of 32 px as they are" in note for note in notes)
 
 
 def test_another_teacher(written_store: Path, teacher_file: Path, tmp_path: Path) -> None:
@@ -175,7 +201,8 @@ def test_the_same_teacher_otherwise(
 ) -> None:
     """The same weights give other logits at another size or precision."""
     store = SoftLabelStore(written_store)
-    assert store.header["teacher_settings"] == {"size": None, "precision": "fp32"}
+    settings = {key: store.header["teacher_settings"][key] for key in ("size", "precision")}
+    assert settings == {"size": None, "precision": "fp32"}
     assert store.teacher_precision == "fp32"
     with pytest.raises(UserError) as error:
         store.check_teacher(FrozenTeacher(str(teacher_file), **change))
