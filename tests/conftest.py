@@ -46,6 +46,25 @@ def _is_long(item: pytest.Item) -> bool:
     return module is not None and any(mark.name == "slow" for mark in module.own_markers)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def full_savefig() -> Iterator[Any]:
+    """matplotlib's own `Figure.savefig`, in whose place figures are sketched (sketches.py)."""
+    from matplotlib.figure import Figure
+
+    from tests import sketches
+
+    save = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        sketches.install(patch.setattr)
+        yield save
+
+
+@pytest.fixture
+def drawn_figures(full_savefig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are laid out and rendered, as for users."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full_savefig)
+
+
 def draw(kind: str, seed: int, size: tuple[int, int] = (40, 44)) -> Image.Image:
     """Draw a noisy image of one kind of shape in a random color; `size` is (height, width)."""
     generator = np.random.default_rng([seed, CLASSES.index(kind) if kind in CLASSES else 9])
