@@ -3,11 +3,12 @@
     python tests/killing.py CASES.json
 
 Imports everything once and forks a process for every run. A place is a call of `os` or `open` together with the line of the project that led to it. A
-child stops before each call that is looked at (after it, where a file was opened to be written); a copy of its folder is then what a kill at this call
-would leave, since nothing but the kernel holds what was written. At the last of them it is killed in earnest. From each of these folders the same
-command runs to its end; then the folder is compared, byte for byte, with that of a run left in peace. CASES.json: `cases`, each with `name`, `module`,
-`argv`, `output`, and `before`, the folder that the output is a copy of at the start; `imports`, modules; `every`: all calls, not those of `chosen`.
-Prints a JSON line for each case.
+child stops before each call that is looked at (after it, where a file was opened to be written); a copy of its folder is then what a kill at this
+call would leave, since what was written lies with the kernel. At the last of them it is killed in earnest. From each of these folders the same
+command runs to its end; then the folder is compared, byte for byte, with that of a run left in peace.
+
+CASES.json: `cases`, each with `name`, `module`, `argv`, `output`, and `before`, the folder that the output is a copy of at the start; `imports`,
+modules; `every`: all calls, not those of `chosen`. Prints a JSON line for each case.
 """
 
 import builtins
