@@ -124,7 +124,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 def test_a_pipeline_runs_from_the_wheel(installed: tuple[Path, Path]) -> None:
-    """Beside packages of others that have our folders' names, and from a folder that has them too: the shipped quickstart, one stage of each command."""
+    """The shipped quickstart, one stage of each command; beside packages with our folders' names, and from a folder that has them too."""
     command, working_folder = installed
     (shipped,) = command.parents[1].glob("lib/python*/site-packages/ssld/pipelines/quickstart.yaml")
     pipeline = yaml.safe_load(shipped.read_text(encoding="utf-8"))

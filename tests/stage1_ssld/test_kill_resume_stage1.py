@@ -104,7 +104,12 @@ def same_run(metrics_of: Callable[[Path], list[dict[str, Any]]]) -> Callable[[Pa
 
 
 def test_killed_at_every_delicate_moment(
-    arguments: Any, distill_settings: Any, call: Any, tmp_path: Path, scripts: Any, same_run: Callable[[Path, Path], None]
+    arguments: Any,
+    distill_settings: Any,
+    call: Any,
+    tmp_path: Path,
+    scripts: Any,
+    same_run: Callable[[Path, Path], None],
 ) -> None:
     from ssld.stage1_ssld.distill import main
 
