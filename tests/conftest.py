@@ -30,14 +30,15 @@ os.environ.update(QUIET)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests as `process` that use a fixture that starts processes; others are marked by hand. Long files go first.
+    """Mark tests as `process` that use a fixture that starts processes; others are marked by hand. Long files go first, then those with a long test.
 
     A long file that starts last leaves the other workers without work.
     """
     for item in items:
         if {"forking_python", "tab"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.process)
-    items.sort(key=lambda item: not _is_long(item))
+    with_slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (not _is_long(item), item.path not in with_slow))
 
 
 def _is_long(item: pytest.Item) -> bool:
