@@ -27,9 +27,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import sketches
-from forking import import_all
-
 ROOT = Path(__file__).resolve().parents[1]
 CALLS = ("fsync", "rename", "replace", "unlink", "remove", "mkdir", "rmdir", "open")
 HELPERS = ("shared/files.py", "shared/checksums.py", "shared/terminal.py")  # whose callers are the places of interest
@@ -250,6 +247,9 @@ def chosen(place: str, times: int, known: set[str]) -> list[int]:
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     sys.path.insert(0, str(ROOT))
+    from tests import sketches
+    from tests.forking import import_all
+
     for module in spec["imports"]:
         importlib.import_module(module)
     import_all()
