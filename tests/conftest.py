@@ -30,20 +30,40 @@ os.environ.update(QUIET)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests as `process` that use a fixture that starts processes; others are marked by hand. Long files go first.
+    """Mark tests as `process` that use a fixture that starts processes; others are marked by hand. Long files go first, then those with a long test.
 
     A long file that starts last leaves the other workers without work.
     """
     for item in items:
         if {"forking_python", "tab"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.process)
-    items.sort(key=lambda item: not _is_long(item))
+    with_slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (not _is_long(item), item.path not in with_slow))
 
 
 def _is_long(item: pytest.Item) -> bool:
     """Whether the file of a test is marked `slow` as a whole."""
     module = item.getparent(pytest.Module)
     return module is not None and any(mark.name == "slow" for mark in module.own_markers)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def full_savefig() -> Iterator[Any]:
+    """matplotlib's own `Figure.savefig`, in whose place figures are sketched (sketches.py)."""
+    from matplotlib.figure import Figure
+
+    from tests import sketches
+
+    save = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        sketches.install(patch.setattr)
+        yield save
+
+
+@pytest.fixture
+def drawn_figures(full_savefig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are laid out and rendered, as for users."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full_savefig)
 
 
 def draw(kind: str, seed: int, size: tuple[int, int] = (40, 44)) -> Image.Image:

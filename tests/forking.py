@@ -32,10 +32,15 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = (
     "accelerate",
     "datasets",
+    "hotcoco",
+    "jinja2",
+    "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "pyarrow.parquet",
+    "pycocotools.cocoeval",
     "timm",
-    "torchvision",
+    "timm.optim",
+    "torchvision.transforms.v2",
     "torch.distributed.run",
 )
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -67,13 +72,11 @@ class Server:
 def serve(place: str) -> list[str]:
     """Wait for commands. Returns in the processes that are forked for them: the words of the command."""
     parent = os.getppid()
-    _import_all()
+    import_all()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{place}.new")
     listener.listen(64)
     listener.settimeout(2)
-    gc.collect()
-    gc.freeze()  # a collection in a fork would copy the server's memory
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes below
     os.rename(f"{place}.new", place)
     while os.getppid() == parent:
@@ -87,7 +90,8 @@ def serve(place: str) -> list[str]:
     os._exit(0)
 
 
-def _import_all() -> None:
+def import_all() -> None:
+    """Import the project and its libraries, for forks of this process."""
     import importlib
     import pkgutil
 
@@ -97,9 +101,12 @@ def _import_all() -> None:
 
     for name in LIBRARIES:
         importlib.import_module(name)
+    importlib.import_module("PIL.Image").init()
     for module in pkgutil.walk_packages(ssld.__path__, "ssld."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy this process's memory
 
 
 def _attend(connection: socket.socket) -> list[str]:

@@ -3,10 +3,12 @@
     python tests/killing.py CASES.json
 
 Imports everything once and forks a process for every run. A place is a call of `os` or `open` together with the line of the project that led to it. A
-child kills itself before the n-th call at a place (after it, where a file was opened to be written); another runs the same command to its end; then
-the folder is compared, byte for byte, with that of a run left in peace. CASES.json: `cases`, each with `name`, `module`, `argv`, `output`, and
-`before`, the folder that the output is a copy of at the start; `imports`, modules; `every`: all calls, not those of `chosen`. Prints a JSON line for
-each case.
+child stops before each call that is looked at (after it, where a file was opened to be written); a copy of its folder is then what a kill at this
+call would leave, since what was written lies with the kernel. At the last of them it is killed in earnest. From each of these folders the same
+command runs to its end; then the folder is compared, byte for byte, with that of a run left in peace.
+
+CASES.json: `cases`, each with `name`, `module`, `argv`, `output`, and `before`, the folder that the output is a copy of at the start; `imports`,
+modules; `every`: all calls, not those of `chosen`. Prints a JSON line for each case.
 """
 
 import builtins
@@ -20,8 +22,7 @@ import sys
 import threading
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,15 +31,16 @@ ROOT = Path(__file__).resolve().parents[1]
 CALLS = ("fsync", "rename", "replace", "unlink", "remove", "mkdir", "rmdir", "open")
 HELPERS = ("shared/files.py", "shared/checksums.py", "shared/terminal.py")  # whose callers are the places of interest
 NOT_COMPARED = ("log.txt", ".lock", "metrics.jsonl", "logs")
-KILLED = 9
+Call = tuple[str, int]  # the n-th call at a place
 
 
 class Calls:
-    """Counts the calls of this process at every place; kills it at the n-th of one."""
+    """Counts the calls of this process at every place; stops it at some of them, after their index was written to `tell`, a pipe."""
 
-    def __init__(self, place: str | None = None, number: int = 0) -> None:
+    def __init__(self, stops: Collection[Call] = (), tell: int = -1) -> None:
         self.calls: dict[str, int] = {}
-        self._place, self._number, self._pid, self._lock = place, number, os.getpid(), threading.Lock()
+        self._stops = {call: index for index, call in enumerate(stops)}
+        self._tell, self._pid, self._lock = tell, os.getpid(), threading.Lock()
 
     def install(self) -> None:
         for name in CALLS:
@@ -54,20 +56,24 @@ class Calls:
             place = None
             if os.getpid() == self._pid and (when is None or when(*args, **options)):
                 place = place_of(sys._getframe(1), "write" if owner is builtins else name)
-            with self._lock:
-                mine = place is not None and self._meet(place)
-            if mine and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
+            index = self._meet(place) if place else None
+            if index is not None and not after:
+                self._stop(index)
             result = original(*args, **options)
-            if mine:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if index is not None and after:
+                self._stop(index)
             return result
 
         setattr(owner, name, counted)
 
-    def _meet(self, place: str) -> bool:
-        self.calls[place] = self.calls.get(place, 0) + 1
-        return place == self._place and self.calls[place] == self._number
+    def _meet(self, place: str) -> int | None:
+        with self._lock:
+            self.calls[place] = self.calls.get(place, 0) + 1
+            return self._stops.get((place, self.calls[place]))
+
+    def _stop(self, index: int) -> None:
+        os.write(self._tell, index.to_bytes(4, "little"))
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread goes no further, nor do the others
 
 
 def place_of(frame: FrameType | None, call: str) -> str | None:
@@ -87,6 +93,11 @@ def place_of(frame: FrameType | None, call: str) -> str | None:
 
 def in_child(work: Callable[[], int]) -> int:
     """Exit code of `work` in a forked process, negative after a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1])
+
+
+def fork(work: Callable[[], int]) -> int:
+    """The id of a process that does `work`."""
     child = os.fork()
     if child == 0:
         try:
@@ -96,7 +107,7 @@ def in_child(work: Callable[[], int]) -> int:
             code = 99
         sys.stdout.flush()
         os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
 
 
 def run(case: dict[str, Any], calls: Calls | None = None) -> int:
@@ -123,11 +134,11 @@ def run_stages_here() -> None:
     from ssld.pipelines import run as runner
     from ssld.pipelines.runner.launch import Outcome
 
-    def fork(stage: Any, console: Path, signals: Any, *, quiet: bool = False) -> Outcome:
+    def run_stage(stage: Any, console: Path, signals: Any, *, quiet: bool = False) -> Outcome:
         module = importlib.import_module(f"ssld.{stage.kind.script.removesuffix('.py').replace('/', '.')}")
         return Outcome(in_child(lambda: int(module.main(list(stage.arguments)))))
 
-    runner.run_stage = fork
+    runner.run_stage = run_stage
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -190,18 +201,36 @@ def examine(case: dict[str, Any], known: set[str], every: bool) -> Iterator[str]
         for place, times in times_of.items()
         for number in (range(1, times + 1) if every else chosen(place, times, known))
     ]
-    case["kills"] = len(
-        kills := kills or list(times_of.items())[-1:]
-    )  # at least one, in a command that has no place of its own
-    for place, number in kills:
-        begin()
-        code = in_child(lambda: run(case, Calls(place, number)))  # noqa: B023 - called at once
-        if code != -KILLED:
-            yield f"{place} ({number}): was not killed but ended with {code}"
-        elif code := in_child(lambda: run(case)):
+    kills = kills or list(times_of.items())[-1:]  # at least one, in a command that has no place of its own
+    case["kills"] = len(kills)
+    begin()
+    states = left_by_kills(case, kills)
+    for call in set(kills) - states.keys():
+        yield f"{call[0]} ({call[1]}): was not reached"
+    for (place, number), state in states.items():
+        shutil.rmtree(output, ignore_errors=True)
+        if state.exists():
+            state.rename(output)
+        if code := in_child(lambda: run(case)):
             yield f"{place} ({number}): the same command ends with {code}"
         elif wrong := differences(whole, contents(output)):
             yield f"{place} ({number}): other content: {', '.join(wrong)}"
+
+
+def left_by_kills(case: dict[str, Any], kills: list[Call]) -> dict[Call, Path]:
+    """The command, stopped at these calls and killed at the last: call -> copy of the folder that the command has left, if any yet."""
+    told, tell = os.pipe()
+    child = fork(lambda: run(case, Calls(kills, tell)))
+    os.close(tell)
+    states: dict[Call, Path] = {}
+    while os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1]):
+        index = int.from_bytes(os.read(told, 4), "little")
+        state = states[kills[index]] = Path(f"{case['output']}_states") / str(index)
+        if Path(case["output"]).exists():
+            shutil.copytree(case["output"], state, symlinks=True)
+        os.kill(child, signal.SIGKILL if len(states) == len(kills) else signal.SIGCONT)
+    os.close(told)
+    return states
 
 
 def chosen(place: str, times: int, known: set[str]) -> list[int]:
@@ -216,13 +245,15 @@ def chosen(place: str, times: int, known: set[str]) -> list[int]:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
-    sys.path.insert(0, str(ROOT))
     spec = json.loads(Path(sys.argv[1]).read_text())
-    for case in spec["cases"]:
-        importlib.import_module(case["module"])
+    sys.path.insert(0, str(ROOT))
+    from tests import sketches
+    from tests.forking import import_all
+
     for module in spec["imports"]:
         importlib.import_module(module)
+    import_all()
+    sketches.install()
     known: set[str] = set()
     for case in spec["cases"]:
         case["kills"], begun = 0, time.monotonic()

@@ -19,16 +19,8 @@ from PIL import Image
 pytestmark = [pytest.mark.slow, pytest.mark.process]
 
 SCRIPT = Path(__file__).with_name("killing.py")
+IMPORTS = ("sklearn.cluster",)  # beside those of forking.py
 TORCH = {"threads": 1, "workers": 0, "device": "cpu"}
-IMPORTS = (
-    "accelerate",
-    "timm",
-    "torchvision",
-    "pycocotools.coco",
-    "matplotlib.figure",
-    "pyarrow.parquet",
-    "sklearn.cluster",
-)
 
 
 def scenes(folder: Path) -> None:

@@ -118,6 +118,7 @@ def metrics(run: Path) -> dict[str, Any]:
 
 
 def test_keeps_the_best_of_each_class_and_no_copy(
+    drawn_figures: None,
     arguments: Any,
     settings: dict[str, Any],
     call: Any,

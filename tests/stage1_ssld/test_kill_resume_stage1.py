@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +19,8 @@ pytestmark = pytest.mark.slow
 
 # Forks a process for each moment in turn, all on one run directory: it kills itself there. The last one is left in peace.
 KILL_CHAIN = """
-import os, signal, sys, warnings
+import os, signal, sys
 from pathlib import Path
-warnings.simplefilter("ignore")
-sys.path.insert(0, sys.argv[1])
 import ssld.shared.training.checkpoint, ssld.shared.models.model_file, ssld.shared.run_dir, ssld.shared.training.training_state
 from ssld.shared.training.loss_watch import LossWatch
 from ssld.shared.run_dir import RunDir
@@ -77,11 +74,11 @@ for moment, prepare in moments.items():
     child = os.fork()
     if child == 0:
         prepare()
-        os._exit(main(sys.argv[2:]))
+        os._exit(main(sys.argv[1:]))
     status = os.waitpid(child, 0)[1]
     done = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     print("KILLED" if done else f"NOT KILLED {status}", moment, flush=True)
-os._exit(main(sys.argv[2:]))
+os._exit(main(sys.argv[1:]))
 """
 
 
@@ -106,9 +103,13 @@ def same_run(metrics_of: Callable[[Path], list[dict[str, Any]]]) -> Callable[[Pa
     return compare
 
 
-@pytest.mark.process
 def test_killed_at_every_delicate_moment(
-    arguments: Any, distill_settings: Any, call: Any, tmp_path: Path, same_run: Callable[[Path, Path], None]
+    arguments: Any,
+    distill_settings: Any,
+    call: Any,
+    tmp_path: Path,
+    scripts: Any,
+    same_run: Callable[[Path, Path], None],
 ) -> None:
     from ssld.stage1_ssld.distill import main
 
@@ -118,10 +119,9 @@ def test_killed_at_every_delicate_moment(
         "optim": {"name": "adamw", "lr": 0.001, "reference_batch": 8, "warmup_steps": 3},
     }  # fmt: skip
     assert call(main, arguments(settings, "whole")) == 0
-    process = subprocess.run(
-        [sys.executable, "-c", KILL_CHAIN, str(Path(__file__).parents[2]), *arguments(settings, "killed")],
-        capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False,
-    )  # fmt: skip
+    script = tmp_path / "kill_chain.py"
+    script.write_text(KILL_CHAIN)
+    process = scripts.run(str(script), *arguments(settings, "killed"))
     assert process.returncode == 0, process.stdout + process.stderr
     assert "NOT KILLED" not in process.stdout, process.stdout + process.stderr
     assert process.stdout.count("KILLED") == 14

@@ -55,7 +55,7 @@ def contents(run: Path) -> dict[str, Any]:
 
 
 def test_a_headless_vit_becomes_a_teacher(
-    made: Any, monkeypatch: pytest.MonkeyPatch, tiny: Any, encoder_file: Path, files_below: Any
+    drawn_figures: None, made: Any, monkeypatch: pytest.MonkeyPatch, tiny: Any, encoder_file: Path, files_below: Any
 ) -> None:
     """Its logits match float64 distances to the centers, from embeddings of plain timm; plain timm loads the file."""
     given: dict[str, Any] = {}

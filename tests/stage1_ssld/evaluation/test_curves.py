@@ -63,7 +63,7 @@ def write(run: Path, lines: list[dict[str, Any]]) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_every_curve_is_drawn_once(drawn: Any, tmp_path: Path) -> None:
+def test_every_curve_is_drawn_once(drawn_figures: None, drawn: Any, tmp_path: Path) -> None:
     write(tmp_path, LINES)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # torn by a kill
