@@ -44,10 +44,11 @@ import yaml
 from benchmarks import paired
 from benchmarks.finetune import DATA, FEW, few_classes, our_settings, write_settings
 from benchmarks.pretrained_student import command, paste
-from ssld.pipelines.runner.stages import flags
+from ssld.shared.config.flag_values import flags
 from ssld.shared.config.yaml_files import merge
 from ssld.stage1_ssld import distill
 from ssld.stage2_detect import evaluate, predict, train
+from ssld.stage2_detect.config import TrainConfig
 
 MOSAICS = "mosaics"
 # As many labeled photos per step as without a teacher, at the same rate: the reference batch is doubled with the batch.
@@ -162,7 +163,7 @@ def run_one(data: Path, folder: Path, name: str, row: str, options: argparse.Nam
         command(predict.main, wanted, names["pseudo"])
     settings = merge(settings, _filled(ROWS[row], names))
     began = time.process_time()
-    if train.main(flags(settings)):
+    if train.main(flags(TrainConfig, settings)):
         raise SystemExit(f"{run}: the training failed")
     seconds = time.process_time() - began
     model = run / "detector.safetensors"

@@ -37,11 +37,12 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from ssld.pipelines import init
-from ssld.pipelines.runner.stages import flags
+from ssld.shared.config.flag_values import flags
 from ssld.shared.models.backbones import create_body, input_settings
 from ssld.shared.models.references import parse_reference
 from ssld.shared.run_dir import read_result
 from ssld.stage2_detect import train
+from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.coco import CocoImage, read_coco
 from ssld.stage2_detect.data.loaders import load_record
 from ssld.stage2_detect.evaluation.coco_ap import coco_ap
@@ -200,7 +201,7 @@ def train_ours(folder: Path, images: Path, weights: Path, options: argparse.Name
     """Train as `ssld init` says, which evaluates at the end; returns AP and AP50."""
     run = folder / f"ours-{options.seed}"
     settings = our_settings(folder, images, weights, options) | {"output": str(run)}
-    if train.main(flags(settings)):
+    if train.main(flags(TrainConfig, settings)):
         raise SystemExit("ours: the training failed")
     metrics = (read_result(run) or {})["metrics"]
     return {"AP": metrics["AP"], "AP50": metrics["AP50"]}

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -10,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ssld.shared.config.bounds import Processes
 from ssld.shared.config.settings import CommandConfig, Config, did_you_mean
-from ssld.shared.config.yaml_files import read_recipe
+from ssld.shared.config.yaml_files import flatten, read_recipe
 
 CommandName = Literal[
     "toy_data",
@@ -36,15 +35,6 @@ CommandName = Literal[
 ROOT = Path(__file__).resolve().parents[1]
 MOST_SEEDS = 10
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) for nested settings; lists count as values."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def located(path: str) -> str:

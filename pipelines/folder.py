@@ -5,10 +5,9 @@ user starts it. What the user types and reads belongs to the folder where the co
 Does not import torch.
 """
 
-import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +66,21 @@ def shown(path: Path) -> Path:
     return whole.relative_to(_left[0]) if whole.is_relative_to(_left[0]) else whole
 
 
-def rebased_value(text: str) -> str:
-    """Return a value of the command line with its paths as they are written in the current folder.
+def rebased_value(value: Any) -> Any:
+    """Return a value that the user has typed with the paths in it, in its lists and groups too, as they are written in the current folder.
 
-    A value, or an item of a list, is a path if its first part exists in the user's folder.
+    A text is a path if its first part exists in the user's folder.
     """
-    if not _left:
-        return text
-    if text[:1] in ("[", "{"):
-        with suppress(ValueError):
-            return json.dumps(_each_rebased(json.loads(text)), ensure_ascii=False)
-    items = [text] if _is_there(text) else text.split(",")
-    return ",".join(map(_each_rebased, items))
+    if isinstance(value, dict):
+        return {key: rebased_value(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rebased_value(inner) for inner in value]
+    return str(rebased(Path(value))) if isinstance(value, str) and _is_there(value) else value
+
+
+def exists_for_user(text: str) -> bool:
+    """Return whether there is a file or folder of this name for the user, in whose folder a relative path begins."""
+    return os.path.lexists(os.path.join(_left[0], text) if _left else text)
 
 
 def missing_text(path: Path) -> str:
@@ -98,18 +100,10 @@ def left_behind(path: Path) -> Path | None:
     return _left[0] / path if (_left[0] / path).exists() else None
 
 
-def _each_rebased(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _each_rebased(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_each_rebased(inner) for inner in value]
-    return str(rebased(Path(value))) if isinstance(value, str) and _is_there(value) else value
-
-
 def _is_there(text: str) -> bool:
     """Return whether the first part of a text is a file or folder of the user's folder, or a pattern that fits some."""
     path = Path(text)
-    if not text or path.is_absolute():
+    if not _left or not text or path.is_absolute():
         return False
     first = (path.parts or (".",))[0]
     return os.path.lexists(_left[0] / first) or (is_pattern(first) and any(_left[0].glob(first)))

@@ -281,14 +281,16 @@ def unescaped(text: str) -> str:
     return re.sub(r"\\udc([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), text)
 
 
-UNLISTED = "whose path has a line break or another control character, or is not UTF-8"
+UNLISTED = "whose path has a line break or another control character, is not UTF-8, begins with #, a quote or a space, or ends with a space"
 """cause, in a `Tally`, of files for which `fits_a_list` is False"""
 _BREAKING = frozenset({"Cc", "Cs", "Zl", "Zp"})  # control characters, halves of characters, and what else ends a line
 
 
 def fits_a_list(path: str | Path) -> bool:
-    """Return whether a path can be a line of a text file, which is read as paths and shown by terminals."""
-    return not any(unicodedata.category(one) in _BREAKING for one in str(path))
+    """Return whether a path can be a line of a text file, which is read as paths, quoted ones and comments, and shown by terminals."""
+    text = str(path)
+    whole = text == text.strip() and not text.startswith(("#", '"', "'"))
+    return whole and not any(unicodedata.category(one) in _BREAKING for one in text)
 
 
 _DIGESTED = 1 << 28

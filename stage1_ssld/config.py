@@ -267,7 +267,7 @@ class EvaluateConfig(ForwardConfig):
     """labeled images for nearest-neighbor accuracy: each image of `data` gets the class that its nearest neighbors among them vote for"""
     allow_loss: bool = False
     """continue if more than half of the images of a source or class, or a whole class, cannot be used; the log has the causes"""
-    neighbours: Count = 20
+    neighbors: Count = 20
     """number of nearest neighbors that vote"""
     image_size: Side | None = None
     """side of the view in pixels; a network of fixed size is rebuilt for it; null: the size the model was trained at"""

@@ -393,7 +393,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     if choice := validation.compare_with_start():
         if choice.which != "last":
             metrics = evaluate_now(step)
-        metrics |= {f"neighbours_{which}": share for which, share in choice.shares.items()}
+        metrics |= {f"neighbors_{which}": share for which, share in choice.shares.items()}
     of_start = validation.measure_start()
     if "agreement" in of_start:
         run.log(f"the initial weights: {describe(of_start)}")

@@ -61,7 +61,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     bank = open_sources([config.bank], "bank", **allowed)[0] if config.bank else None
     if bank:
         bank.number = 1  # its images have other keys than those of `data`, which is source 0
-    votes = neighbor_labels(source, bank, config.neighbours) if bank else None
+    votes = neighbor_labels(source, bank, config.neighbors) if bank else None
     accelerator, config = start_processes(config)
     device, dtype = accelerator.device, DTYPES[config.precision]
     run = RunDir(config, "evaluate", main=accelerator.is_main_process)
@@ -133,7 +133,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
             embedded,
             batches(source, votes.queries),
             batches(bank, votes.bank),
-            neighbours=config.neighbours,
+            neighbors=config.neighbors,
             classes=votes.classes,
             device=device,
             first=rank(),

@@ -182,8 +182,9 @@ def build(folder: Path, *, train: Path, val: Path, unlabeled: Path, teacher: Pat
 
 def tiny_pipeline(text: str) -> str:
     """A pipeline whose every stage has the sizes of `TINY`, and of the file's own `smoke:` where `TINY` has none."""
-    from ssld.pipelines.config import CommandName, flatten
+    from ssld.pipelines.config import CommandName
     from ssld.pipelines.runner.stages import KINDS
+    from ssld.shared.config.yaml_files import flatten
 
     content = yaml.safe_load(text)
     commands: dict[str, CommandName] = {}

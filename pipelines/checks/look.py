@@ -21,7 +21,7 @@ from ssld.shared.wording import some
 from ssld.stage2_detect.config import TrainConfig
 
 _SHEET = "batches.jpg"
-_QUICK = {"look": "true", "resume": "auto", "auto_batch": "false", "compile": "false", "trackers": "[]"}
+_QUICK = {"look": True, "resume": "auto", "auto_batch": False, "compile": False, "trackers": []}
 
 
 def sheet_lines(file: Path, folder: Path, variables: dict[str, str]) -> Iterator[Line]:
@@ -52,7 +52,7 @@ def sheet_lines(file: Path, folder: Path, variables: dict[str, str]) -> Iterator
 def _sheet_line(stage: Stage, temporary: Path, folder: Path, signals: Signals) -> Line:
     """Start a training until its sheet is written, and copy it."""
     quick = _QUICK | without_evaluation(stage) | {"output": str(temporary / stage.name)}
-    quick |= {"export_check": "false"} if isinstance(stage.config, TrainConfig) else {}
+    quick |= {"export_check": False} if isinstance(stage.config, TrainConfig) else {}
     short = with_settings(stage, quick)
     outcome = run_stage(_alone(short), temporary / f"{stage.name}.txt", signals, quiet=True)
     if signals.received:

@@ -8,9 +8,9 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from ssld.pipelines.config import flatten
 from ssld.pipelines.runner.stages import KINDS
 from ssld.shared.config.settings import differences
+from ssld.shared.config.yaml_files import flatten
 
 _PLACES = frozenset({"output", "recipe"})  # not settings of the work itself
 REQUIRED = "required"

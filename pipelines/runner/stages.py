@@ -5,7 +5,6 @@ variable, an earlier stage (its run directory), `output` (the folder of all run 
 parallel stages are left out on purpose. Does not import torch.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,16 @@ from ssld.pipelines.config import (
     PipelineConfig,
     ReportConfig,
     StageConfig,
-    flatten,
     located,
 )
-from ssld.pipelines.folder import inside_folder_of, left_behind, missing_text, rebased_value, shown
+from ssld.pipelines.folder import exists_for_user, inside_folder_of, left_behind, missing_text, rebased_value, shown
 from ssld.pipelines.toy_data import ToyDataConfig
+from ssld.shared.config.flag_values import flags, read_value
 from ssld.shared.config.settings import CommandConfig, parse_config
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.config.validation import validate
 from ssld.shared.config.words import takes_path
-from ssld.shared.config.yaml_files import read_settings
+from ssld.shared.config.yaml_files import flatten, read_settings
 from ssld.shared.errors import UserError
 from ssld.shared.wording import did_you_mean
 from ssld.stage1_ssld.config import (
@@ -169,8 +168,8 @@ def read_pipeline(file: Path, given: dict[str, dict[str, str]] | None = None, *,
         for name, settings in (given or {}).items():
             if not isinstance(known.get(name), dict):
                 raise UserError(f"--stages.{name}: no such stage{did_you_mean(name, list(known))}")
-            settings = _with_paths(_command(name, known), settings)
-            known[name] = {**known[name], "set": _with_given(known[name].get("set", {}), settings, in_file)}
+            typed = _with_paths(_command(name, known), settings)
+            known[name] = {**known[name], "set": _with_given(known[name].get("set", {}), typed, in_file)}
         pipeline = validate(PipelineConfig, values, source=source)
     for name, settings in (given or {}).items() if smoke else ():
         command = pipeline.stages[name].command
@@ -191,15 +190,20 @@ def _command(name: str, stages: dict[str, Any]) -> Any:
     return None
 
 
-def _with_paths(command: Any, given: dict[str, str]) -> dict[str, str]:
-    """Return settings of the command line with their paths as they are written in the current folder."""
+def _with_paths(command: Any, given: dict[str, str]) -> dict[str, Any]:
+    """Return the values of flags of the command line, with their paths as they are written in the current folder."""
     if command not in get_args(CommandName):
         return given
-    kind = KINDS[command]
-    return {k: rebased_value(v) if takes_path(kind.config_type, k.split(".")) else v for k, v in given.items()}
+    return {key: _typed(KINDS[command].config_type, key, text) for key, text in given.items()}
 
 
-def _with_given(own: Any, given: dict[str, str], in_file: set[str]) -> Any:
+def _typed(config_type: type[CommandConfig], key: str, text: str) -> Any:
+    """Return the value of a flag that the user has typed, with its paths as they are written in the current folder."""
+    value = read_value(config_type, key, text, exists_for_user)
+    return rebased_value(value) if takes_path(config_type, key.split(".")) else value
+
+
+def _with_given(own: Any, given: dict[str, Any], in_file: set[str]) -> Any:
     """Return the settings of a stage with those of the command line in place of its own and of their alternatives `in_file`."""
     if not isinstance(own, dict):
         return own  # the field's own check reports the mistake
@@ -227,14 +231,16 @@ def build_stages(
         UserError: one line per mistake, over all stages.
     """
     names = _variables(pipeline, file, variables or {}) | {"output": str(output), "pipeline": str(file)}
-    paths = {name: rebased_value(value) for name, value in (variables or {}).items()}
+    paths = {name: rebased_value(text) for name, text in (variables or {}).items()}
     stages: list[Stage] = []
     errors: list[str] = []
     for name, settings in pipeline.stages.items():
         try:
             _check_name(name, names)
             extra = pipeline.smoke.get(settings.command, {}) if smoke else {}
-            stages.append(_build_stage(name, settings, extra, _Names(names, paths), output, stages))
+            stages.append(
+                _build_stage(name, settings, extra, _Names(names, paths, frozenset(pipeline.variables)), output, stages)
+            )
         except UserError as error:
             errors += [f"stage {name}: {line}" for line in str(error).splitlines()]
         names = {**names, name: str(output / name)}
@@ -279,26 +285,18 @@ def has_moving_teacher(config: CommandConfig) -> bool:
     return isinstance(config, TrainConfig) and config.moving_teacher is not None
 
 
-def flags(values: dict[str, Any]) -> list[str]:
-    """Convert nested settings to command-line flags that parse back to the same values."""
-    words: list[str] = []
-    for key, value in flatten(values):
-        plain = isinstance(value, list) and value and all(_is_plain(item) for item in value)
-        text = ",".join(map(_text, value)) if plain else _text(value)
-        words += [f"--{key}={text}"] if text.startswith("-") else [f"--{key}", text]
-    return words
-
-
 class _Names(NamedTuple):
     """Values of ${NAME}: variables, earlier stages, `output` and `pipeline`.
 
     Attributes:
         texts: all of them.
         paths: those of the command line once more, for the beginning of a path: relative to the pipeline's folder instead of the current one.
+        variables: names of the variables.
     """
 
     texts: dict[str, str]
     paths: dict[str, str]
+    variables: frozenset[str]
 
 
 def _build_stage(
@@ -316,8 +314,7 @@ def _build_stage(
     used: set[str] = set()
     values = {}
     for key, value in (*flatten(settings.set), *flatten(extra)):
-        paths = names.paths if takes_path(kind.config_type, key.split(".")) else {}
-        values[key] = _substitute(value, names.texts, used, paths)
+        values[key] = _filled_in(value, kind.config_type, key, names, used)
     if settings.command == "convert_detector" and str(values.get("weights")).endswith(".pdparams"):
         raise UserError(
             f"weights: {values['weights']}: PaddlePaddle's detectors are converted by the command convert_paddle_detector, "
@@ -326,7 +323,7 @@ def _build_stage(
     for key in ("output", "config"):
         if key in values:
             raise UserError(f"set.{key}: not allowed; the runner sets --{key}")
-    arguments = [*flags(values), "--output", str(output / name)]
+    arguments = [*flags(kind.config_type, values), "--output", str(output / name)]
     if settings.config:
         file = Path(located(_substitute(settings.config, names.texts, used, names.paths)))
         if file.suffix and left_behind(file):  # without one it may be the name of a recipe
@@ -334,7 +331,7 @@ def _build_stage(
         arguments = ["--config", str(file), *arguments]
     config = parse_config(kind.config_type, arguments, program=kind.script)
     if extra and BURN_IN not in dict(flatten(extra)) and has_moving_teacher(config):
-        arguments += flags({BURN_IN: 1})
+        arguments += flags(kind.config_type, {BURN_IN: 1})
         config = parse_config(kind.config_type, arguments, program=kind.script)
     needs = {stage.name for stage in earlier if stage.name in used or "output" in used}
     for path in config.inputs().values():
@@ -359,6 +356,17 @@ def _variables(pipeline: PipelineConfig, file: Path, given: dict[str, str]) -> d
     return {name: str(value) for name, value in values.items()}
 
 
+def _filled_in(value: Any, config_type: type[CommandConfig], key: str, names: _Names, used: set[str]) -> Any:
+    """Return a setting with its ${NAME} replaced. A variable alone, `images: ${photos}`, is the text of a flag: it may name several paths."""
+    alone = REFERENCE.fullmatch(value) if isinstance(value, str) else None
+    if alone is None or alone[1] not in names.variables:
+        paths = names.paths if takes_path(config_type, key.split(".")) else {}
+        return _substitute(value, names.texts, used, paths)
+    used.add(alone[1])
+    text, typed = names.texts[alone[1]], alone[1] in names.paths
+    return _typed(config_type, key, text) if typed else read_value(config_type, key, text)
+
+
 def _substitute(value: Any, names: dict[str, str], used: set[str], paths: dict[str, str]) -> Any:
     """Replace every ${NAME} in `value`, at the beginning of a path by that of `paths` if it has one; the names are added to `used`."""
     if isinstance(value, dict):
@@ -379,13 +387,3 @@ def _substitute(value: Any, names: dict[str, str], used: set[str], paths: dict[s
         return paths.get(name, names[name]) if begins_path else names[name]
 
     return REFERENCE.sub(replacement, value)
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, int | float) or (
-        isinstance(value, str) and not re.search(r"[\[\]{},\"]", value) and value != ""
-    )
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else "null" if value is None else json.dumps(value, ensure_ascii=False)

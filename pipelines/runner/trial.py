@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ssld.pipelines.runner.cost import evaluation_images, training_images
 from ssld.pipelines.runner.estimate import EVALUATIONS, Rate, evaluation_rate, rate_key
@@ -20,6 +21,7 @@ from ssld.pipelines.runner.launch import Outcome, Signals, run_stage
 from ssld.pipelines.runner.plan import Planned
 from ssld.pipelines.runner.stages import BURN_IN, Stage, has_moving_teacher
 from ssld.pipelines.toy_data import ToyDataConfig
+from ssld.shared.config.flag_values import flags
 from ssld.shared.config.settings import parse_config
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.errors import Stopped, UserError
@@ -37,15 +39,15 @@ _WHOLE = (ToyDataConfig, ConvertDataConfig, ConvertForeignConfig, ConvertPaddleC
 """settings of the stages that a trial runs as a whole"""
 _TRIED = (*_WHOLE, TrainingConfig)
 _LENGTH = {
-    "steps": str(STEPS),
-    "train_epochs": "null",
-    "train_images": "null",
-    "log_every": "1",
-    "save_every": str(STEPS),
+    "steps": STEPS,
+    "train_epochs": None,
+    "train_images": None,
+    "log_every": 1,
+    "save_every": STEPS,
 }
-_NO_EVALUATION = {"evaluate_every": "null", "patience": "null"}
-_STAGE_1 = {"data.val": "null"}
-_STAGE_2 = {"data.val_annotations": "null", "data.val_images": "null", "val_loss": "false", "expected": "null"}
+_NO_EVALUATION = {"evaluate_every": None, "patience": None}
+_STAGE_1: dict[str, Any] = {"data.val": None}
+_STAGE_2 = {"data.val_annotations": None, "data.val_images": None, "val_loss": False, "expected": None}
 
 
 def measure(
@@ -149,21 +151,21 @@ def _check(stage: Stage, outcome: Outcome) -> None:
 
 def shortened(stage: Stage) -> Stage:
     """Return a training stage of `STEPS` steps without evaluations; a moving teacher begins after the first of them."""
-    teacher = {BURN_IN: "1"} if has_moving_teacher(stage.config) else {}
+    teacher = {BURN_IN: 1} if has_moving_teacher(stage.config) else {}
     return with_settings(stage, _LENGTH | teacher | without_evaluation(stage))
 
 
-def without_evaluation(stage: Stage) -> dict[str, str]:
+def without_evaluation(stage: Stage) -> dict[str, Any]:
     """Return the settings, by key, with which a training stage neither evaluates nor checks its teacher."""
     own = _STAGE_2 if isinstance(stage.config, TrainConfig) else _STAGE_1
     if isinstance(stage.config, DistillConfig):
-        own = own | {"keep_weights": "last"} | ({"teacher.check_images": "0"} if stage.config.teacher else {})
+        own = own | {"keep_weights": "last"} | ({"teacher.check_images": 0} if stage.config.teacher else {})
     elif isinstance(stage.config, TrainConfig) and stage.config.distill:
-        own = own | {"distill.check_images": "0"}
+        own = own | {"distill.check_images": 0}
     return _NO_EVALUATION | own
 
 
-def with_settings(stage: Stage, settings: dict[str, str]) -> Stage:
+def with_settings(stage: Stage, settings: dict[str, Any]) -> Stage:
     """Return a stage with `settings`, values by dotted key, in place of its own."""
     words: list[str] = []
     rest = iter(stage.arguments)
@@ -173,7 +175,7 @@ def with_settings(stage: Stage, settings: dict[str, str]) -> Stage:
         key = flag.removeprefix("--")
         if not any(key == one or key.startswith(f"{one}.") for one in settings):
             words += [word, *value]
-    words += [word for key, value in settings.items() for word in (f"--{key}", value)]
+    words += flags(stage.kind.config_type, settings)
     config = parse_config(stage.kind.config_type, words, program=stage.kind.script)
     return Stage(stage.name, stage.kind, config, tuple(words), stage.processes, stage.needs)
 

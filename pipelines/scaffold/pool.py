@@ -2,7 +2,7 @@
 
 The folder of unlabeled photos often contains copies of annotated photos, possibly under other names; they are detected by content and left out.
 Copies of evaluation photos would inflate the detector's score. Copies of training photos are listed for stage 1 anyway, and must not be held out.
-The lists have one file per line, so photos with a line break in their path are left out of them; `unlisted` counts and names these.
+The lists have one file per line, so photos whose path cannot be a line are left out of them; `unlisted` counts and names these.
 """
 
 import hashlib
@@ -59,13 +59,13 @@ def unlisted(folder: Path, training: Iterable[str]) -> str:
     Raises UserError where these are more than half of either.
     """
     tally = Tally()
-    paths = [folder.absolute() / name for name in list_images(folder)]  # as in the list of a moving teacher
-    for what, names in (("unlabeled photo", paths), ("training photo", training)):
-        for name in names:
-            if fits_a_list(name):
+    fits = {str(folder.absolute() / name): _fits(folder, name) for name in list_images(folder)}
+    for what, names in (("unlabeled photo", fits), ("training photo", {name: fits_a_list(name) for name in training})):
+        for name, fit in names.items():
+            if fit:
                 tally.keep(what)
             else:
-                tally.drop(what, UNLISTED, escaped(str(name)))
+                tally.drop(what, UNLISTED, escaped(name))
     if sentence := tally.bulk_loss():
         raise UserError(f"lists of photos, one file per line: {sentence}; rename them")
     described = tally.describe()
@@ -73,7 +73,12 @@ def unlisted(folder: Path, training: Iterable[str]) -> str:
 
 
 def _listable(folder: Path) -> list[str]:
-    return [name for name in list_images(folder) if fits_a_list(folder.absolute() / name)]
+    return [name for name in list_images(folder) if _fits(folder, name)]
+
+
+def _fits(folder: Path, name: str) -> bool:
+    """Whether a photo can stand in the lists of stage 1, below their root, and in that of a moving teacher, by its whole path."""
+    return fits_a_list(name) and fits_a_list(folder.absolute() / name)
 
 
 def _place(name: str, seed: int) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 
-from ssld.pipelines.config import flatten
+from ssld.shared.config.yaml_files import flatten
 from ssld.shared.errors import UserError
 from ssld.shared.models.downloads import PICKLE_SUFFIXES, kind_of
 from ssld.shared.models.metadata import parse_metadata

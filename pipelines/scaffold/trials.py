@@ -20,7 +20,7 @@ from ssld.pipelines.runner.estimate import (
 )
 from ssld.pipelines.runner.launch import stoppable
 from ssld.pipelines.runner.plan import Planned
-from ssld.pipelines.runner.stages import Stage, build_stages, flags, read_pipeline
+from ssld.pipelines.runner.stages import Stage, build_stages, read_pipeline
 from ssld.pipelines.runner.trial import measure, with_settings
 from ssld.pipelines.scaffold.fit import Trial, under_moving_teacher
 from ssld.pipelines.scaffold.pipeline_file import pipeline_text
@@ -63,7 +63,7 @@ def _rate(folder: Path, facts: Facts, settings: Settings, trained: Trained, limi
 
     def build(output: Path) -> list[Stage]:
         (stage,) = [stage for stage in build_stages(pipeline, file, output=output) if stage.name == name]
-        return [with_settings(stage, _texts(absent.untrained())) if absent else stage]
+        return [with_settings(stage, absent.untrained()) if absent else stage]
 
     with inside_folder_of(file):
         pipeline = read_pipeline(file)
@@ -71,12 +71,6 @@ def _rate(folder: Path, facts: Facts, settings: Settings, trained: Trained, limi
         rates: dict[str, Rate] = {}
         measure([Planned(stage, "new")], build, output, rates, limit)
         return rates.get(rate_key(stage, output))
-
-
-def _texts(settings: dict[str, Any]) -> dict[str, str]:
-    """Return settings as texts of the command line."""
-    words = flags(settings)
-    return {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
 
 
 def keep_rates(file: Path, rates: Mapping[Trained, Rate]) -> tuple[list[Stage], Costs]:

@@ -20,15 +20,15 @@ from pydantic_settings import (
     CliSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    SettingsError,
 )
 
 from ssld.shared.config.annotations import kinds_in
 from ssld.shared.config.bounds import Processes
+from ssld.shared.config.flag_values import read_flags
 from ssld.shared.config.help import HelpAction, settings_help
-from ssld.shared.config.validation import needed_keys, validate
+from ssld.shared.config.validation import validate
 from ssld.shared.config.words import underscored as underscored
-from ssld.shared.config.words import with_paths, with_short_forms, with_values, without_repeats
+from ssld.shared.config.words import with_short_forms, with_values
 from ssld.shared.config.yaml_files import (
     NO_SHORT_FORMS,
     Alternatives,
@@ -100,6 +100,10 @@ class PlainValues(BaseModel):
                 raise PydanticCustomError("nul", "holds a NUL character")
             if one == "" and Path in kinds:
                 raise PydanticCustomError("empty_path", "names no file or folder")
+            if isinstance(one, float | bool) and Path in kinds and not kinds & {int, float, bool}:
+                raise PydanticCustomError("path_type", "has to be a path; put a name like that in quotes")
+        if Path in kinds and isinstance(value, list):
+            return [str(one) if type(one) is int else one for one in value]
         return str(value) if Path in kinds and type(value) is int else value
 
 
@@ -230,58 +234,32 @@ def parse_config(config_type: type[ConfigT], argv: Sequence[str], *, program: st
     """
     bare = not argv
     argv = with_short_forms([underscored(word) for word in argv], config_type.short_forms)
-    argv = with_paths(config_type, without_repeats(config_type, with_values(config_type, argv)))
-    parser = _bare_parser(config_type, program)
-    try:
-        source = CliSettingsSource[ArgumentParser](
-            config_type, cli_parse_args=list(argv), root_parser=parser, parse_args_method=Parser.parse_args
-        )
-        flags = _nulls(source())
-    except RecursionError:
-        raise UserError("command line: a value is nested too deeply") from None
-    except SettingsError as error:
-        field = re.search(r'field "([^"]+)"', str(error))
-        if field is None:
-            raise UserError(f"command line: {' '.join(str(error).split())}") from None
-        name = field[1]
-        needed = needed_keys(config_type, name.split("."))
-        key = f"{needed[0]} VALUE" if needed != [name] else f"{name}.KEY VALUE"
-        raise UserError(f"--{name}: is a group or list of settings: give --{key}, or the whole as JSON") from None
-    known, _ = parser.parse_known_args(list(argv))
-    file = recipe_file(known.config, config_type.recipes) if known.config else None
+    parser = settings_parser(config_type, program)
+    given = vars(parser.parse_args(with_values(config_type, argv)))
+    recipe, printed = given.pop("config"), given.pop("print_config")
+    flags = read_flags(config_type, given)
+    file = recipe_file(recipe, config_type.recipes) if recipe else None
     values = read_recipe(file, config_type.alternatives, config_type.short_forms) if file else {}
     values = without_others(values, config_type.alternatives, flags)
     if bare and any(field.is_required() for field in config_type.model_fields.values()):
         print(settings_help(parser, config_type, needed_alone=True), file=sys.stderr)
     config = validate(config_type, values, source=str(file or "command line"), flags=flags)
     config._recipe = file
-    if known.print_config:
+    if printed:
         print(dump_yaml(config), end="")
         raise SystemExit(0)
     return config
 
 
-def _nulls(value: Any) -> Any:
-    """Replace [None], from `--list null`, by None."""
-    if isinstance(value, dict):
-        return {key: _nulls(one) for key, one in value.items()}
-    return None if value == [None] else value
-
-
 def settings_parser(config_type: type[CommandConfig], program: str) -> Parser:
-    """Return the parser of a command with a flag for each of its settings, for help and completion."""
-    parser = _bare_parser(config_type, program)
-    CliSettingsSource[ArgumentParser](config_type, root_parser=parser)
-    return parser
-
-
-def _bare_parser(config_type: type[CommandConfig], program: str) -> Parser:
+    """Return the parser of a command with a flag for each of its settings: it splits a command line into texts by dotted key."""
     parser = Parser(prog=program, description=config_type.__doc__, allow_abbrev=False, add_help=False)
     parser.config_type = config_type
     parser.add_argument("-h", "--help", action=HelpAction)
     what = "YAML file, or name of a shipped recipe (ssld recipes)," if config_type.recipes else "YAML file"
     parser.add_argument("--config", type=Path, metavar="FILE", help=f"{what} with settings; flags override it")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
+    CliSettingsSource[ArgumentParser](config_type, root_parser=parser)
     return parser
 
 

@@ -1,8 +1,6 @@
-"""Words of a command line, brought into the form in which pydantic-settings parses them. Does not import torch."""
+"""Words of a command line, brought into the form that the parser takes: keys as in YAML, and a value for each. Does not import torch."""
 
 import json
-import os
-import typing
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +25,7 @@ def with_short_forms(argv: Sequence[str], short_forms: Mapping[str, str]) -> lis
         key = name.removeprefix("--")
         inner = short_forms.get(key) if name.startswith("--") else None
         given = value if equals else following
-        whole = given == "null" or given.startswith("{")
+        whole = given == "null" or _is_json_group(given)
         words.append(f"--{key}.{inner}{equals}{value}" if inner and not whole else word)
     return words
 
@@ -43,58 +41,19 @@ def with_values(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
     return words
 
 
-def without_repeats(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
-    """Keep the last of several equal flags that take a path or a list of paths, as of any other flag: a repeated one adds no file to a list."""
-    words: list[str | None] = list(argv)
-    places: dict[str, int] = {}
-    for place, word in enumerate(argv):
-        name = word.partition("=")[0]
-        if not name.startswith("--") or not _takes_path_or_list(config_type, name.removeprefix("--").split(".")):
-            continue
-        if name in places:
-            earlier = places[name]
-            length = 1 if "=" in argv[earlier] else 2
-            words[earlier : earlier + length] = [None] * length
-        places[name] = place
-    return [word for word in words if word is not None]
-
-
-def _takes_path_or_list(model: type[BaseModel], path: Sequence[str]) -> bool:
-    """Whether a key takes a path or a list of paths."""
-    return any({Path, list[Path]} <= set(typing.get_args(field.annotation)) for field in fields_at(model, path))
-
-
-def with_paths(config_type: type[BaseModel], argv: Sequence[str]) -> list[str]:
-    """Keep names of existing files and folders as paths, whatever they look like: `--pool [old]`, `--pool a,b`, `--data.path null`."""
-    words: list[str] = []
-    for word, before in zip(argv, ["", *argv], strict=False):
-        key = before.removeprefix("--").split(".")
-        there = before.startswith("--") and not word.startswith("-") and os.path.exists(word)
-        if there and key[-1] == "path" and word == "null":
-            words.append("./null")
-        else:
-            listed = there and _lists_sources(config_type, key)
-            # The parser takes the text between the quotes as it is: escapes, as of ü, would become part of the path.
-            words.append(f'["{word}"]' if listed and '"' not in word else json.dumps([word]) if listed else word)
-    return words
-
-
-def _lists_sources(model: type[BaseModel], path: Sequence[str]) -> bool:
-    """Whether a key is that of a list of paths, or of groups of settings that each may be given as a path."""
-    for field in fields_at(model, path):
-        has_path = any("path" in one.model_fields for one in models_in(field.annotation))
-        is_list = typing.get_origin(field.annotation) is list
-        if (is_list and has_path) or list[Path] in (field.annotation, *typing.get_args(field.annotation)):
-            return True
-    return False
-
-
 def takes_path(model: type[BaseModel], path: Sequence[str]) -> bool:
     """Return whether a value of the key, in its parts, may be a path: a path, text but for names of classes, a group, or a list of these."""
     return "classes" not in path and any(
         models_in(field.annotation) or not kinds_in(field.annotation).isdisjoint({Path, str})
         for field in fields_at(model, path)
     )
+
+
+def _is_json_group(text: str) -> bool:
+    try:
+        return text.startswith("{") and isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _is_switch(model: type[BaseModel], path: Sequence[str]) -> bool:

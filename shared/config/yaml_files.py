@@ -225,3 +225,12 @@ def nested(path: Sequence[Any], value: Any) -> dict[Any, Any]:
     for group in reversed(groups):
         values = {group: values}
     return values
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) for nested settings; lists count as values."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

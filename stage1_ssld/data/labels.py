@@ -162,18 +162,18 @@ class NeighborLabels(NamedTuple):
     classes: int
 
 
-def neighbor_labels(source: ImageSource, bank: ImageSource, neighbours: int) -> NeighborLabels:
+def neighbor_labels(source: ImageSource, bank: ImageSource, neighbors: int) -> NeighborLabels:
     """Return the labels of both sources in the bank's numbering, matched by name where both have names.
 
-    Raises UserError if either has no labels, if the bank lacks a class of `source`, or if it has fewer labeled images than `neighbours`.
+    Raises UserError if either has no labels, if the bank lacks a class of `source`, or if it has fewer labeled images than `neighbors`.
     """
     if source.labels is None:
         raise UserError(f"{source.path}: no labels, which nearest-neighbor accuracy needs; leave out bank")
     if bank.labels is None:
         raise UserError(f"bank: {bank.path}: no labels for its images to vote with; use a labeled source")
     known = len(bank.labels) - bank.labels.count(NO_LABEL)
-    if neighbours > known:
-        raise UserError(f"neighbours: {neighbours} is more than the {known} labeled images of {bank.path}")
+    if neighbors > known:
+        raise UserError(f"neighbors: {neighbors} is more than the {known} labeled images of {bank.path}")
     classes = len(bank.class_names) if bank.class_names else max(bank.labels) + 1
     labels = match_classes(source, bank.class_names, classes, bank.path)
     assert labels is not None

@@ -30,7 +30,7 @@ def knn_accuracy(
     queries: Iterable[Batch],
     bank: Iterable[Batch],
     *,
-    neighbours: int,
+    neighbors: int,
     classes: int,
     device: torch.device,
     first: int = 0,
@@ -42,7 +42,7 @@ def knn_accuracy(
     Args:
         embed: pixels [B,3,H,W] -> embeddings [B,D].
         queries, bank: this rank's batches, with labels in one numbering; unlabeled images are skipped.
-        neighbours: k; a bank with fewer readable images votes as a whole, and an empty one gives {}.
+        neighbors: k; a bank with fewer readable images votes as a whole, and an empty one gives {}.
         classes: number of classes.
         device: device of the comparison.
         first, step: position of this rank's batches among those of all ranks; on ties the earlier image of the bank wins.
@@ -55,27 +55,27 @@ def knn_accuracy(
     count = len(labels_Q)
     if count == 0:
         return {}
-    cosines_Qk = queries_QD.new_full((count, neighbours), float("-inf"))
-    classes_Qk = labels_Q.new_zeros((count, neighbours))
-    places_Qk = labels_Q.new_full((count, neighbours), torch.iinfo(torch.int64).max)
+    cosines_Qk = queries_QD.new_full((count, neighbors), float("-inf"))
+    classes_Qk = labels_Q.new_zeros((count, neighbors))
+    places_Qk = labels_Q.new_full((count, neighbors), torch.iinfo(torch.int64).max)
     for bank_BD, bank_labels_B, bank_places_B in _embedded(embed, bank, device, first, step, on_unreadable):
         for start in range(0, count, _CHUNK):
             rows = slice(start, start + _CHUNK)
-            with full_float32():  # TF32 would change the order of near neighbours
+            with full_float32():  # TF32 would change the order of near neighbors
                 cosines = queries_QD[rows] @ bank_BD.T
-            largest, places = _largest(cosines, neighbours)
+            largest, places = _largest(cosines, neighbors)
             cosines_Qk[rows], places_Qk[rows], classes_Qk[rows] = _nearest(
                 torch.cat([cosines_Qk[rows], largest], 1),
                 torch.cat([places_Qk[rows], bank_places_B[places]], 1),
                 torch.cat([classes_Qk[rows], bank_labels_B[places]], 1),
-                neighbours,
+                neighbors,
             )
     if world_size() > 1:
         cosines_Qk, places_Qk, classes_Qk = _nearest(
             torch.cat(_gathered(cosines_Qk), 1),
             torch.cat(_gathered(places_Qk), 1),
             torch.cat(_gathered(classes_Qk), 1),
-            neighbours,
+            neighbors,
         )
     if cosines_Qk[0, 0].isinf():  # no image of the bank could be read
         return {}

@@ -55,7 +55,7 @@ def positives_on_host(sampled: SampledRoIs) -> Positives:
     return Positives(len(rows_BR6), most, image_P, place_P, rows_P6[:, 4].astype(np.int64), rows_P6[:, :4])
 
 
-class MaskHead(RoIConvolutions):
+class MaskHead(pooling.PoolsRoIs, RoIConvolutions):
     """Predicts a mask for each RoI and class from feature maps.
 
     Args:
@@ -159,17 +159,6 @@ class MaskHead(RoIConvolutions):
         class_N = class_BR.flatten()
         chosen_NSS = logits_NKSS[torch.arange(class_N.shape[0], device=class_N.device), class_N].sigmoid()
         return chosen_NSS.view(*class_BR.shape, *chosen_NSS.shape[1:])
-
-    def _pool(self, features: Sequence[Tensor], rois_BR4: Tensor, valid_BR: Tensor) -> Tensor:
-        return pooling.pool_rois(
-            features,
-            rois_BR4,
-            valid_BR,
-            strides=self.strides,
-            size=self.pool_size,
-            sampling_ratio=self.sampling_ratio,
-            aligned=self.aligned,
-        )
 
     def _targets(self, masks: Sequence[ImageMasks], positives: Positives, device: torch.device) -> Tensor:
         """Rasterize the targets: float32 [N, 2 S, 2 S] on `device`, shapes of the positives, zeros elsewhere."""

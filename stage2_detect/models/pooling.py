@@ -70,6 +70,26 @@ def pool_rois(
     return pooled
 
 
+class PoolsRoIs:
+    """A head that pools its features from a pyramid; see `pool_rois` for its attributes."""
+
+    strides: tuple[int, ...]
+    pool_size: int
+    sampling_ratio: int
+    aligned: bool
+
+    def _pool(self, features: Sequence[Tensor], rois_BR4: Tensor, valid_BR: Tensor) -> Tensor:
+        return pool_rois(
+            features,
+            rois_BR4,
+            valid_BR,
+            strides=self.strides,
+            size=self.pool_size,
+            sampling_ratio=self.sampling_ratio,
+            aligned=self.aligned,
+        )
+
+
 @torch.library.custom_op("ssld::pool_rois", mutates_args=())
 def onnx_pool_rois(
     maps: list[Tensor],

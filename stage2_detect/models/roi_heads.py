@@ -96,7 +96,7 @@ class BoxHead(RoIConvolutions):
         return self.logits(hidden_NF).float(), self.deltas(hidden_NF).float().unflatten(1, (-1, 4))
 
 
-class RoIHeads(nn.Module):
+class RoIHeads(pooling.PoolsRoIs, nn.Module):
     """Proposals -> losses (`losses`) or detections (`detect_network`).
 
     Args:
@@ -260,17 +260,6 @@ class RoIHeads(nn.Module):
         scores_BRK = scores_NK[:, :-1].unflatten(0, (B, R)) * valid_BR[..., None]
         boxes_BRD4 = boxes.decode(deltas_ND4.unflatten(0, (B, R)), rois_BR4[:, :, None], stage.delta_weights)
         return boxes.clip(boxes_BRD4, sizes_B2), scores_BRK
-
-    def _pool(self, features: Sequence[Tensor], rois_BR4: Tensor, valid_BR: Tensor) -> Tensor:
-        return pooling.pool_rois(
-            features,
-            rois_BR4,
-            valid_BR,
-            strides=self.strides,
-            size=self.pool_size,
-            sampling_ratio=self.sampling_ratio,
-            aligned=self.aligned,
-        )
 
     def _assign(self, stage: BoxStage, rois_BR4: Tensor, targets: Targets) -> assign.Assignment:
         return assign.assign(

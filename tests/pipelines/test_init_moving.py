@@ -9,10 +9,10 @@ import yaml
 from PIL import Image
 
 from ssld.pipelines import init, run
-from ssld.pipelines.config import flatten
 from ssld.pipelines.runner.estimate import read_rates
 from ssld.pipelines.scaffold import fit, pool
 from ssld.shared.config.settings import identity
+from ssld.shared.config.yaml_files import flatten
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.unlabeled_images import unlabeled_images
 from tests.pipelines import test_init as base

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from ssld.pipelines import toy_data
-from ssld.pipelines.config import flatten
 from ssld.pipelines.runner.stages import KINDS, ROOT, Stage, build_stages, read_pipeline
 from ssld.shared.config.settings import identity
+from ssld.shared.config.yaml_files import flatten
 from ssld.shared.run_dir import read_result
 from ssld.stage2_detect import predict, train
 

@@ -164,7 +164,7 @@ def test_a_teacher_without_classes_teaches_its_features(
     assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"] == {"steps": 4, "images_seen": 32}
     _, line = create_body(parse_reference(str(file)), out_indices=(1, 2, 3))
     assert "backbone tensors, " in line
-    argv = ["--model", str(file), "--data.path", str(tiny.val), "--bank.path", str(tiny.train), "--neighbours", "3"]
+    argv = ["--model", str(file), "--data.path", str(tiny.val), "--bank.path", str(tiny.train), "--neighbors", "3"]
     argv += ["--output", str(tmp_path / "near"), "--workers", "0", "--device", "cpu", "--threads", "1"]
     assert call(evaluate, argv) == 0
     assert "knn" in str(json.loads((tmp_path / "near" / "result.json").read_text())["metrics"])
@@ -184,8 +184,8 @@ def test_the_better_weights_are_kept_without_classes(
     given = alone(settings, vit_file, student={"model": str(vit_file)}, losses=["pooled"], optim=harm)
     assert call(distill, arguments(given | {"keep_weights": "better"})) == 0
     metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
-    assert metrics["neighbours_start"] == 1
-    assert metrics["neighbours_last"] < 1
+    assert metrics["neighbors_start"] == 1
+    assert metrics["neighbors_last"] < 1
     assert read_metadata(tmp_path / "run" / "student.safetensors")["kept"] == "start"
 
 

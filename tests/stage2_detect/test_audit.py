@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageOps
 from run_files import content
 
+from ssld.shared.files import UNLISTED
 from ssld.stage1_ssld.data.sources import ImageSource
 from ssld.stage1_ssld.data_config import SourceConfig
 from ssld.stage2_detect import audit, evaluate, predict
@@ -215,7 +216,7 @@ def test_a_name_that_a_list_cannot_hold_is_left_out(call: Call, audit_line: Any,
     assert call(audit.main, audit_line()) == 0
     run = tmp_path / "audited"
     assert len(find_images(str(run / LIST)).names) == 10
-    cause = "2 images dropped: 2 whose path has a line break or another control character, or is not UTF-8 (first: \\x1b[31mred.png)"
+    cause = f"2 images dropped: 2 {UNLISTED} (first: \\x1b[31mred.png)"
     assert cause in (run / "log.txt").read_text()
     captions: list[str] = []
     parser = HTMLParser()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from ssld.pipelines.config import PipelineConfig, flatten
+from ssld.pipelines.config import PipelineConfig
 from ssld.pipelines.runner.launch import command_line
 from ssld.pipelines.runner.plan import make_plan
 from ssld.pipelines.runner.stages import (
@@ -17,13 +17,14 @@ from ssld.pipelines.runner.stages import (
     Stage,
     build_stages,
     find_pipeline,
-    flags,
     followers,
     located,
     own_file,
     read_pipeline,
 )
+from ssld.shared.config.flag_values import flags
 from ssld.shared.config.settings import CommandConfig, Config, identity, parse_config
+from ssld.shared.config.yaml_files import flatten
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.config import TrainConfig
 
@@ -65,13 +66,13 @@ def test_flags_parse_back_to_the_settings() -> None:
         "name": "--odd name",
         "lr": 1e-5,
     }
-    config = parse_config(Outer, [*flags(settings), "--output", "x"], program="p")
+    config = parse_config(Outer, [*flags(Outer, settings), "--output", "x"], program="p")
     assert config == Outer(output=Path("x"), **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("paths", [[], ["with,comma"], ["a", {"path": "b", "labels": "c"}], ["[odd]"]])
 def test_lists_that_need_json(paths: list[Any]) -> None:
-    config = parse_config(Outer, [*flags({"inner.paths": paths}), "--output", "x"], program="p")
+    config = parse_config(Outer, [*flags(Outer, {"inner.paths": paths}), "--output", "x"], program="p")
     assert json.loads(config.model_dump_json())["inner"]["paths"] == paths
 
 

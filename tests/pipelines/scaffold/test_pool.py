@@ -6,6 +6,7 @@ import pytest
 
 from ssld.pipelines.scaffold.pool import divide_pool, some_photos, unlisted
 from ssld.shared.errors import UserError
+from ssld.shared.files import UNLISTED
 
 
 def folder_of(place: Path, count: int) -> Path:
@@ -45,17 +46,16 @@ def test_at_most_five_hundred(tmp_path: Path) -> None:
 
 
 def test_photos_that_no_list_can_hold_are_left_out_and_named(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "pool", 4)
+    folder = folder_of(tmp_path / "pool", 8)
     assert unlisted(folder, ["a.jpg"]) == ""
-    for number, name in enumerate(("two\nlines.jpg", "\x1b.jpg", "page\x0c.jpg")):
+    for number, name in enumerate(("two\nlines.jpg", "\x1b.jpg", "page\x0c.jpg", " a.jpg", "#1.jpg", '"q".jpg')):
         (folder / name).write_bytes(f"odd {number}".encode())
-    kept = [f"deep/{number:03d}.jpg" for number in range(4)]
+    kept = [f"deep/{number:03d}.jpg" for number in range(8)]
     assert divide_pool(folder, [], [], seed=0).train == kept
     assert some_photos(folder, seed=0) == [folder / name for name in kept]
-    cause = "whose path has a line break or another control character, or is not UTF-8"
     assert unlisted(folder, ["a.jpg", "b\rc.jpg"]) == (
-        f"lists of photos, one file per line: 3 unlabeled photos dropped: 3 {cause} (first: {folder}/\x1b.jpg); "
-        f"1 training photo dropped: 1 {cause} (first: b\rc.jpg)"
+        f"lists of photos, one file per line: 6 unlabeled photos dropped: 6 {UNLISTED} (first: {folder}/\x1b.jpg); "
+        f"1 training photo dropped: 1 {UNLISTED} (first: b\rc.jpg)"
     )
     with pytest.raises(UserError, match=r"all training photos would be left out: 1 whose path has .*; rename them"):
         unlisted(folder, ["b\rc.jpg"])

@@ -138,15 +138,15 @@ def test_a_stage_that_spoils_its_student_leaves_the_start(
     results = [read_result(tmp_path / name) for name in ("better", "last")]
     assert results[0]
     assert results[1]
-    assert results[0]["metrics"]["agreement"] == results[0]["metrics"]["neighbours_start"] == 1
-    assert results[0]["metrics"]["neighbours_last"] < 1
+    assert results[0]["metrics"]["agreement"] == results[0]["metrics"]["neighbors_start"] == 1
+    assert results[0]["metrics"]["neighbors_last"] < 1
     assert results[1]["metrics"]["agreement"] < 1
     for result in results:  # the teacher's own weights agree with it
         assert result
         assert result["metrics"]["start_agreement"] == 1
         assert result["metrics"]["start_kl"] == pytest.approx(0, abs=1e-6)
     for which in ("last", "mean", "start"):
-        assert results[1]["metrics"][f"neighbours_{which}"] == results[0]["metrics"][f"neighbours_{which}"]
+        assert results[1]["metrics"][f"neighbors_{which}"] == results[0]["metrics"][f"neighbors_{which}"]
     assert read_metadata(tmp_path / "better" / "student.safetensors")["kept"] == "start"
     log = (tmp_path / "better" / "log.txt").read_text()
     assert "start 100.0 %; the file holds the initial weights (keep_weights: better)" in log

@@ -64,7 +64,7 @@ def test_against_an_exhaustive_search(k: int) -> None:
             lookup(table),
             batches(queries, size),
             batches(bank, size, offset=40),
-            neighbours=k,
+            neighbors=k,
             classes=4,
             device=CPU,
         )
@@ -84,7 +84,7 @@ def test_of_equal_neighbors_the_earlier_one_votes() -> None:
     bank = np.array([1, 0, 0, 0, 0, 0, 0, 0])
     for size in (1, 3, 8):
         result = knn_accuracy(
-            lookup(table), batches(np.array([1]), 1), batches(bank, size, offset=1), neighbours=1, classes=2, device=CPU
+            lookup(table), batches(np.array([1]), 1), batches(bank, size, offset=1), neighbors=1, classes=2, device=CPU
         )
         assert result == {"knn_top1": 1.0}
 
@@ -104,7 +104,7 @@ def test_the_bank_is_never_held() -> None:
     def one_by_one() -> Iterator[Batch]:
         yield from batches(np.zeros(100, np.int64), 2, offset=20)
 
-    knn_accuracy(embed, batches(np.zeros(20, np.int64), 20), one_by_one(), neighbours=3, classes=1, device=CPU)
+    knn_accuracy(embed, batches(np.zeros(20, np.int64), 20), one_by_one(), neighbors=3, classes=1, device=CPU)
     assert len(alive) == 51
     assert most <= 3
 
@@ -113,7 +113,7 @@ def test_nothing_to_judge_and_nothing_to_vote() -> None:
     table = np.eye(4)
     some, empty = batches(np.array([0, 1]), 2), Batch(torch.empty(0, 3, 1, 1), torch.empty(0).long(), [], ["broken"])
     reported: list[str] = []
-    options: dict[str, Any] = {"neighbours": 1, "classes": 2, "device": CPU, "on_unreadable": reported.extend}
+    options: dict[str, Any] = {"neighbors": 1, "classes": 2, "device": CPU, "on_unreadable": reported.extend}
     assert knn_accuracy(lookup(table), [], some, **options) == {}
     assert knn_accuracy(lookup(table), some, [empty], **options) == {}
     assert reported == ["broken"]
@@ -125,7 +125,7 @@ def test_evaluate_with_a_bank_on_one_and_two_processes(
     tiny: Any, teacher_file: Path, call: Any, scripts: Any, tmp_path: Path
 ) -> None:
     argv = ["--model", str(teacher_file), "--data.path", str(tiny.val), "--bank.path", str(tiny.train)]
-    argv += ["--threads", "1", "--workers", "0", "--device", "cpu", "--batch_size", "4", "--neighbours", "5"]
+    argv += ["--threads", "1", "--workers", "0", "--device", "cpu", "--batch_size", "4", "--neighbors", "5"]
     argv += ["--teacher.model", str(teacher_file)]
     assert call(main, [*argv, "--output", str(tmp_path / "one")]) == 0
     metrics = json.loads((tmp_path / "one" / "result.json").read_text())["metrics"]
@@ -169,7 +169,7 @@ def test_evaluate_on_classes_that_are_not_the_models(
     argv = ["--model", str(teacher_file), "--data.path", str(tmp_path / "val"), "--threads", "1", "--workers", "0"]
     argv += ["--device", "cpu", "--output", str(tmp_path / "run")]
     assert "class 'other' is not among the 3 classes" in user_error(main, argv)
-    bank = ["--bank.path", str(tmp_path / "train"), "--neighbours", "3"]
+    bank = ["--bank.path", str(tmp_path / "train"), "--neighbors", "3"]
     assert call(main, [*argv, *bank]) == 0
     metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
     assert set(metrics) == {"images", "knn_top1"}
@@ -185,12 +185,12 @@ def test_mistakes_with_a_bank(tiny: Any, teacher_file: Path, user_error: Any, tm
 
     assert f"{tiny.unlabeled}: no labels, which nearest-neighbor accuracy needs" in line(tiny.unlabeled, tiny.train)
     assert f"bank: {tiny.unlabeled}: no labels for its images to vote" in line(tiny.val, tiny.unlabeled)
-    assert f"neighbours: 31 is more than the 30 labeled images of {tiny.train}" in line(
-        tiny.val, tiny.train, "--neighbours", "31"
+    assert f"neighbors: 31 is more than the 30 labeled images of {tiny.train}" in line(
+        tiny.val, tiny.train, "--neighbors", "31"
     )
     (tmp_path / "bank" / "disc").mkdir(parents=True)
     (tmp_path / "bank" / "disc" / "a.png").write_bytes((tiny.val / "disc" / "disc_000.png").read_bytes())
-    assert "class 'ring' is not among the 1 classes of" in line(tiny.val, tmp_path / "bank", "--neighbours", "1")
+    assert "class 'ring' is not among the 1 classes of" in line(tiny.val, tmp_path / "bank", "--neighbors", "1")
 
 
 def test_unlabeled_rows_of_a_named_source_stay_unlabeled() -> None:
@@ -209,6 +209,6 @@ def test_tf32_does_not_decide_which_image_is_nearest() -> None:
     queries, bank = batches(np.array([1]), 1), batches(np.array([0, 1]), 2, offset=1)
     with MatrixProductsInTF32() as products:
         torch.eye(2) @ torch.eye(2)  # the embedding network's own products stay in TF32
-        result = knn_accuracy(lookup(table), queries, bank, neighbours=1, classes=2, device=CPU)
+        result = knn_accuracy(lookup(table), queries, bank, neighbors=1, classes=2, device=CPU)
     assert result == {"knn_top1": 1.0}
     assert products.rounded == 1
