@@ -59,10 +59,8 @@ class Stage1Config(TrainingConfig):
 _LENGTHS = ("steps", "train_epochs", "train_images")
 EVALUATION_BATCH = 128
 """Most images per evaluation batch; the memory trial of auto_batch runs one too."""
-LR_OF_RANDOM, LR_OF_PRETRAINED = (
-    4e-3,
-    5e-5,
-)  # AdamW at batch 256; larger steps destroy pretrained weights (docs/distillation.md)
+LR_OF_RANDOM, LR_OF_PRETRAINED = 4e-3, 5e-5
+"""Rates of AdamW at batch 256; larger steps destroy pretrained weights (docs/distillation.md)."""
 
 _NONE: Any = None  # as a default it fits the types that type checkers see below
 if TYPE_CHECKING:  # `DistillConfig.fitted` has replaced None before anything reads these settings
@@ -126,10 +124,9 @@ class DistillConfig(Stage1Config):
         if self.takes_own_size:
             chosen["data"] = self.data.model_copy(update={"image_size": image_size})
         if self.optim is None:
-            random = self.student.model.startswith("random:")
             chosen["optim"] = Stage1OptimConfig(
                 name="adamw",
-                lr=LR_OF_RANDOM if random else LR_OF_PRETRAINED,
+                lr=LR_OF_RANDOM if self.student.model.startswith("random:") else LR_OF_PRETRAINED,
                 reference_batch=256,
                 weight_decay=0.05,
                 decay_norm_and_bias=False,
