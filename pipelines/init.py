@@ -77,23 +77,56 @@ def _init(arguments: Namespace) -> int:
     begun = time.monotonic()
     _check_arguments(arguments)
     minutes = 60 * arguments.hours if arguments.hours is not None else arguments.minutes or MINUTES
-    probe = ask_torch()
-    gpus = probe.get("devices") or []
+    gpus = ask_torch().get("devices") or []
     detector = bool(arguments.annotations or arguments.data)
     choice = _choose(arguments, detector=detector, gpu=bool(gpus))
-    networks, starts, init, distills = choice.networks, choice.starts, choice.init, choice.distills
-    arguments = _as_files(arguments)
+    facts, files = _facts(_as_files(arguments), choice, gpus)
+    _check_moving(facts)
+    if choice.why:
+        say(choice.why)
+    if detector and arguments.unlabeled and not facts.moving:
+        say(MOVING_HINT)
+    if facts.moving:
+        say(
+            f"the detector under a moving teacher takes about {MOVING:g} times as long as the same one without it; a trial tells whether "
+            f"{minutes:g} min are enough for all {count(facts.detectors, 'detector')}"
+        )
+    # If no detector has the sizes of the others, the first ones are for all.
+    networks = choice.networks[:1] if "detector" not in facts.trainings and facts.detectors else choice.networks
+    try:
+        with trials(facts, files) as trial:
+            fitting = fit(facts, shapes(facts, networks), minutes, trial, absent=choice.absent)
+    except Stopped as error:
+        say(str(error), sys.stderr)
+        return STOPPED
+    passes = fitting.settings.steps * fitting.settings.batch / max(facts.images, 1)
+    augment, augment_reason = choose_augment(arguments.augment, passes)
+    fitting = replace(fitting, facts=replace(fitting.facts, augment=augment, augment_reason=augment_reason))
+    output: Path = arguments.output
+    files[output] = pipeline_text(output, fitting.facts, fitting.settings, minutes, fitting.seconds)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for file, text in files.items():  # the YAML file comes last: if it exists, all files exist
+        write_atomically(file, text)
+        say(f"wrote {file}")
+    with inside_folder_of(output) as own:
+        _tell(fitting, *keep_rates(own, fitting.rates), minutes, begun)
+    say(f"read {output}, then start it: ssld run {shlex.quote(str(output))}")
+    return 0
+
+
+def _facts(arguments: Namespace, choice: "_Choice", gpus: Sequence[Any]) -> tuple[Facts, dict[Path, str]]:
+    """Read and divide the photos; return what the pipeline is made for, and the content of the files to write beside it."""
     names = _names(arguments)
     _check_unwritten(names.values())
     photos_read = _read_photos(arguments, names) if arguments.annotations else _Photos()
-    moving = arguments.moving_teacher == "yes"
+    distills, moving = choice.distills, arguments.moving_teacher == "yes"
     if arguments.unlabeled:
         training = [row["file_name"] for row in photos_read.train["images"]] if distills else []
         if line := unlisted(arguments.unlabeled, training):
             say(line)
     pool = _divide(arguments, photos_read) if distills or moving else None
     moving_photos = _moving_photos(arguments.unlabeled, pool, distills=distills) if pool and moving else []
-    if pool and distills and detector and networks[0].random:
+    if pool and arguments.annotations and choice.networks[0].random:
         # Such a student learns features, for which held-out photos show nothing (init.yaml.jinja).
         pool = replace(pool, train=sorted([*pool.train, *pool.held_out]), held_out=[])
     pool = pool if distills else None
@@ -118,45 +151,15 @@ def _init(arguments: Namespace) -> int:
         gpus=len(gpus),
         cores=cores(),
         seed=arguments.seed,
-        pretrained="random" not in starts and not networks[0].random,
-        starts=starts,
-        init=init,
+        pretrained="random" not in choice.starts and not choice.networks[0].random,
+        starts=choice.starts,
+        init=choice.init,
         trackers=("tensorboard",) if find_spec("tensorboard") else (),
         moving=names.get("moving"),
         moving_images=len(moving_photos),
         augment="none" if arguments.augment == "auto" else arguments.augment,  # `auto` follows from the length
     )
-    _check_moving(facts)
-    if choice.why:
-        say(choice.why)
-    if detector and arguments.unlabeled and not moving:
-        say(MOVING_HINT)
-    if facts.moving:
-        say(
-            f"the detector under a moving teacher takes about {MOVING:g} times as long as the same one without it; a trial tells whether "
-            f"{minutes:g} min are enough for all {count(facts.detectors, 'detector')}"
-        )
-    if "detector" not in facts.trainings and facts.detectors:
-        networks = networks[:1]  # no detector has the sizes of the others
-    try:
-        with trials(facts, files) as trial:
-            fitting = fit(facts, shapes(facts, networks), minutes, trial, absent=choice.absent)
-    except Stopped as error:
-        say(str(error), sys.stderr)
-        return STOPPED
-    passes = fitting.settings.steps * fitting.settings.batch / max(facts.images, 1)
-    augment, augment_reason = choose_augment(arguments.augment, passes)
-    fitting = replace(fitting, facts=replace(fitting.facts, augment=augment, augment_reason=augment_reason))
-    output: Path = arguments.output
-    files[output] = pipeline_text(output, fitting.facts, fitting.settings, minutes, fitting.seconds)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for file, text in files.items():  # the YAML file comes last: if it exists, all files exist
-        write_atomically(file, text)
-        say(f"wrote {file}")
-    with inside_folder_of(output) as own:
-        _tell(fitting, *keep_rates(own, fitting.rates), minutes, begun)
-    say(f"read {output}, then start it: ssld run {shlex.quote(str(output))}")
-    return 0
+    return facts, files
 
 
 @dataclass(frozen=True)
