@@ -125,10 +125,10 @@ def _facts(arguments: Namespace, choice: "_Choice", gpus: Sequence[Any]) -> tupl
         if line := unlisted(arguments.unlabeled, training):
             say(line)
     pool = _divide(arguments, photos_read) if distills or moving else None
-    moving_photos = _moving_photos(arguments.unlabeled, pool, distills=distills) if pool and moving else []
-    if pool and arguments.annotations and choice.networks[0].random:
-        # Such a student learns features, for which held-out photos show nothing (init.yaml.jinja).
+    if pool and (not distills or (arguments.annotations and choice.networks[0].random)):
+        # Held-out photos are for stage 1, and show nothing of a student that learns features, as one without weights does (init.yaml.jinja).
         pool = replace(pool, train=sorted([*pool.train, *pool.held_out]), held_out=[])
+    moving_photos = [arguments.unlabeled.absolute() / name for name in pool.train] if pool and moving else []
     pool = pool if distills else None
     lists = _lists(arguments, photos_read, pool, moving_photos)
     files = photos_read.files | {names[name]: "".join(f"{line}\n" for line in lines) for name, lines in lists.items()}
@@ -250,11 +250,6 @@ def _divide(arguments: Namespace, photos: _Photos) -> Pool:
     return pool
 
 
-def _moving_photos(folder: Path, pool: Pool, *, distills: bool) -> list[Path]:
-    """Return the absolute paths of the photos for a moving teacher. Only stage 1 is checked on held-out photos: without it they are used too."""
-    return [folder.absolute() / name for name in sorted([*pool.train, *([] if distills else pool.held_out)])]
-
-
 def _lists(
     arguments: Namespace, photos: _Photos, pool: Pool | None, moving_photos: Sequence[Path]
 ) -> dict[str, Sequence[Path | str]]:
@@ -328,7 +323,7 @@ def _evaluation(facts: Facts) -> str:
     """Say on how many photos AP is measured, and what so few cannot tell."""
     photos = count(facts.val_count, "photo")
     part = f", a random part of the {facts.images + facts.val_count} annotated ones" if facts.split else ""
-    few = f"; below {FEW_IMAGES} AP is a rough number, and no difference between detectors is claimed"
+    few = f"; with fewer than {FEW_IMAGES} photos AP is a rough number, and no difference between detectors is claimed"
     return f"evaluation: on {photos}{part}{few * (facts.val_count < FEW_IMAGES)}"
 
 

@@ -167,9 +167,8 @@ class RunDir:
             return
         known = self._environment.get("networks")
         if known is None:
-            values = ", ".join(f"{name} {json.dumps(value)}" for name, value in facts.items())
             self.log(
-                f"{key}: this run began with a version that did not record what follows; it is assumed to be as now: {values}"
+                f"{key}: this run began with a version that did not record its {' and '.join(facts)}, assumed to be unchanged"
             )
             self.log_if(note)
         known = known if isinstance(known, dict) else {}

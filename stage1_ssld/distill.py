@@ -308,6 +308,10 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         seed = stable_seed(config.seed, step, micro, rank)
         return ForwardPass(batch, data, student, targets, objective, device=device, seed=seed)
 
+    def check_weights(step: int, forward: ForwardPass) -> None:
+        student.train_mode()  # an evaluation may have changed it
+        state.check_last_update(step, lambda: forward.losses(model))
+
     step = start
     drawn: list[Any] = []  # images of the first step, for batches.jpg
     with (
@@ -321,8 +325,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         if 0 < start < steps and state.exhausted(config.patience):  # no step follows whose loss would show a bad update
             with state.fetching(start + 1, 0):
                 forward = forward_pass(next(stream), start + 1)
-            student.train_mode()
-            state.check_last_update(start, lambda: forward.losses(model))
+            check_weights(start, forward)
         while step < steps and not state.exhausted(config.patience):
             step += 1
             logged = step % config.log_every == 0 or step == steps
@@ -372,12 +375,13 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 if step <= config.log_every and forward.soft and student.starts_with_head:
                     run.log_if(statistics_warning(means, forward.soft.logits_BM.shape[1]))
             due = step % config.save_every == 0 or step == steps
+            if step == steps:
+                check_weights(step, forward)
             if val_source and config.evaluates_after(step, steps):
                 score_now(step, due=due)
             last = step == steps or state.exhausted(config.patience)
-            if last:
-                student.train_mode()  # an evaluation may have changed it
-                state.check_last_update(step, lambda: forward.losses(model))  # noqa: B023 - called here
+            if last and step < steps:
+                check_weights(step, forward)
             stopping = stop.agreed() and not last
             if due or last or stopping:
                 state.save(step)

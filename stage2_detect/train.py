@@ -272,6 +272,9 @@ def train(config: TrainConfig) -> None:
         weak = [batch.weak.to(device, non_blocking=True)] if batch.weak else []  # views for a moving teacher
         return [batch.images.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True), *weak]
 
+    def check_weights(step: int, inputs: list[Any]) -> None:
+        state.check_last_update(step, lambda: model.train()(*inputs))
+
     step = start
     with StopRequest() as stop, state.deaths, state.progress.begin(start, steps) as progress:
         if state.owes_evaluation and config.evaluates_after(start, steps):
@@ -279,8 +282,8 @@ def train(config: TrainConfig) -> None:
         stream = iter(loader)
         if 0 < start < steps and state.exhausted(config.patience):  # no step follows whose loss would show a bad update
             with state.fetching(start + 1, 0):
-                batch = next(stream)
-            state.check_last_update(start, lambda: model.train()(*inputs_of(batch)))
+                inputs = inputs_of(next(stream))
+            check_weights(start, inputs)
         while step < steps and not state.exhausted(config.patience):
             step += 1
             lr = base_lr * schedule.factor(step - 1)
@@ -316,11 +319,13 @@ def train(config: TrainConfig) -> None:
                 if collapse:
                     run.log_if(collapse.see(step, means, last=step == steps))
             due = step % config.save_every == 0 or step == steps or (moving is not None and step == burn_in)
+            if step == steps:
+                check_weights(step, inputs)
             if data.val and config.evaluates_after(step, steps):
                 score_now(step, due=due)
             last = step == steps or state.exhausted(config.patience)
-            if last:
-                state.check_last_update(step, lambda: model.train()(*inputs))  # noqa: B023 - called here
+            if last and step < steps:
+                check_weights(step, inputs)
             stopping = stop.agreed() and not last
             if due or last or stopping:
                 state.save(step)

@@ -43,7 +43,7 @@ def available(
     Where no network is and the user wants none, the detector is the only start. Raises UserError if nothing is left, or a file is not usable.
     """
     roles = ("backbone", "teacher") if distills else ("backbone",) if given is None or "imagenet" in given else ()
-    check_files(networks[0], roles, maps=detects)
+    check_files(networks[0], roles, maps=detects, classes=not (detects and networks[0].random))
     texts = {getattr(one, role): role for one in networks for role in roles}
     remote = download_of(init) if init and not init.here else {}
     found = find_downloads_apart({text: text for text in texts} | remote)
@@ -71,10 +71,10 @@ def _impossible(role: str, download: Download) -> str:
     return f"{download.text}: {_FLAGS[role]}" if download.exists else f"--{role} {download.text}"
 
 
-def check_files(networks: Networks, roles: tuple[str, ...], *, maps: bool) -> None:
+def check_files(networks: Networks, roles: tuple[str, ...], *, maps: bool, classes: bool) -> None:
     """Raise UserError, in the words of the user's flags, for a file or a name of `--backbone` or `--teacher` that no training could use.
 
-    With `maps` the backbone has to give maps of features, as a detector needs them.
+    With `maps` the backbone has to give maps of features, as a detector needs them; with `classes` the teacher has to have classes.
     """
     given = {}
     for role, flag in zip(roles, ("arch", "teacher_arch"), strict=False):
@@ -86,7 +86,7 @@ def check_files(networks: Networks, roles: tuple[str, ...], *, maps: bool) -> No
         unusual = role == "teacher" and kind == "timm" and text not in USUAL_TEACHERS
         if kind in ("file", "folder", "random") or unusual:
             given[role] = (text, arch)
-    if faults := faults_apart(given, maps=maps):
+    if faults := faults_apart(given, maps=maps, classes=classes):
         raise UserError(*faults)
 
 
@@ -100,18 +100,19 @@ def check_file(role: str, text: str) -> None:
         raise UserError(f"--{role} {error}") from None
 
 
-def faults_apart(given: Mapping[str, tuple[str, str | None]], *, maps: bool) -> list[str]:
+def faults_apart(given: Mapping[str, tuple[str, str | None]], *, maps: bool, classes: bool) -> list[str]:
     """Call `faults_of` in a process of its own; no process where nothing is given."""
-    return list(call_apart(faults_of, dict(given), maps) or []) if given else []
+    return list(call_apart(faults_of, dict(given), maps, classes) or []) if given else []
 
 
-def faults_of(given: Mapping[str, tuple[str, str | None]], maps: bool = True) -> list[str]:
+def faults_of(given: Mapping[str, tuple[str, str | None]], maps: bool = True, classes: bool = True) -> list[str]:
     """Build the network of each reference with its weights, and return a line for each that fails. Imports torch.
 
     Args:
-        given: (reference, timm name of the network or None) by role; a `teacher` needs classes and may be a pickle, as in stage 1. Of one by timm's
+        given: (reference, timm name of the network or None) by role; a `teacher` may be a pickle, as in stage 1. Of one by timm's
             name, which may have to be downloaded, only what timm's registry says is checked.
         maps: whether a `backbone` has to give maps of features, as a detector needs them; stage 1 alone takes any classifier.
+        classes: whether a `teacher` has to have classes; one whose features are learned does not.
     """
     from ssld.shared.models.backbones import create_classifier, load_backbone
     from ssld.shared.models.references import is_encoder, no_classes, parse_reference
@@ -121,10 +122,10 @@ def faults_of(given: Mapping[str, tuple[str, str | None]], maps: bool = True) ->
     for role, (text, arch) in given.items():
         try:
             if role == "teacher" and kind_of(text) == "timm":
-                if is_encoder(text):
+                if classes and is_encoder(text):
                     raise UserError(no_classes(text))
             elif role == "teacher":
-                FrozenTeacher(text, arch=arch)
+                FrozenTeacher(text, arch=arch, classes=classes)
             elif maps:
                 load_backbone(text, arch=arch, features_only=True)
             else:

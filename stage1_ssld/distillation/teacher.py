@@ -62,8 +62,11 @@ def make_teacher(
 
 
 def compare_teacher(run: RunDir, teacher: Teacher, config: TeacherConfig, image_size: int) -> None:
-    """Record the teacher's weights, and how it sees views of `image_size` pixels. Raises UserError where this run began with others."""
-    settings = teacher.settings()
+    """Record the teacher's weights, and how it sees views of `image_size` pixels. Raises UserError where this run began with others.
+
+    Its precision may change with that of the run.
+    """
+    settings = {name: value for name, value in teacher.settings().items() if name != "precision"}
     sizes = settings["size"] if config.ensemble else [settings["size"]]
     note = None
     if config.size is None and are_prototypes(teacher.class_names) and [image_size] * 2 not in sizes:

@@ -107,6 +107,10 @@ def test_beside_stage_1_without_its_held_out_photos(
     assert run.main(["deep/mine.yaml", "--dry-run"]) == 0, capfd.readouterr().err
     assert init.main([*YES, "--output", "deep/other.yaml"]) == 0
     assert len(Path("deep/other_moving.txt").read_text().splitlines()) == 30  # without stage 1 nothing is held out
+    # Nor from a student without weights, which learns features.
+    assert init.main([*YES, "--backbone", "random:resnet18", "--output", "deep/new.yaml"]) == 0
+    new = {part: Path(f"deep/new_{part}.txt").read_text().splitlines() for part in ("unlabeled", "moving")}
+    assert len(new["moving"]) == len(new["unlabeled"]) == 30
 
 
 def test_without_the_flag_a_line_says_how(photos: Path, capfd: Output) -> None:

@@ -93,6 +93,8 @@ def test_files_and_names_that_give_no_network(tmp_path: Path, monkeypatch: pytes
     assert found.startswith(
         "--teacher encoder.pth: has 0 classes, a teacher needs several; run `ssld prototypes` first"
     )
+    assert weights.faults_of({"teacher": ("encoder.pth", "test_vit")}, classes=False) == []
+    assert weights.faults_of({"teacher": ("timm:vit_small_patch16_dinov3.lvd1689m", None)}, classes=False) == []
     assert weights.faults_of({"backbone": ("net.pth", "test_resnet")})
     for given, line in (
         (("net.safetensors", "test_resnett"), "net.safetensors: test_resnett: timm has no such model; did you mean"),

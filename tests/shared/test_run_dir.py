@@ -130,8 +130,7 @@ def test_facts_about_a_network_are_those_of_the_first_start(
     start(size=3).close()
     out = capsys.readouterr().out
     assert (
-        "teacher: this run began with a version that did not record what follows; it is assumed to be as now: size 3\na note\n"
-        in out
+        "teacher: this run began with a version that did not record its size, assumed to be unchanged\na note\n" in out
     )
     start(size=3).close()
     assert "a note" not in capsys.readouterr().out

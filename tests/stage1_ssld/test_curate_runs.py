@@ -44,7 +44,13 @@ def contents(run: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_two_processes_choose_as_one_does(
-    arguments: Any, settings: dict[str, Any], call: Any, tmp_path: Path, scripts: Any, files_below: Any
+    drawn_figures: None,
+    arguments: Any,
+    settings: dict[str, Any],
+    call: Any,
+    tmp_path: Path,
+    scripts: Any,
+    files_below: Any,
 ) -> None:
     """With loader workers and copies of the images too: the same files, bit for bit."""
     settings |= {"materialise": True}

@@ -115,7 +115,8 @@ def test_the_same_images_are_the_same_run(
     os.utime(images / "disc" / "0.jpg", (1, 1))
     assert "data.train.0 has other content" in user_error(distill, arguments(settings))
     settings["data"]["train"] = [str(images / "disc")]
-    assert "data.train: [" in user_error(distill, arguments(settings))
+    line = user_error(distill, arguments(settings))
+    assert f'"{images / "disc"}"; data.train.0 has other content' in line
 
 
 def test_a_run_inside_its_own_data_goes_on(

@@ -14,7 +14,7 @@ from ssld.shared.models.backbones import input_settings, save_backbone
 from ssld.shared.models.model_file import read_metadata, read_tensors
 from ssld.shared.training.training_state import TrainingState
 from ssld.stage1_ssld.distill import main as distill
-from ssld.stage1_ssld.evaluation import metrics
+from ssld.stage1_ssld.evaluation import validation
 from ssld.stage1_ssld.teach import main as teach
 from ssld.stage1_ssld.write_soft_labels import main as write_soft_labels
 
@@ -193,7 +193,7 @@ def test_patience_ends_a_run_by_a_repeated_evaluation_after_the_same_check(
     """The third evaluation dies; the next start repeats it, and then checks the loss after the last update, as the first would have."""
     optim = distill_settings["optim"] | {"lr": 1e-12}
     settings = distill_settings | {"steps": 40, "evaluate_every": 2, "patience": 2, "optim": optim}
-    measure, calls = metrics.evaluate, [0]
+    measure, calls = validation.evaluate, [0]
 
     def dying(*args: Any, **options: Any) -> Any:
         calls[0] += 1
@@ -202,7 +202,7 @@ def test_patience_ends_a_run_by_a_repeated_evaluation_after_the_same_check(
         return measure(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(metrics, "evaluate", dying)
+        patch.setattr(validation, "evaluate", dying)
         assert call(distill, arguments(settings)) == 2
     checked = {}
     monkeypatch.setattr(

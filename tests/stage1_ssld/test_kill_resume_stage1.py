@@ -24,7 +24,7 @@ from pathlib import Path
 import ssld.shared.training.checkpoint, ssld.shared.models.model_file, ssld.shared.run_dir, ssld.shared.training.training_state
 from ssld.shared.training.loss_watch import LossWatch
 from ssld.shared.run_dir import RunDir
-import ssld.stage1_ssld.evaluation.metrics
+import ssld.stage1_ssld.evaluation.validation
 from ssld.stage1_ssld.distill import main
 
 def kill():
@@ -59,7 +59,7 @@ moments = {
     "while the old checkpoint is removed": lambda: on_call(
         ssld.shared.training.checkpoint.shutil, "rmtree", 1, when=lambda path, *rest: Path(path).name == "step_00000005"
     ),
-    "in an evaluation": lambda: on_call(ssld.stage1_ssld.evaluation.metrics, "evaluate", 1),
+    "in an evaluation": lambda: on_call(ssld.stage1_ssld.evaluation.validation, "evaluate", 1),
     "in the best model's file": lambda: on_call(
         ssld.shared.models.model_file, "save_tensors", 1, half_a_file, when=lambda tensors, path, *rest: "student_best" in path.name
     ),

@@ -173,8 +173,8 @@ def test_loss_that_is_not_finite(
 
     def diverging(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         return student.sum() * (
-            float("nan") if next(steps) == 6 else 0.0
-        )  # the second call is the check of the first loss
+            float("nan") if next(steps) == 7 else 0.0
+        )  # the second and third call check the first loss
 
     monkeypatch.setattr(losses, "symmetric_kl", diverging)
     settings = distill_settings | {"save_every": 2, "log_every": 10, "steps": 12}
@@ -211,7 +211,7 @@ def test_memory_that_runs_out_in_an_evaluation_costs_no_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Although the next regular checkpoint is that of the last step."""
-    from ssld.stage1_ssld.evaluation import metrics
+    from ssld.stage1_ssld.evaluation import validation
 
     def too_large(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
@@ -219,7 +219,7 @@ def test_memory_that_runs_out_in_an_evaluation_costs_no_step(
     settings = distill_settings | {"save_every": 100, "evaluate_every": 3}
     assert call(distill, arguments(settings, "whole")) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(metrics, "evaluate", too_large)
+        patch.setattr(validation, "evaluate", too_large)
         assert "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. " in user_error(
             distill, arguments(settings)
         )

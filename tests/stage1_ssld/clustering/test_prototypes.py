@@ -281,7 +281,7 @@ def test_ensembles_need_the_same_prototypes(made: Any) -> None:
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_file(
-    made: Any, settings: Any, arguments: Any, scripts: Any, tmp_path: Path
+    drawn_figures: None, made: Any, settings: Any, arguments: Any, scripts: Any, tmp_path: Path
 ) -> None:
     one = made("one")
     change = {"workers": 1}
