@@ -27,10 +27,10 @@ def install(replace: Callable[[Any, str, Any], None] = setattr) -> None:
 
 
 def _sketch(figure: Any) -> Image.Image:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr([text.get_text() for text in figure.texts]).encode())  # the title of the figure
     for axes in figure.axes:
         texts = [axes.get_title(), axes.get_xlabel(), axes.get_ylabel(), *(text.get_text() for text in axes.texts)]
-        digest.update(repr(texts).encode())
+        digest.update(repr((texts, axes.get_xlim(), axes.get_ylim())).encode())
         for line in axes.lines:
             digest.update(repr((line.get_label(), line.get_xydata().tolist())).encode())
         for patch in axes.patches:

@@ -117,16 +117,17 @@ def draw_examples(path: Path, rows: Sequence[Row], columns: int, title: str = ""
     filled = [row for row in rows if row.examples]
     figure = _figure(1.5 + 1.15 * columns, 1.55 * max(1, len(filled)) + (0.3 if title else 0))
     if title:
-        figure.suptitle("\n".join(wrap(title, 16 * (columns + 1))), fontsize=9)
+        figure.suptitle("\n".join(wrap(title, 16 * (columns + 1))), fontsize=9, parse_math=False)
+    plain = {"parse_math": False}  # names of classes may have a $
     grid = figure.subplots(max(1, len(filled)), columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for row, line in zip(filled, grid, strict=False):
-        line[0].text(-0.12, 0.5, row.title, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
+        line[0].text(-0.12, 0.5, row.title, transform=line[0].transAxes, ha="right", va="center", fontsize=8, **plain)
         for example, axes in zip(row.examples, line, strict=False):
             axes.imshow(example.image_HWC, interpolation="nearest")
             caption = _shortened(example.caption)
-            axes.text(0.5, -0.04, caption, transform=axes.transAxes, ha="center", va="top", fontsize=7)
+            axes.text(0.5, -0.04, caption, transform=axes.transAxes, ha="center", va="top", fontsize=7, **plain)
     figure.savefig(path, dpi=120)
 
 
