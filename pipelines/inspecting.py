@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -273,7 +274,9 @@ def _folder(path: Path) -> tuple[str, dict[str, Any]]:
 
 def _kept_by_run(run: Path) -> Any:
     """Return the share of probability in a store by the result of the run that wrote it, None without one: earlier versions wrote it there alone."""
-    return (read_result(run) or {"metrics": {}})["metrics"].get("kept_probability")
+    with suppress(UserError):  # a damaged result says nothing about the store
+        return (read_result(run) or {"metrics": {}})["metrics"].get("kept_probability")
+    return None
 
 
 def _hub_folder(path: Path) -> tuple[str, dict[str, Any]]:

@@ -118,7 +118,10 @@ def _with_mappings_whole(config_type: type[BaseModel], values: Mapping[str, Any]
         if end is None:
             whole[key] = value
         else:
-            whole[key[:end]] = (whole.get(key[:end]) or {}) | {key[end + 1 :]: value}
+            before = whole.get(key[:end]) or {}
+            if isinstance(before, str):
+                raise UserError(f"{key[:end]}: is the text {before!r} and has {key} too; give one mapping")
+            whole[key[:end]] = before | {key[end + 1 :]: value}
     yield from whole.items()
 
 

@@ -271,7 +271,7 @@ def test_stage_1_is_left_out_where_nothing_says_that_it_helps(photos: Path, capf
 def test_what_few_evaluation_photos_cannot_tell_is_said(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:
     line = ["--images", "photos", "--annotations", "all.json"]
     assert init.main([*line, "--output", "few.yaml"]) == 0
-    few = "on 8 photos, a random part of the 40 annotated ones; below 30 AP is a rough number, and no difference"
+    few = "on 8 photos, a random part of the 40 annotated ones; with fewer than 30 photos AP is a rough number, and no difference"
     assert f"\nevaluation: {few}" in capfd.readouterr().out
     assert init.main([*line, "--val_share", "0.75", "--output", "many.yaml"]) == 0
     assert "\nevaluation: on 30 photos, a random part of the 40 annotated ones\n" in capfd.readouterr().out

@@ -222,3 +222,9 @@ def test_what_is_refused(flag: str, text: str, message: str) -> None:
         parsed(f"--{flag}", text)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_beside_entries_of_the_same_mapping_is_refused() -> None:
+    values = {"moving_teacher": {"class_thresholds": "cat=0.5"}, "moving_teacher.class_thresholds.dog": 0.4}
+    with pytest.raises(UserError, match=r"class_thresholds: is the text 'cat=0.5' and has .*\.dog too"):
+        flags(TrainConfig, values)
