@@ -1,5 +1,6 @@
 """Values of settings arrive as they are, whatever signs are in them: written as flags and read back, or typed."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any, Literal
@@ -222,3 +223,12 @@ def test_what_is_refused(flag: str, text: str, message: str) -> None:
         parsed(f"--{flag}", text)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["folder", "either", "name", "words", "paths", "sources", "source"])
+@pytest.mark.parametrize("value", [1.1, False])
+def test_a_number_is_no_name(key: str, value: float | bool) -> None:
+    """What YAML reads as 1.1 was 1.10 in the file, and false was `no`: as the text of a flag it would be another name."""
+    for one in (value, [value], [value, "y"]):
+        with pytest.raises(UserError, match=rf"^group\.{key}: is {json.dumps(value)} to YAML; put a text like that in quotes"):
+            flags(Settings, {"group": {key: one}})
