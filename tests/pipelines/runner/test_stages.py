@@ -323,6 +323,12 @@ def test_variables_reach_numbers_and_paths(fake_kinds: None, write_pipeline: Any
     assert stage.config.source == tmp_path / "in.txt"  # type: ignore[attr-defined]
 
 
+def test_a_setting_given_in_two_ways_is_refused(fake_kinds: None, write_pipeline: Any) -> None:
+    file = write_pipeline({"a": {"command": "teach", "set": {"metrics.top1": 1.0, "metrics": {"AP": 2.0, "top1": 3.0}}}})
+    with pytest.raises(UserError, match=r"stages\.a\.set: metrics\.top1 is given twice, with dots and in a group"):
+        read_pipeline(file)
+
+
 @pytest.mark.parametrize("text", ["1.10", "no", "yes", "2026-12-01", "1e3", '"010"', "'a # b'"])
 def test_variables_are_as_they_are_written(fake_kinds: None, tmp_path: Path, text: str) -> None:
     (tmp_path / "in.txt").touch()
