@@ -60,7 +60,9 @@ class _Loader(yaml.SafeLoader):
             raise UserError(f"{node.start_mark.name}, line {node.start_mark.line + 1}: {what}") from None
         if type(value) is int and str(value) != node.value:
             place = f"{node.start_mark.name}, line {node.start_mark.line + 1}"
-            raise UserError(f"{place}: {node.value[:40]} is {value} to YAML; write {value}, or put it in quotes where it is text")
+            raise UserError(
+                f"{place}: {node.value[:40]} is {value} to YAML; write {value}, or put it in quotes where it is text"
+            )
         return value
 
 

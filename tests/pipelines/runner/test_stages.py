@@ -324,7 +324,9 @@ def test_variables_reach_numbers_and_paths(fake_kinds: None, write_pipeline: Any
 
 
 def test_a_setting_given_in_two_ways_is_refused(fake_kinds: None, write_pipeline: Any) -> None:
-    file = write_pipeline({"a": {"command": "teach", "set": {"metrics.top1": 1.0, "metrics": {"AP": 2.0, "top1": 3.0}}}})
+    file = write_pipeline(
+        {"a": {"command": "teach", "set": {"metrics.top1": 1.0, "metrics": {"AP": 2.0, "top1": 3.0}}}}
+    )
     with pytest.raises(UserError, match=r"stages\.a\.set: metrics\.top1 is given twice, with dots and in a group"):
         read_pipeline(file)
 

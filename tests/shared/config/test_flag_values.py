@@ -230,5 +230,7 @@ def test_what_is_refused(flag: str, text: str, message: str) -> None:
 def test_a_number_is_no_name(key: str, value: float | bool) -> None:
     """What YAML reads as 1.1 was 1.10 in the file, and false was `no`: as the text of a flag it would be another name."""
     for one in (value, [value], [value, "y"]):
-        with pytest.raises(UserError, match=rf"^group\.{key}: is {json.dumps(value)} to YAML; put a text like that in quotes"):
+        with pytest.raises(
+            UserError, match=rf"^group\.{key}: is {json.dumps(value)} to YAML; put a text like that in quotes"
+        ):
             flags(Settings, {"group": {key: one}})
