@@ -32,7 +32,7 @@ _CHANGED = "its metadata do not match their hash; the file was changed or damage
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Call safetensors' `save_file`, and raise the OSError of a full disk. Weights that several layers share, which it refuses, are written for each."""
+    """Call safetensors' `save_file` with a copy of weights that layers share, which it refuses; raise the OSError of a full disk."""
     places: set[int] = set()
     apart: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
