@@ -116,6 +116,9 @@ class PipelineConfig(Config):
             base = filled[other] if other is not None else {}
             settings = [part.get("set", {}) for part in (base, stage)]
             if all(isinstance(part, dict) for part in settings):
+                keys = [key for key, _ in flatten(settings[1])]
+                if twice := [key for key in keys if keys.count(key) > 1]:
+                    raise ValueError(f"stages.{name}.set: {twice[0]} is given twice, with dots and in a group")
                 stage = {**base, **stage, "set": dict(flatten(settings[0])) | dict(flatten(settings[1]))}
             filled[name] = stage
         if not all(isinstance(stage.get("set", {}), dict) for stage in filled.values()):

@@ -26,7 +26,7 @@ from ssld.shared.config.settings import CommandConfig, parse_config
 from ssld.shared.config.training import TrainingConfig
 from ssld.shared.config.validation import validate
 from ssld.shared.config.words import takes_path
-from ssld.shared.config.yaml_files import flatten, read_settings
+from ssld.shared.config.yaml_files import flatten, read_settings, read_yaml
 from ssld.shared.errors import UserError
 from ssld.shared.wording import did_you_mean
 from ssld.stage1_ssld.config import (
@@ -159,7 +159,7 @@ def read_pipeline(file: Path, given: dict[str, dict[str, str]] | None = None, *,
     Raises:
         UserError: one line per wrong key, or an unknown stage in `given`.
     """
-    values, source = read_settings(file), str(shown(file))
+    values, source = _with_variables_as_text(read_settings(file), file), str(shown(file))
     stages = values.get("stages")
     known = stages if isinstance(stages, dict) else {}
     sets = [stage.get("set") for stage in known.values() if isinstance(stage, dict)]
@@ -176,6 +176,16 @@ def read_pipeline(file: Path, given: dict[str, dict[str, str]] | None = None, *,
         for key in dict(flatten(pipeline.smoke.get(command, {}))).keys() & settings.keys():
             raise UserError(f"--stages.{name}.{key}: the section smoke of the file sets it too; leave out this flag")
     return pipeline
+
+
+def _with_variables_as_text(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return a pipeline with its variables as they are written, except null: 1.10 and `no` may be parts of names, and are not 1.1 and false there."""
+    variables = values.get("variables")
+    if not isinstance(variables, dict):
+        return values  # the field's own check reports the mistake
+    written = read_yaml(file, as_text=True)["variables"]
+    texts = {name: None if value is None else written.get(name, value) for name, value in variables.items()}
+    return values | {"variables": texts}
 
 
 def _command(name: str, stages: dict[str, Any]) -> Any:

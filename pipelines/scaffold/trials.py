@@ -57,8 +57,10 @@ def _rate(folder: Path, facts: Facts, settings: Settings, trained: Trained, limi
     networks, moving = settings.networks, facts.moving is not None
     facts = replace(facts, starts=in_a_trial(facts.starts, networks.backbone))
     write_atomically(file, pipeline_text(file, facts, settings))
-    rows = rows_of(facts.starts, facts.init, networks.backbone, networks.arch, moving=moving)
-    name = "ssld" if trained == "ssld" else next(r.stage for r in rows if (r.init is not None) == (trained == "coco"))
+    name = "ssld"
+    if trained != "ssld":
+        rows = rows_of(facts.starts, facts.init, networks.backbone, networks.arch, moving=moving)
+        name = next(row.stage for row in rows if (row.init is not None) == (trained == "coco"))
     absent = facts.init if trained == "coco" and facts.init and not facts.init.here else None
 
     def build(output: Path) -> list[Stage]:

@@ -38,6 +38,8 @@ class _Shape(NamedTuple):
     """the items of the list are text, also where they look like numbers"""
     paths: bool
     """the items of the list may be paths"""
+    words: bool
+    """values and items are text or paths, and neither numbers nor switches"""
 
 
 def flags(config_type: type[BaseModel], values: Mapping[str, Any]) -> list[str]:
@@ -47,10 +49,17 @@ def flags(config_type: type[BaseModel], values: Mapping[str, Any]) -> list[str]:
 
     Args:
         values: settings, nested or by dotted key.
+
+    Raises:
+        UserError: a fraction or a switch where text is expected: as a flag, the file's 1.10 would be the text "1.1" and its `no` the text "false".
     """
     words: list[str] = []
     for key, value in _with_mappings_whole(config_type, values):
-        text = _written(value, _shape(config_type, key))
+        shape = _shape(config_type, key)
+        for one in value if isinstance(value, list) else (value,):
+            if shape.words and isinstance(one, float | bool):
+                raise UserError(f"{key}: is {json.dumps(one)} to YAML; put a text like that in quotes")
+        text = _written(value, shape)
         words += [f"--{key}={text}"] if text.startswith("-") else [f"--{key}", text]
     return words
 
@@ -206,6 +215,7 @@ def _shape(config_type: type[BaseModel], key: str) -> _Shape:
     lists = [one for one in annotations if typing.get_origin(one) in (list, tuple)]
     models = [model for one in lists for model in models_in(one)]
     kinds = set[Any]().union(*map(kinds_in, lists))
+    every = set[Any]().union(*map(kinds_in, annotations)) - {type(None)}
     return _Shape(
         list=bool(lists),
         mapping=any(typing.get_origin(one) is dict for one in annotations),
@@ -213,6 +223,7 @@ def _shape(config_type: type[BaseModel], key: str) -> _Shape:
         path=Path in annotations,
         texts=bool(models or kinds & {str, Path}),
         paths=Path in kinds or any(not {"path", "model"}.isdisjoint(model.model_fields) for model in models),
+        words=bool(every) and every.isdisjoint({int, float, bool, Any}),
     )
 
 

@@ -48,13 +48,22 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Construct an object as PyYAML, whose plain Python errors for values that do not fit their tag (2020-13-45, !!int x) become UserErrors."""
+        """Construct an object as PyYAML, whose plain Python errors for values that do not fit their tag (2020-13-45, !!int x) become UserErrors.
+
+        Raises UserError too for a whole number in another notation, which YAML reads otherwise than it looks: a folder 010 would be 8.
+        """
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             given = f"{node.value[:40]!r}" if isinstance(node.value, str) else "a list or map"
             what = f"{given} is no {node.tag.rpartition(':')[2]}; put it in quotes where it is text"
             raise UserError(f"{node.start_mark.name}, line {node.start_mark.line + 1}: {what}") from None
+        if type(value) is int and str(value) != node.value:
+            place = f"{node.start_mark.name}, line {node.start_mark.line + 1}"
+            raise UserError(
+                f"{place}: {node.value[:40]} is {value} to YAML; write {value}, or put it in quotes where it is text"
+            )
+        return value
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:

@@ -32,9 +32,15 @@ _CHANGED = "its metadata do not match their hash; the file was changed or damage
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Call safetensors' `save_file`, and raise the OSError of a full disk."""
+    """Call safetensors' `save_file` with a copy of weights that layers share, which it refuses; raise the OSError of a full disk."""
+    places: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in places else tensor
+        places.add(place)
     try:
-        save_file(tensors, path, metadata=metadata)
+        save_file(apart, path, metadata=metadata)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:

@@ -1,12 +1,14 @@
 """Classes of labeled sources, and their labels as class numbers of a model."""
 
 import itertools
+import os
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from ssld.shared.errors import UserError
 from ssld.shared.tally import Tally
+from ssld.shared.wording import count
 from ssld.stage1_ssld.data.batch import NO_LABEL
 from ssld.stage1_ssld.data.sources import LOSS_SETTING, ImageSource
 
@@ -165,12 +167,19 @@ class NeighborLabels(NamedTuple):
 def neighbor_labels(source: ImageSource, bank: ImageSource, neighbors: int) -> NeighborLabels:
     """Return the labels of both sources in the bank's numbering, matched by name where both have names.
 
-    Raises UserError if either has no labels, if the bank lacks a class of `source`, or if it has fewer labeled images than `neighbors`.
+    Raises UserError if either has no labels, if both have an image in common, which would be its own nearest neighbor, if the bank lacks a class of
+    `source`, or if it has fewer labeled images than `neighbors`.
     """
     if source.labels is None:
         raise UserError(f"{source.path}: no labels, which nearest-neighbor accuracy needs; leave out bank")
     if bank.labels is None:
         raise UserError(f"bank: {bank.path}: no labels for its images to vote with; use a labeled source")
+    queries, voters = ({os.path.abspath(one.location(row)) for row in range(len(one))} for one in (source, bank))
+    if both := sorted(queries & voters):
+        number = f"{count(len(both), 'image')} of it {'is' if len(both) == 1 else 'are'}"
+        raise UserError(
+            f"bank: {bank.path}: {number} in {source.path} too, first {both[0]}: the nearest neighbor of an image would be itself; give other images"
+        )
     known = len(bank.labels) - bank.labels.count(NO_LABEL)
     if neighbors > known:
         raise UserError(f"neighbors: {neighbors} is more than the {known} labeled images of {bank.path}")

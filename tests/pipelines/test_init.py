@@ -14,9 +14,9 @@ from PIL import Image
 from ssld.pipelines import init, run
 from ssld.pipelines.checks import data as checked_data
 from ssld.pipelines.checks.settings import settings_lines
-from ssld.pipelines.runner.estimate import Rate
+from ssld.pipelines.runner.estimate import Rate, rate_key
 from ssld.pipelines.runner.stages import build_stages, read_pipeline
-from ssld.pipelines.scaffold import pool, weights
+from ssld.pipelines.scaffold import pool, trials, weights
 from ssld.pipelines.scaffold.split import split_content
 from ssld.pipelines.scaffold.suggest import (
     Settings,
@@ -252,6 +252,20 @@ def test_a_backbone_and_nothing_else(photos: Path, capfd: pytest.CaptureFixture[
     for flags in ([], ["--smoke"]):
         assert run.main(["mine.yaml", "--dry-run", *flags]) == 0, capfd.readouterr().err
     assert "2 steps of 3 images" in capfd.readouterr().out
+
+
+def test_a_trial_of_stage_1_alone(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no detector, the trial starts stage 1 of a pipeline without any."""
+    tried: list[str] = []
+
+    def measured(planned: Any, build: Any, output: Path, rates: dict[str, Rate], limit: float) -> None:
+        tried.append(planned[0].stage.name)
+        rates[rate_key(planned[0].stage, output)] = Rate(0.1, 0.001, 32, 8, 10**6, 10**6, 10**6)
+
+    monkeypatch.setattr(trials, "measure", measured)
+    monkeypatch.setattr(init, "trials", trials.trials)
+    assert init.main(["--unlabeled", "more photos", "--backbone", "random:test_vit", "--output", "mine.yaml"]) == 0
+    assert set(tried) == {"ssld"}
 
 
 def test_stage_1_is_left_out_where_nothing_says_that_it_helps(photos: Path, capfd: pytest.CaptureFixture[str]) -> None:

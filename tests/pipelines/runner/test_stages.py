@@ -323,6 +323,26 @@ def test_variables_reach_numbers_and_paths(fake_kinds: None, write_pipeline: Any
     assert stage.config.source == tmp_path / "in.txt"  # type: ignore[attr-defined]
 
 
+def test_a_setting_given_in_two_ways_is_refused(fake_kinds: None, write_pipeline: Any) -> None:
+    file = write_pipeline(
+        {"a": {"command": "teach", "set": {"metrics.top1": 1.0, "metrics": {"AP": 2.0, "top1": 3.0}}}}
+    )
+    with pytest.raises(UserError, match=r"stages\.a\.set: metrics\.top1 is given twice, with dots and in a group"):
+        read_pipeline(file)
+
+
+@pytest.mark.parametrize("text", ["1.10", "no", "yes", "2026-12-01", "1e3", '"010"', "'a # b'"])
+def test_variables_are_as_they_are_written(fake_kinds: None, tmp_path: Path, text: str) -> None:
+    (tmp_path / "in.txt").touch()
+    file = tmp_path / "p.yaml"
+    file.write_text(
+        f"output: o\nvariables: {{v: {text}, steps: 5, w: ~}}\nstages: {{a: {{command: teach, set: {{text: '${{v}}/x', steps: '${{steps}}'}}}}}}\n"
+    )
+    (stage,) = build(file, variables={"w": "x"})
+    assert stage.config.text == f"{text.strip(chr(34) + chr(39))}/x"  # type: ignore[attr-defined]
+    assert stage.config.steps == 5  # type: ignore[attr-defined]
+
+
 def test_smoke_settings_lie_on_top(fake_kinds: None, write_pipeline: Any) -> None:
     file = write_pipeline({"a": {"command": "teach", "set": {"steps": 5, "text": "t"}}}, smoke={"teach": {"steps": 1}})
     (stage,) = build(file, smoke=True)

@@ -1,5 +1,6 @@
 """Values of settings arrive as they are, whatever signs are in them: written as flags and read back, or typed."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any, Literal
@@ -228,3 +229,14 @@ def test_a_text_beside_entries_of_the_same_mapping_is_refused() -> None:
     values = {"moving_teacher": {"class_thresholds": "cat=0.5"}, "moving_teacher.class_thresholds.dog": 0.4}
     with pytest.raises(UserError, match=r"class_thresholds: is the text 'cat=0.5' and has .*\.dog too"):
         flags(TrainConfig, values)
+
+
+@pytest.mark.parametrize("key", ["folder", "either", "name", "words", "paths", "sources", "source"])
+@pytest.mark.parametrize("value", [1.1, False])
+def test_a_number_is_no_name(key: str, value: float | bool) -> None:
+    """What YAML reads as 1.1 was 1.10 in the file, and false was `no`: as the text of a flag it would be another name."""
+    for one in (value, [value], [value, "y"]):
+        with pytest.raises(
+            UserError, match=rf"^group\.{key}: is {json.dumps(value)} to YAML; put a text like that in quotes"
+        ):
+            flags(Settings, {"group": {key: one}})

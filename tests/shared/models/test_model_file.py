@@ -34,6 +34,16 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
 
 
+def test_weights_that_layers_share(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(3, 3)
+    tensors = torch.nn.Sequential(layer, torch.nn.ReLU(), layer).state_dict()
+    assert len({tensor.data_ptr() for tensor in tensors.values()}) < len(tensors), "the case that is tested"
+    path = tmp_path / "model.safetensors"
+    assert save_model_file(path, tensors, {"kind": "backbone", "arch": "x"}) == content_hash(tensors)
+    assert read_tensors(path).keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in read_tensors(path).items())
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_who_may_read_it_follows_the_umask(mask: int, tmp_path: Path) -> None:
     before = os.umask(mask)

@@ -177,7 +177,7 @@ def test_evaluate_on_classes_that_are_not_the_models(
 
 
 def test_mistakes_with_a_bank(tiny: Any, teacher_file: Path, user_error: Any, tmp_path: Path) -> None:
-    def line(data: Path, bank: Path, *flags: str) -> str:
+    def line(data: Path, bank: Path | str, *flags: str) -> str:
         argv = ["--model", str(teacher_file), "--data.path", str(data), "--bank.path", str(bank), *flags]
         message: str = user_error(main, [*argv, "--output", str(tmp_path / "run"), "--threads", "1"])
         assert not (tmp_path / "run").exists()
@@ -188,6 +188,8 @@ def test_mistakes_with_a_bank(tiny: Any, teacher_file: Path, user_error: Any, tm
     assert f"neighbors: 31 is more than the 30 labeled images of {tiny.train}" in line(
         tiny.val, tiny.train, "--neighbors", "31"
     )
+    both = f"bank: {tiny.val}/../{tiny.val.name}: 15 images of it are in {tiny.val} too, first {tiny.val}/disc/disc_000.png"
+    assert both in line(tiny.val, f"{tiny.val}/../{tiny.val.name}")
     (tmp_path / "bank" / "disc").mkdir(parents=True)
     (tmp_path / "bank" / "disc" / "a.png").write_bytes((tiny.val / "disc" / "disc_000.png").read_bytes())
     assert "class 'ring' is not among the 1 classes of" in line(tiny.val, tmp_path / "bank", "--neighbors", "1")
