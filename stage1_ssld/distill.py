@@ -102,7 +102,14 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.shared.run_dir import RunDir
     from ssld.shared.training.auto_batch import find_passes
     from ssld.shared.training.batch_sheet import MOST, write_sheet
-    from ssld.shared.training.optim import cosine_factor, make_optimizer, parameter_groups, scale_lr, set_lr
+    from ssld.shared.training.optim import (
+        cosine_factor,
+        describe_lr,
+        make_optimizer,
+        parameter_groups,
+        scale_lr,
+        set_lr,
+    )
     from ssld.shared.training.quarantine import Quarantine
     from ssld.shared.training.trackers import start_trackers
     from ssld.shared.training.training_state import TrainingState
@@ -215,7 +222,8 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
             f"batch_size: {config.batch_size} is one image per process and pass, and BatchNorm of the {owner} needs "
             "at least two; raise batch_size, or lower accumulate or the number of processes"
         )
-    base_lr = scale_lr(config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name)
+    rate = config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name
+    base_lr = scale_lr(*rate)
 
     # ---- resume
     quarantine = Quarantine(run, training.images)
@@ -292,9 +300,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     loaded = [student.model.loaded, *(teacher.loaded if teacher else [])]
     for line in [*loaded, *preview(config, student, targets, training.images, steps, ranks)]:
         run.log(line)
-    run.log(
-        f"lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} to {config.batch_size}, warm-up {warmup_steps} steps"
-    )
+    run.log(f"{describe_lr(*rate)}, warm-up {warmup_steps} steps")
     run.log(
         f"{f'recipe {config.recipe}' if config.recipe else 'no recipe file; flags only'}; all settings are in {run.path / 'config.yaml'}"
     )

@@ -86,7 +86,7 @@ def train(config: TrainConfig) -> None:
     from ssld.shared.run_dir import RunDir, read_metrics
     from ssld.shared.training.auto_batch import find_passes
     from ssld.shared.training.batch_sheet import write_sheet
-    from ssld.shared.training.optim import make_optimizer, scale_lr, set_lr
+    from ssld.shared.training.optim import describe_lr, make_optimizer, scale_lr, set_lr
     from ssld.shared.training.quarantine import Quarantine
     from ssld.shared.training.trackers import start_trackers
     from ssld.shared.training.training_state import TrainingState
@@ -136,7 +136,8 @@ def train(config: TrainConfig) -> None:
             run, config.batch_size, ranks, attempt, networks=networks, optimizer=optimizer, device=device
         )
         config = config.model_copy(update={"accumulate": passes})
-    base_lr = scale_lr(config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name)
+    rate = config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name
+    base_lr = scale_lr(*rate)
     assert config.log_every is not None
     schedule = Schedule.of(config.optim, steps_per_epoch, steps)
 
@@ -245,8 +246,7 @@ def train(config: TrainConfig) -> None:
         run.tell(*told)
     run.log(
         f"{steps} steps of {config.batch_size} images ({count(ranks, 'process')} x {config.accumulate} accumulated), "
-        f"{steps / steps_per_epoch:.1f} passes, lr {base_lr:g} = {config.optim.lr:g} scaled from batch {config.optim.reference_batch} "
-        f"to {config.batch_size}, {schedule.describe()}"
+        f"{steps / steps_per_epoch:.1f} passes, {describe_lr(*rate)}, {schedule.describe()}"
     )
     if schedule.milestones and min(schedule.milestones) >= steps:
         run.log(f"milestones: all are after the last of {steps} steps, so the learning rate never drops")

@@ -56,6 +56,15 @@ def scale_lr(lr: float, reference_batch: int, batch_size: int, name: OptimizerNa
     return lr * (math.sqrt(ratio) if name == "adamw" else ratio)
 
 
+def describe_lr(lr: float, reference_batch: int, batch_size: int, name: OptimizerName) -> str:
+    """Say what `scale_lr` does, for a log."""
+    if batch_size == reference_batch:
+        return f"lr {lr:g} for batch {batch_size}"
+    how = "with the square root of the batch" if name == "adamw" else "linearly"
+    scaled = scale_lr(lr, reference_batch, batch_size, name)
+    return f"lr {scaled:g} = {lr:g} scaled from batch {reference_batch} to {batch_size} ({how})"
+
+
 def cosine_factor(step: int, *, steps: int, warmup_steps: int) -> float:
     """Return the factor on the learning rate at `step` (0-based): linear warm-up to 1, then half a cosine that reaches 0 after the last step."""
     if step < warmup_steps:

@@ -336,7 +336,7 @@ def test_learning_rate_is_scaled_warmed_up_and_ends_near_zero(
     # batch 8 of 32: peak 0.1; half of it, all of it, then half a cosine over 18 steps; no more than a tenth of the run is warm-up
     cosine = [0.05 + 0.05 * math.cos(math.pi * step / 18) for step in range(18)]
     assert curve == pytest.approx([0.05, 0.1, *cosine], rel=1e-5)
-    assert "lr 0.1 = 0.4 scaled from batch 32 to 8" in (tmp_path / "run" / "log.txt").read_text()
+    assert "lr 0.1 = 0.4 scaled from batch 32 to 8 (linearly), warm-up" in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("change", [{"precision": "bf16"}, {"channels_last": True}, {"workers": 1}])

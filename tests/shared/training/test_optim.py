@@ -9,6 +9,7 @@ from torch import nn
 from ssld.shared.training.optim import (
     cosine_factor,
     decay_factor,
+    describe_lr,
     make_optimizer,
     multistep_factor,
     parameter_groups,
@@ -61,6 +62,11 @@ def test_scaling() -> None:
     assert scale_lr(0.4, 256, 64, "sgd") == pytest.approx(0.1)
     assert scale_lr(0.4, 256, 64, "nesterov") == pytest.approx(0.1)
     assert scale_lr(0.4, 256, 64, "adamw") == pytest.approx(0.2)
+    assert (
+        describe_lr(0.4, 256, 64, "adamw")
+        == "lr 0.2 = 0.4 scaled from batch 256 to 64 (with the square root of the batch)"
+    )
+    assert describe_lr(0.4, 256, 256, "adamw") == "lr 0.4 for batch 256"
 
 
 def test_cosine_step_by_step() -> None:
