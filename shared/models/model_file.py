@@ -35,7 +35,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     """Call safetensors' `save_file` with a copy of weights that layers share, which it refuses; raise the OSError of a full disk."""
     places: set[int] = set()
     apart: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, on_device in tensors.items():
+        tensor = on_device.cpu()  # from a GPU a copy of its own
         place = tensor.untyped_storage().data_ptr()
         apart[name] = tensor.clone() if place in places else tensor
         places.add(place)

@@ -145,9 +145,14 @@ def test_sizes_are_variables_of_all_detectors(size: int, smaller: tuple[int, ...
     file.write_text(pipeline_text(file, known, chosen))
     pipeline = read_pipeline(file)
     names = ("medium_size", "small_size")[: len(smaller)]
-    assert pipeline.variables == {
-        **{"steps": 70, "size": size, **dict(zip(names, reversed(smaller), strict=True))},
-        **{"long_side": chosen.long_side, "backbone": NETWORKS[1].backbone},
+    numbers = {
+        "steps": 70,
+        "size": size,
+        "long_side": chosen.long_side,
+        **dict(zip(names, reversed(smaller), strict=True)),
+    }
+    assert pipeline.variables == {name: str(number) for name, number in numbers.items()} | {
+        "backbone": NETWORKS[1].backbone
     }
     for given, sides in (({}, (*smaller, size)), ({"size": "480", "long_side": "640"}, (*smaller, 480))):
         for stage in build_stages(pipeline, file, output=tmp_path, variables=given)[:2]:
