@@ -14,7 +14,7 @@ evaluate on.
 `retinanet_sad` has the detector of the row `retinanet` of its seed as its teacher, which also writes the pseudo-labels of the unlabeled photos; run
 that row before. `..._ssld` start from a backbone of the same seed: stage 1 under EfficientNet-Lite2, as `ssld init` sets it for a student with
 weights, on the training photos without their labels (nine tenths; the others tell whether it improves). `..._ssld_batch`: the same with BatchNorm
-by batch statistics. `..._ssld_features`: the teacher's pooled features and maps in place of its soft labels. `..._ssld_tiny1000`: 500 steps of
+by batch statistics. `..._ssld_features`: the teacher's pooled features and maps in place of its soft labels. `..._ssld_tiny1000`: 250 steps of
 stage 1 on 1,000 images of Tiny ImageNet, whatever their number.
 
 A run is a process of its own with one thread; its time is processor time of training, without imports. Finished runs are not repeated. Printed: mean
@@ -95,11 +95,11 @@ steps: 120
 batch_size: 32
 optim: {name: adamw, lr: 5.0e-5, reference_batch: 256, weight_decay: 0.05, decay_norm_and_bias: false, warmup_steps: 0.05}
 """
-# The same on Tiny ImageNet, whose images have 64 px: 32,000 views.
+# The same on Tiny ImageNet, whose images have 64 px: 16,000 views.
 TINY_STAGE1 = """
 data: {image_size: 64, crop_area: [0.35, 1.0]}
 teacher: {size: 96, check_images: 0}
-steps: 500
+steps: 250
 batch_size: 64
 """
 

@@ -97,6 +97,7 @@ ROWS: dict[str, Row] = {
     "lite0_classes_spatial": Row("lite0", ("symmetric_kl", SPATIAL)),
     "lite0_pooled": Row("lite0", ("pooled",)),
     "lite0_pooled_spatial": Row("lite0", ("pooled", SPATIAL)),
+    "lite0_pooled_spatial_x4": Row("lite0", ("pooled", SPATIAL), times=4),
     "lite0_spatial": Row("lite0", (SPATIAL,)),
     "lite0_classes_pooled_spatial": Row("lite0", ({"name": "symmetric_kl", "weight": 0.1}, "pooled", SPATIAL)),
     "lite2_pooled_spatial": Row("lite2", ("pooled", SPATIAL)),
