@@ -381,12 +381,10 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 if step <= config.log_every and forward.soft and student.starts_with_head:
                     run.log_if(statistics_warning(means, forward.soft.logits_BM.shape[1]))
             due = step % config.save_every == 0 or step == steps
-            if step == steps:
-                check_weights(step, forward)
             if val_source and config.evaluates_after(step, steps):
                 score_now(step, due=due)
             last = step == steps or state.exhausted(config.patience)
-            if last and step < steps:
+            if last:
                 check_weights(step, forward)
             stopping = stop.agreed() and not last
             if due or last or stopping:

@@ -319,12 +319,10 @@ def train(config: TrainConfig) -> None:
                 if collapse:
                     run.log_if(collapse.see(step, means, last=step == steps))
             due = step % config.save_every == 0 or step == steps or (moving is not None and step == burn_in)
-            if step == steps:
-                check_weights(step, inputs)
             if data.val and config.evaluates_after(step, steps):
                 score_now(step, due=due)
             last = step == steps or state.exhausted(config.patience)
-            if last and step < steps:
+            if last:
                 check_weights(step, inputs)
             stopping = stop.agreed() and not last
             if due or last or stopping:

@@ -1,7 +1,7 @@
 """Figures of matplotlib written as a few pixels, a digest of what they show.
 
 Layout and rendering of the curves take longer than a small training. What a figure is made of is put together as always; the pixels depend on its
-lines, texts and images, so that two runs have the same picture when they have drawn the same.
+lines, texts and images: two runs that draw the same write the same pixels.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """A batch of a training step: its views on the device, what student and teacher make of them, and the losses.
 
-A file of its own beside the loop in `distill.py`, which decides when there is a pass, and what becomes of its losses.
+The loop in `distill.py` makes one for each micro-batch and calls backward on its loss.
 
 B images, K classes of the student.
 """
@@ -30,7 +30,9 @@ class ForwardPass:
     Args:
         batch: images of the micro-batch, in host memory.
         data: settings of mixup and cutmix.
-        student, targets, objective: what is trained, by what, and the loss.
+        student: the trained network.
+        targets: the teacher, the store or the labels that it learns from.
+        objective: the loss terms.
         device: where the networks are.
         seed: seed of the mixing and of drop-path; the pass is then the same in a resumed run.
     """

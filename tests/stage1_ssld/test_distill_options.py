@@ -214,6 +214,25 @@ def test_patience_ends_a_run_by_a_repeated_evaluation_after_the_same_check(
     assert checked[6] > 0
 
 
+def test_the_last_update_is_checked_before_the_last_evaluation(
+    arguments: Arguments, distill_settings: Settings, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next start only repeats an evaluation that dies, so the check cannot wait for it."""
+    done: list[str] = []
+
+    def dying(*_: Any, **__: Any) -> Any:
+        done.append("evaluation")
+        raise MemoryError
+
+    def check(*_: Any) -> None:
+        done.append("check")
+
+    monkeypatch.setattr(validation, "evaluate", dying)
+    monkeypatch.setattr(TrainingState, "check_last_update", check)
+    assert call(distill, arguments(distill_settings | {"steps": 2, "evaluate_every": 2})) == 2
+    assert done == ["check", "evaluation"]
+
+
 def test_best_by_something_that_is_not_measured(
     arguments: Arguments, distill_settings: Settings, tiny: Any, user_error: Any
 ) -> None:

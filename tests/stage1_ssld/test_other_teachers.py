@@ -1,6 +1,7 @@
 """A run that continues under a teacher which its files and settings do not tell from the one that it began with."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,16 @@ def test_a_network_that_sees_images_otherwise_is_refused(
     lines = [one for one in capsys.readouterr().out.splitlines() if "did not record" in one]
     assert len(lines) == 1
     assert lines[0].startswith(f"{key}: this run began with a version that did not record")
+
+
+def test_a_precision_may_change_under_a_teacher(commands: Any, arguments: Any, call: Any, tmp_path: Path) -> None:
+    """It is the way out that the message on a loss that is not finite names."""
+    main, settings = commands["distill"]
+    assert call(main, arguments(settings | {"precision": "bf16"})) == 0
+    edit(tmp_path / "run", lambda record: None)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000002")
+    assert call(main, arguments(settings | {"precision": "fp32"})) == 0
+    assert 'changed since the last start: precision: "bf16" -> "fp32"' in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(("own", "warns"), [(64, True), (32, False)])
