@@ -62,7 +62,7 @@ def test_more_steps_go_on_from_the_checkpoint(
     assert found
     warmup = int(re.findall(r"warm-up (\d+) steps", out)[-1])
     share = 0.5 + 0.5 * math.cos(math.pi * (6 - warmup) / (10 - warmup))
-    base = float(re.findall(r"^lr (\S+) = ", out, re.MULTILINE)[-1])
+    base = float(re.findall(r"^lr (\S+) for batch ", out, re.MULTILINE)[-1])
     assert float(found[1]) == pytest.approx(base * share, rel=1e-2)
     assert float(found[2]) < float(found[1])  # the rate rises again
     assert int(found[3]) == round(100 * share)
