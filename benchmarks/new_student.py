@@ -120,6 +120,7 @@ class Scale:
     draws: int = 200
     norms: str = "trained"
     stage1_seed: int = 0
+    student: str = STUDENT
 
 
 class Bench:
@@ -153,9 +154,11 @@ class Bench:
         file = self.output / "start.safetensors"
         if not file.exists():
             torch.manual_seed(0)
-            net, mean = timm.create_model(STUDENT, **NARROW), (0.5, 0.5, 0.5)
+            name, mean = self.scale.student, (0.5, 0.5, 0.5)
+            narrow = NARROW if name == STUDENT else {}
+            net = timm.create_model(name, **narrow)
             inputs = InputSettings(mean, mean, (64, 64), "bilinear", False)
-            save_backbone(file, net, arch=STUDENT, inputs=inputs, classes=1000, model_args=NARROW)
+            save_backbone(file, net, arch=name, inputs=inputs, classes=1000, model_args=narrow)
         return file
 
     def lite(self, number: str) -> dict[str, Any]:
@@ -343,6 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--teacher-size", type=int, default=Scale.teacher_size, help="pixels per side of the teacher's views"
     )
     parser.add_argument("--teacher-precision", default=Scale.teacher_precision, choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--student", default=Scale.student, help="timm network; each needs an --output of its own")
     parser.add_argument("--stage1-seed", type=int, default=Scale.stage1_seed, help="of the rows' stage 1")
     parser.add_argument("--images", type=int, help="of each part of Tiny ImageNet; all by default")
     parser.add_argument("--canvases", type=int, nargs=2, default=Scale.canvases, help="to train on, to evaluate on")
