@@ -106,6 +106,17 @@ class RunDir:
         """Seconds of this start so far and of earlier ones."""
         return round(self.earlier_seconds + time.monotonic() - self._started, 1)
 
+    def finished_earlier(self, status: Status | None = None) -> bool:
+        """Return whether an earlier start has finished this run, which the log then says.
+
+        Args:
+            status: that of the main rank, in a command with several processes.
+        """
+        finished = (status or self.status) == "finished"
+        if finished:
+            self.log(f"{self.path}: this run is finished; nothing to do")
+        return finished
+
     def log(self, *lines: str) -> None:
         """Print lines and append them to log.txt; a line break inside one, as in the name of a file, is shown as `\\n`."""
         for text in lines if self.main else ():

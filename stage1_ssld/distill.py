@@ -155,8 +155,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     config = with_chosen_settings(config, sum(map(len, sources)), notes, device=device, ranks=ranks)
     data = config.data
     run = RunDir(config, command, main=accelerator.is_main_process)
-    if from_main_rank(run.status) == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier(from_main_rank(run.status)):
         return
     start_trackers(accelerator, config, run)
     run.log(*notes)

@@ -65,8 +65,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     accelerator, config = start_processes(config)
     device, dtype = accelerator.device, DTYPES[config.precision]
     run = RunDir(config, "evaluate", main=accelerator.is_main_process)
-    if from_main_rank(run.status) == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier(from_main_rank(run.status)):
         return
     start_trackers(accelerator, config, run)
 

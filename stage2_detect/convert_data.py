@@ -37,8 +37,7 @@ def convert_data(config: ConvertDataConfig) -> None:
     from ssld.stage2_detect.data.convert.conversion import convert
 
     run = RunDir(config, "convert_data")
-    if run.status == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier():
         return
     pending = run.path / ".pending"
     shutil.rmtree(pending, ignore_errors=True)

@@ -59,8 +59,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     others = read_detections(config.compare, data) if config.compare else None
     accelerator, config = start_processes(config)
     run = RunDir(config, "evaluate_detector", main=accelerator.is_main_process)
-    if from_main_rank(run.status) == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier(from_main_rank(run.status)):
         return
     start_trackers(accelerator, config, run)
     run.log(*describe_processes(accelerator, config, config.workers))

@@ -68,8 +68,7 @@ def _predict(config: PredictConfig) -> None:
 
     accelerator, config = start_processes(config)
     run = RunDir(config, "predict", main=accelerator.is_main_process, scratch=("parts",))
-    if from_main_rank(run.status) == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier(from_main_rank(run.status)):
         return
 
     run.log(*describe_processes(accelerator, config, config.workers))

@@ -118,8 +118,7 @@ def train(config: TrainConfig) -> None:
     accelerator, config = start_processes(config, fixed_size=config.augment.large_scale_jitter is not None)
     device, dtype, ranks = accelerator.device, DTYPES[config.precision], world_size()
     run = RunDir(config, "train", main=accelerator.is_main_process)
-    if from_main_rank(run.status) == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier(from_main_rank(run.status)):
         return
     start_trackers(accelerator, config, run)
 

@@ -49,9 +49,7 @@ def make_prototypes(config: PrototypesConfig) -> None:
     check_networks(config.networks(), config.hub_data())
     accelerator, config = start_processes(config)
     with closing(RunDir(config, "prototypes", main=rank() == 0, scratch=("centres.npz", "embeddings"))) as run:
-        if from_main_rank(run.status) == "finished":
-            run.log(f"{run.path}: this run is finished; nothing to do")
-        else:
+        if not run.finished_earlier(from_main_rank(run.status)):
             run.log(*describe_processes(accelerator, config, config.workers))
             _make(config, run, accelerator.device)
     accelerator.end_training()

@@ -65,9 +65,7 @@ def curate(config: CurateConfig) -> None:
     accelerator, config = start_processes(config)
     scratch = ("kept.npy", *_EMBEDDINGS)
     with closing(RunDir(config, "curate", main=rank() == 0, scratch=scratch)) as run:
-        if from_main_rank(run.status) == "finished":
-            run.log(f"{run.path}: this run is finished; nothing to do")
-        else:
+        if not run.finished_earlier(from_main_rank(run.status)):
             run.log(*describe_processes(accelerator, config, config.workers))
             _curate(config, run, accelerator.device)
     accelerator.end_training()

@@ -111,8 +111,7 @@ def write_store(config: SoftLabelsConfig) -> None:
     run = RunDir(config, "write_soft_labels", main=main)
     if run.status == "finished" and not _is_whole(run.path / "store"):
         run.reopen()
-    if from_main_rank(run.status) == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier(from_main_rank(run.status)):
         return
     for number, source in enumerate(sources):
         run.tell(f"data.train.{number}", source.path, source.tally)

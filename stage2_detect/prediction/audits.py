@@ -46,8 +46,7 @@ def list_next(config: AuditConfig, loaded: "LoadedDetector") -> None:
     work = find_photos(config)
     accelerator, config = start_processes(config)
     run = RunDir(config, "audit", main=accelerator.is_main_process, scratch=("parts",))
-    if from_main_rank(run.status) == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier(from_main_rank(run.status)):
         return
     run.log(*describe_processes(accelerator, config, config.workers))
 
@@ -120,8 +119,7 @@ def check_labels(config: AuditConfig, loaded: "LoadedDetector") -> None:
         raise UserError(f"{config.annotations}: has no images, so there are no labels to check")
     accelerator, config = start_processes(config)
     run = RunDir(config, "audit", main=accelerator.is_main_process)
-    if from_main_rank(run.status) == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier(from_main_rank(run.status)):
         return
     run.log(*describe_processes(accelerator, config, config.workers))
     run.log(data.describe())
