@@ -78,7 +78,7 @@ def train(config: TrainConfig) -> None:
         prepare_model,
         start_processes,
     )
-    from ssld.shared.distributed.ranks import from_main_rank, share_buffers, world_size
+    from ssld.shared.distributed.ranks import from_main_rank, on_main_rank, share_buffers, world_size
     from ssld.shared.distributed.stop import StopRequest
     from ssld.shared.errors import Stopped, UserError
     from ssld.shared.images import stable_seed
@@ -166,14 +166,14 @@ def train(config: TrainConfig) -> None:
     if not config.look:
         state.drop_later(last_good, start)
     if config.export_check and start == 0:
-        problem = ""
-        if run.main:
+
+        def check_export() -> None:
             try:
                 try_export(trained.detector, config.model, config.resize, run.log)
             except UserError as error:
-                problem = f"export_check: {error}"
-        if problem := from_main_rank(problem):
-            raise UserError(problem)
+                raise UserError(f"export_check: {error}") from None
+
+        on_main_rank(check_export)
     if moving:
         unlabeled = config.batch_size - labeled
         lines = from_main_rank(read_metrics(run.path) if run.main else [])
