@@ -28,7 +28,7 @@ from ssld.pipelines.config import PipelineConfig, ReportConfig
 from ssld.pipelines.folder import inside_folder_of, left_behind, rebased, shown
 from ssld.pipelines.reports.table import RECORD, Record, read_record, table_text, write_record
 from ssld.pipelines.runner.cost import disk_text, steps_text, total_text
-from ssld.pipelines.runner.estimate import expected_costs, read_rates, write_rates
+from ssld.pipelines.runner.estimate import expected_costs, read_rates, time_text, write_rates
 from ssld.pipelines.runner.launch import Signals, command_line, run_stage
 from ssld.pipelines.runner.plan import Planned, downloads, erase, make_plan, to_erase
 from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, find_pipeline, read_pipeline
@@ -215,7 +215,7 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path, *, estima
         notes.append("--estimate measures it")
     if any(planned.steps_done and costs.times.get(planned.stage.name) is not None for planned in plan):
         notes.append("trainings that resume count what is left")
-    needed = "; ".join([costs.time_text(), *notes])
+    needed = "; ".join([time_text(costs.times), *notes])
     say(f"{count(len(plan), 'stage')} in {shown(output)}: {needed}; {total_text(costs.disk)}; data sets not counted")
 
 
