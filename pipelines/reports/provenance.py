@@ -14,15 +14,8 @@ from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.run_dir import read_metrics, read_result
 from ssld.shared.wording import count
+from ssld.stage2_detect.model_config import KIND_NAMES
 
-_KINDS = {
-    "faster_rcnn": "Faster R-CNN",
-    "cascade_rcnn": "Cascade R-CNN",
-    "mask_rcnn": "Mask R-CNN",
-    "cascade_mask_rcnn": "Cascade Mask R-CNN",
-    "retinanet": "RetinaNet",
-    "gfl": "GFL",
-}
 _LAST_GOOD = "detector_last_good.safetensors"  # left by a training whose moving teacher collapsed
 _PUBLISHED = "coco"  # scheme of published detectors as `init`
 
@@ -216,7 +209,7 @@ def _training(stages: Sequence[str], runs: Path) -> tuple[str, list[str]] | None
         return None
     kind = _text(settings, "model", "kind")
     teacher = _text(settings, "distill", "teacher")
-    facts = [_KINDS.get(kind, kind)] if kind else []
+    facts = [KIND_NAMES.get(kind, kind)] if kind else []
     facts += [f"distilled from {_short(teacher, runs)}"] if teacher else []
     facts += [_moving(run)] if settings.get("moving_teacher") else []
     facts += _extent(run, settings, "resize", "short_side")
