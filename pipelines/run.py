@@ -33,14 +33,14 @@ from ssld.pipelines.runner.launch import Signals, command_line, run_stage
 from ssld.pipelines.runner.plan import Planned, downloads, erase, make_plan, to_erase
 from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, find_pipeline, read_pipeline
 from ssld.pipelines.runner.trial import measure
-from ssld.shared.config.command import STOPPED, USER_ERROR, exit_code
-from ssld.shared.config.settings import Parser, did_you_mean
+from ssld.shared.config.command import exit_code
+from ssld.shared.config.settings import Parser
 from ssld.shared.config.training import TrainingConfig
-from ssld.shared.errors import Stopped, UserError
+from ssld.shared.errors import STOPPED, USER_ERROR, Stopped, UserError
 from ssld.shared.files import clear_leftovers
 from ssld.shared.run_dir import read_result
 from ssld.shared.terminal import say, say_lines
-from ssld.shared.wording import count, duration
+from ssld.shared.wording import count, did_you_mean, duration
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,22 +98,27 @@ def _run_inside(pipeline: PipelineConfig, file: Path, arguments: Namespace, vari
     with _locked(output):
         for run in erase(stages, redo, output):
             say(f"deleted {shown(run)}")
-        record = Record(file.stem, arguments.smoke, pipeline)
-        write_record(output, record)
+        write_record(output, Record(file.stem, arguments.smoke, pipeline))
         times: dict[str, float] = {}
-        if any(planned.state == "damaged" for planned in plan):
-            damaged = [planned for planned in plan if planned.state == "damaged"]
-            code = _run_stages(damaged, None, output, file, times)
-            if code:
+        if damaged := [planned for planned in plan if planned.state == "damaged"]:
+            if code := _run_stages(damaged, output, file, times):
                 return code
-            plan = make_plan(
-                stages, set()
-            )  # compare again: are the new files the ones that later stages were made from?
-        return _run_stages(plan, record, output, file, times)
+            # Compare again: are the new files the ones that later stages were made from?
+            plan = make_plan(stages, set())
+        if code := _run_stages(plan, output, file, times):
+            return code
+        if pipeline.table:
+            say_lines(f"\n{table_text(pipeline.table, output, smoke=arguments.smoke)}\n")
+        if shown(output) != output:
+            reports = [one.stage.run / "report.html" for one in plan if isinstance(one.stage.config, ReportConfig)]
+            say(f"results: {', '.join(str(shown(path)) for path in (output, *reports))}")
+        for line in _closing_lines(plan, times):
+            say(line)
+        return 0
 
 
-def _run_stages(plan: list[Planned], record: Record | None, output: Path, file: Path, times: dict[str, float]) -> int:
-    """Run the stages of a plan of the pipeline `file` that are not done, then print the table; without a record, print no table.
+def _run_stages(plan: list[Planned], output: Path, file: Path, times: dict[str, float]) -> int:
+    """Run the stages of a plan of the pipeline `file` that are not done; returns 0, or the exit code of the one that failed or was stopped.
 
     The seconds of the stages that ran are added to `times`, by name.
     """
@@ -141,15 +146,6 @@ def _run_stages(plan: list[Planned], record: Record | None, output: Path, file: 
                 return outcome.code
             times[stage.name] = time.monotonic() - begun
             say(f"{label}: finished in {_minutes(times[stage.name]):.1f} min")
-    if record is None:
-        return 0
-    if record.pipeline.table:
-        say_lines(f"\n{table_text(record.pipeline.table, output, smoke=record.smoke)}\n")
-    if shown(output) != output:
-        reports = [one.stage.run for one in plan if isinstance(one.stage.config, ReportConfig)]
-        say(f"results: {', '.join(str(shown(path)) for path in (output, *(run / 'report.html' for run in reports)))}")
-    for line in _closing_lines(plan, times):
-        say(line)
     return 0
 
 
