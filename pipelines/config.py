@@ -8,8 +8,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ssld.shared.config.bounds import Processes
-from ssld.shared.config.settings import CommandConfig, Config, did_you_mean
+from ssld.shared.config.settings import CommandConfig, Config
 from ssld.shared.config.yaml_files import flatten, read_recipe
+from ssld.shared.wording import did_you_mean
 
 CommandName = Literal[
     "toy_data",

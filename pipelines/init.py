@@ -47,7 +47,7 @@ from ssld.pipelines.scaffold.suggest import Facts, Networks, detector_batch, net
 from ssld.pipelines.scaffold.trials import keep_rates, trials
 from ssld.pipelines.scaffold.weights import available, check_file
 from ssld.shared.config.command import exit_code
-from ssld.shared.config.settings import underscored
+from ssld.shared.config.words import underscored
 from ssld.shared.errors import STOPPED, Stopped, UserError
 from ssld.shared.files import fits_a_list, list_images, write_atomically
 from ssld.shared.machine import cores
