@@ -132,10 +132,13 @@ class RunDir:
         self.log_if(line and f"{source}: {line}")
 
     def use(self, config: CommandConfig) -> None:
-        """Log the values that this run uses in place of those in config.yaml, where they follow from others, and keep them for result.json.
+        """Log where the settings are from, and the values that this run uses in place of those in config.yaml, where they follow from others.
 
-        That is null, for a default that depends on the model or the length of the run, and fractions of that length.
+        The latter, in place of null, whose value depends on the model or the length of the run, and of fractions of that length, are kept for
+        result.json.
         """
+        source = f"recipe {config.recipe}" if config.recipe else "no recipe file; flags only"
+        self.log(f"{source}; all settings are in {self.path / 'config.yaml'}")
         self._used = {key: after for key, _, after in differences(dump(self._config), dump(config))}
         values = ", ".join(f"{key} {json.dumps(value)}" for key, value in self._used.items())
         self.log_if(values and f"settings that follow from others: {values}")

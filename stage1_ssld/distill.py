@@ -296,13 +296,9 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         if teacher:
             teacher.compile()
     model = prepare_model(accelerator, student.learner)
-    loaded = [student.model.loaded, *(teacher.loaded if teacher else [])]
-    for line in [*loaded, *preview(config, student, targets, training.images, steps, ranks)]:
-        run.log(line)
+    run.log(student.model.loaded, *(teacher.loaded if teacher else []))
+    run.log(*preview(config, student, targets, training.images, steps, ranks))
     run.log(f"{describe_lr(*rate)}, warm-up {warmup_steps} steps")
-    run.log(
-        f"{f'recipe {config.recipe}' if config.recipe else 'no recipe file; flags only'}; all settings are in {run.path / 'config.yaml'}"
-    )
     run.use(config)
     run.log(config.describe_keeping(steps, evaluates=val_source is not None))
     run.log(*describe_processes(accelerator, config, config.workers))

@@ -88,8 +88,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     teacher = None
     if config.teacher:
         teacher = make_teacher(config.teacher, precision=config.precision, device=device, channels_last=False)
-        for line in teacher.loaded:
-            run.log(line)
+        run.log(*teacher.loaded)
         teacher.match_classes(names, classes, config.model)
     try:
         labels = match_classes(source, names, classes, config.model)
@@ -117,7 +116,8 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
             return embed(student, pixels_BCHW)
 
     # ---- passes over the images
-    quarantine = Quarantine(run, len(source) + (len(bank) if bank else 0))
+    images = len(source) + (len(bank) if bank else 0)
+    quarantine = Quarantine(run, images)
     with teacher.running_statistics() if teacher else nullcontext():
         metrics = evaluate(
             student,
@@ -140,7 +140,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
             on_unreadable=quarantine.add,
         )
     run.log(describe(metrics))
-    quarantine.judge(len(source) + (len(bank) if bank else 0))
+    quarantine.judge(images)
     run.finish(metrics)
 
 

@@ -45,8 +45,8 @@ def convert_data(config: ConvertDataConfig) -> None:
     try:
         data, contents, orientation = convert(config, pending)
         run.log(f"{config.source}: {data.kind}, {len(data.class_names)} classes: {', '.join(data.class_names[:20])}")
-        for note in [*data.notes, *([text] if (text := orientation.describe()) else [])]:
-            run.log(note)
+        run.log(*data.notes)
+        run.log_if(orientation.describe())
         metrics: dict[str, Any] = {"classes": data.class_names, "orientation": orientation.record(), "splits": {}}
         for split, content in contents.items():
             folder = _publish(run.path, pending, split, content.folder)

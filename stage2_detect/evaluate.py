@@ -63,8 +63,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
         return
     start_trackers(accelerator, config, run)
     run.log(*describe_processes(accelerator, config, config.workers))
-    for note in notes:
-        run.log(note)
+    run.log(*notes)
     run.log(data.describe())
     run.tell("annotations", data.file, data.tally)
     metrics, detections = score(
@@ -87,8 +86,7 @@ def evaluate_detector(config: EvaluateConfig) -> None:
         write_results(detections, data.category_ids, files[0])
         intervals, lines = bootstrap_metrics(data, read_detections(files[0], data), others, config.compare)
         metrics |= intervals
-        for line in lines:
-            run.log(line)
+        run.log(*lines)
         report, written = write_evaluation(run, data, detections, metrics, score_threshold=config.score_threshold)
         files += written
         threshold = config.score_threshold

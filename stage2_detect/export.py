@@ -81,8 +81,7 @@ def export_detector(config: ExportDetectorConfig) -> None:
     run = RunDir(config, "export_detector")
     if run.finished_earlier():
         return
-    for line in loaded.notes:
-        run.log(line)
+    run.log(*loaded.notes)
     shortest = PAD_MULTIPLE * LEAST
     if config.canvas is None and loaded.resize.short_side < shortest:
         run.log(

@@ -89,8 +89,7 @@ def _predict(config: PredictConfig) -> None:
                 run.log(f"{name}: {count(frames, 'frame')} done: {clock.describe()}")
         run.log(f"{name}: {count(frames, 'frame')} done: {clock.describe()}")
     progress.close()
-    for line in loaded.notes:
-        run.log(line)
+    run.log(*loaded.notes)
     accelerator.wait_for_everyone()
     for name in work.videos:
         if reason := videos.read(name)["error"]:

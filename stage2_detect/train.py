@@ -239,8 +239,7 @@ def train(config: TrainConfig) -> None:
         if trained.teacher:
             trained.teacher.model.pyramid.compile()
     model = prepare_model(accelerator, trained.model)
-    for line in [*data.describe(config), *trained.preview()]:
-        run.log(line)
+    run.log(*data.describe(config), *trained.preview())
     for told in data.tallies():
         run.tell(*told)
     run.log(
@@ -249,9 +248,6 @@ def train(config: TrainConfig) -> None:
     )
     if schedule.milestones and min(schedule.milestones) >= steps:
         run.log(f"milestones: all are after the last of {steps} steps, so the learning rate never drops")
-    run.log(
-        f"{f'recipe {config.recipe}' if config.recipe else 'no recipe file; flags only'}; all settings are in {run.path / 'config.yaml'}"
-    )
     run.use(config)
     if config.distill:
         run.log_if(config.distill.doubt(config.model, steps))

@@ -105,8 +105,7 @@ def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
             f"{metrics['median_size']:g}; {clusters.refilled} empty ones refilled"
         )
         run.log(f"soft labels: median perplexity {perplexity:.2f} at temperature {temperature:.4g}")
-        for line in _doubts(clusters.size_K, balanced=config.balanced):
-            run.log(line)
+        run.log(*_doubts(clusters.size_K, balanced=config.balanced))
         teacher, plot = run.path / "teacher.safetensors", run.path / "prototypes.png"
         encoder.save(
             teacher,
@@ -171,8 +170,7 @@ def _clusters(config: PrototypesConfig, run: RunDir, embeddings: Embeddings, cou
     """Standardization and clusters, read from centres.npz if an earlier start of this run wrote it."""
     file = run.path / "centres.npz"
     if not is_sound(file):
-        for line in made_again([file]):
-            run.log(line)
+        run.log(*made_again([file]))
         with StopRequest() as stop:
 
             def log(line: str) -> None:

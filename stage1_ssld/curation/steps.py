@@ -114,8 +114,7 @@ def _curate(config: CurateConfig, run: RunDir, device: torch.device) -> None:
     if run.main:
         outcome = outcome_of(run.path)
         assert outcome is not None
-        for line in outcome["lines"]:
-            run.log(line)
+        run.log(*outcome["lines"])
         written = [run.path / "selected.parquet", run.path / "classes.csv"]
         plots = draw(run.path, outcome, images, Images(held_out_files, held_out.shards, held_out.source), config)
         run.finish(outcome["metrics"], [*written, *plots])
@@ -125,8 +124,7 @@ def _on_main_rank(run: RunDir, write: Callable[[Path, Selection], list[str]], se
     """Run a step of the selection while the other ranks wait. Raises Stopped after it if a signal arrived."""
     if run.main:
         with StopRequest() as stop:
-            for line in write(run.path, selection):
-                run.log(line)
+            run.log(*write(run.path, selection))
             if stop.requested:
                 raise Stopped("the selection is not finished")
     from_main_rank(None)

@@ -56,8 +56,7 @@ def list_next(config: AuditConfig, loaded: "LoadedDetector") -> None:
     progress = PartProgress(run, parts, mine)
     progress.follow(doubt_parts(config, loaded, accelerator.device, parts, mine, work, progress.add))
     progress.close()
-    for line in loaded.notes:
-        run.log(line)
+    run.log(*loaded.notes)
     accelerator.wait_for_everyone()
 
     # ---- the files
