@@ -27,7 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_detector(config: EvaluateConfig) -> None:
-    """Evaluate the detector file of `config` and write result.json."""
+    """Evaluate the detector file of `config` and write result.json; the processes of a launcher share the images.
+
+    Raises UserError for a faulty file, other classes than the detector's, detections of other images in `compare`, and an image that cannot be read.
+    """
     from ssld.shared.distributed.processes import DTYPES, describe_processes, start_processes
     from ssld.shared.distributed.ranks import from_main_rank
     from ssld.shared.run_dir import RunDir
@@ -87,9 +90,9 @@ def evaluate_detector(config: EvaluateConfig) -> None:
         intervals, lines = bootstrap_metrics(data, read_detections(files[0], data), others, config.compare)
         metrics |= intervals
         run.log(*lines)
-        report, written = write_evaluation(run, data, detections, metrics, score_threshold=config.score_threshold)
-        files += written
         threshold = config.score_threshold
+        report, written = write_evaluation(run, data, detections, metrics, score_threshold=threshold)
+        files += written
         files += write_audit(run, data, detections, folder=part.images, score_threshold=threshold)
         metrics["at_threshold"] = {key: report[key] for key in ("score_threshold", "iou")} | report["all_classes"]
         metrics["per_class_f1"] = {row["class"]: row["f1"] for row in report["classes"]}
