@@ -49,15 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    parser = _parser()
+    command = parser()
     words, own = _own_flags(argv)
-    known = parser.parse_known_args(words)[0]
+    known = command.parse_known_args(words)[0]
     file = find_pipeline(known.pipeline)
     pipeline = read_pipeline(file, _stage_settings(own), smoke=known.smoke)
     variables = _variables(own, list(pipeline.variables))
     for name in pipeline.variables:  # for the help
-        parser.add_argument(f"--variables.{name}", metavar="VALUE", help=f"value of ${{{name}}}")
-    arguments = parser.parse_args(words)
+        command.add_argument(f"--variables.{name}", metavar="VALUE", help=f"value of ${{{name}}}")
+    arguments = command.parse_args(words)
     if arguments.smoke and not pipeline.smoke:
         raise UserError(f"{file}: --smoke needs a section `smoke:` with the smallest sizes")
     with inside_folder_of(file) as there:
@@ -304,7 +304,8 @@ def _locked(output: Path) -> Iterator[None]:
         yield
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
+    """Return the parser of this command, without the flags that depend on the pipeline's file."""
     parser = Parser(
         prog="ssld run",
         description="Run a pipeline of stages, resumable.",
