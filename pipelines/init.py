@@ -46,9 +46,9 @@ from ssld.pipelines.scaffold.starts import STAGE_1, Init, Start, choose_starts, 
 from ssld.pipelines.scaffold.suggest import Facts, Networks, detector_batch, networks_of, shapes, untrained
 from ssld.pipelines.scaffold.trials import keep_rates, trials
 from ssld.pipelines.scaffold.weights import available, check_file
+from ssld.shared.apart import call_apart
 from ssld.shared.config.command import exit_code
 from ssld.shared.config.settings import underscored
-from ssld.shared.apart import call_apart
 from ssld.shared.errors import STOPPED, Stopped, UserError
 from ssld.shared.files import fits_a_list, list_images, write_atomically
 from ssld.shared.machine import cores

@@ -66,7 +66,10 @@ def test_unlabeled_photos_are_told_apart_from_evaluation_photos(
     assert not [name for name in names if name.startswith("copy of ")]
     assert len(evaluated) == 8
     out = capfd.readouterr().out
-    assert "more photos: 41 photos dropped: 1 that cannot be read (.heic) (first: IMG.HEIC), 32 copies of training photos (first: copy of " in out
+    assert (
+        "more photos: 41 photos dropped: 1 that cannot be read (.heic) (first: IMG.HEIC), 32 copies of training photos (first: copy of "
+        in out
+    )
     assert "8 copies of evaluation photos (first: copy of " in out
     data = yaml.safe_load(Path("mine.yaml").read_text())["stages"]["ssld"]["set"]["data"]
     assert data["val"] == {"path": "mine_held_out.txt", "root": "more photos"}

@@ -58,7 +58,9 @@ def test_photos_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> 
     assert pool.tally.describe() == (
         "2 photos dropped: 1 that cannot be read (.heic) (first: IMG_1.HEIC), 1 that cannot be read (.jpg) (first: empty.jpg)"
     )
-    with pytest.raises(UserError, match=r"3 that cannot be read \(\.png\) .*; of 5 in all: convert them to JPEG or PNG first"):
+    with pytest.raises(
+        UserError, match=r"3 that cannot be read \(\.png\) .*; of 5 in all: convert them to JPEG or PNG first"
+    ):
         divide_pool(folder, [], [], seed=0, unreadable=pool.train)
 
 
