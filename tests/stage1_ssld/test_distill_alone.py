@@ -23,9 +23,10 @@ def settings(*words: str) -> DistillConfig:
 
 
 def test_the_network_of_teach_has_a_short_form_too() -> None:
-    words = "--data.train x --steps 2 --batch_size 2 --optim.lr 1 --optim.reference_batch 2".split()
+    words = ["--data.train", "x", "--steps", "2", "--batch_size", "2"]
+    rate = ["--optim.lr", "1", "--optim.reference_batch", "2"]
     network = ["--model", "weights.safetensors", "--model.arch", "resnet18", "--output", "o"]
-    config = parse_config(TeachConfig, [*words, *network], program="teach.py")
+    config = parse_config(TeachConfig, [*words, *rate, *network], program="teach.py")
     assert (config.model.model, config.model.arch) == ("weights.safetensors", "resnet18")
 
 

@@ -67,13 +67,12 @@ def test_kinds_of_pictures_and_a_batch_of_unequal_ones(detector_file: Path, phot
     assert detector.predict([]) == []
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+@pytest.mark.parametrize(("dtype", "scale"), [("uint16", 257.0), ("float32", 1 / 255)])
 def test_a_deep_image_of_pil_has_the_detections_of_its_file(
-    detector_file: Path, photos: Path, tmp_path: Path, dtype: type[np.generic]
+    detector_file: Path, photos: Path, tmp_path: Path, dtype: str, scale: float
 ) -> None:
     """PIL's own conversion of 16 bits, or of fractions, is white or black."""
     gray_HW = np.array(Image.open(photos / "5.png").convert("L"))
-    scale = {np.uint16: 257.0, np.float32: 1 / 255}[dtype]
     file = tmp_path / "deep.tif"
     Image.fromarray((gray_HW * scale).astype(dtype)).save(file)
     detector = load_detector(detector_file)
