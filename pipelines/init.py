@@ -40,13 +40,14 @@ from ssld.pipelines.scaffold.augment import choose_augment
 from ssld.pipelines.scaffold.command_line import parser
 from ssld.pipelines.scaffold.fit import MOVING, REPORT_SECONDS, Fit, fit
 from ssld.pipelines.scaffold.pipeline_file import pipeline_text
-from ssld.pipelines.scaffold.pool import Pool, divide_pool, some_photos, unlisted
+from ssld.pipelines.scaffold.pool import Pool, divide_pool, some_photos, unlisted, unreadable_photos
 from ssld.pipelines.scaffold.split import split_content
 from ssld.pipelines.scaffold.stage1 import proposes_stage_1
 from ssld.pipelines.scaffold.starts import STAGE_1, Init, Start, choose_starts, find_init, read_starts
 from ssld.pipelines.scaffold.suggest import Facts, Networks, detector_batch, networks_of, shapes, untrained
 from ssld.pipelines.scaffold.trials import keep_rates, trials
 from ssld.pipelines.scaffold.weights import available, check_file
+from ssld.shared.apart import call_apart
 from ssld.shared.config.command import exit_code
 from ssld.shared.config.words import underscored
 from ssld.shared.errors import STOPPED, Stopped, UserError
@@ -235,7 +236,7 @@ def _read_photos(arguments: Namespace, names: dict[str, Path]) -> _Photos:
 
 
 def _divide(arguments: Namespace, photos: _Photos) -> Pool:
-    """Divide the unlabeled photos into those to train on and those held out; print how many copies of annotated photos are dropped."""
+    """Divide the unlabeled photos into those to train on and those held out; print how many copies of annotated and unreadable photos are dropped."""
     training, evaluation = (
         _files(part, folder)
         for part, folder in (
@@ -243,7 +244,8 @@ def _divide(arguments: Namespace, photos: _Photos) -> Pool:
             (photos.val, arguments.val_images or arguments.images),
         )
     )
-    pool = divide_pool(arguments.unlabeled, training, evaluation, arguments.seed)
+    unreadable = call_apart(unreadable_photos, str(arguments.unlabeled)) or []
+    pool = divide_pool(arguments.unlabeled, training, evaluation, arguments.seed, unreadable)
     if not pool.train:
         raise UserError(f"{arguments.unlabeled}: {pool.tally.describe()}; no photo is left to train on")
     if pool.tally.dropped("photo"):

@@ -119,7 +119,8 @@ def _predict(config: PredictConfig) -> None:
         files += write_label_files(run.path, content, tools, prefix=config.label_studio_prefix, log=run.log)
         if config.writes("yolo", "yolo_scores"):
             files += write_yolo(run.path, content, scores=config.writes("yolo_scores"))
-        total = len(work.names) + sum(video["frames"] for video in content.get("videos", []))
+        frames_read = sum(video["frames"] for video in content.get("videos", []))
+        total = len(set(work.names.values()).difference(unreadable)) + frames_read
         metrics = counts(content) | {"pictures": len(work.names), "unreadable": len(unreadable)}
         metrics |= {"videos": len(work.videos)} if work.videos else {}
         run.log(
