@@ -20,66 +20,69 @@ from ssld.shared.machine import installed_version
 from ssld.shared.terminal import say_lines
 from ssld.shared.wording import did_you_mean
 
-# name -> (module with main(argv), one line of help)
-COMMANDS = {
-    "run": ("ssld.pipelines.run", "run a pipeline, from images to the table and the report"),
-    "teach": ("ssld.stage1_ssld.teach", "fine-tune a teacher on labeled images"),
-    "prototypes": (
-        "ssld.stage1_ssld.prototypes",
-        "make a teacher from an encoder without classes, with your own images",
-    ),
-    "curate": ("ssld.stage1_ssld.curate", "select unlabeled images: the best of each class, without near-duplicates"),
-    "soft-labels": ("ssld.stage1_ssld.write_soft_labels", "write a store of the teacher's soft labels"),
-    "distill": ("ssld.stage1_ssld.distill", "train a student from a teacher's soft labels, without human labels"),
-    "train": ("ssld.stage2_detect.train", "train a detector from a backbone file"),
-    "evaluate": ("", "evaluate a backbone or detector file; the kind is read from the file"),
-    "predict": (
-        "ssld.stage2_detect.predict",
-        "detect objects in images and videos; write drawn images, COCO JSON, CSV, YOLO labels, crops or pseudo-labels",
-    ),
-    "audit": (
-        "ssld.stage2_detect.audit",
-        "list unlabeled photos to annotate next by a detector's doubts, or labels to look at first",
-    ),
-    "export": ("", "export a backbone or detector file to ONNX and torch.export, checked, and to a folder for the hub"),
-    "convert-paddle": ("ssld.stage1_ssld.convert_paddle", "convert a PaddleClas ResNet_vd file to a backbone file"),
-    "convert-paddle-detector": (
-        "ssld.stage2_detect.convert_paddle",
-        "convert a PaddleDetection R-CNN file to a detector file",
-    ),
-    "convert-detector": (
-        "ssld.stage2_detect.convert_detector",
-        "convert a detector of torchvision, detectron2 or mmdetection to a detector file",
-    ),
-    "convert-data": (
-        "ssld.stage2_detect.convert_data",
-        "convert YOLO, Pascal VOC, LabelMe or Hugging Face detection data to COCO JSON",
-    ),
-    "inspect": (
-        "",
-        "print the contents of a model file, annotations, detections, image, store, manifest, checkpoint or run directory",
-    ),
-    "report": ("ssld.pipelines.report", "write report.html from a pipeline's run directories"),
-    "recipes": ("", "list the shipped recipes and pipelines: purpose, published score, image size, cost"),
-    "toy-data": ("ssld.pipelines.toy_data", "draw the synthetic data set of the quickstart"),
-    "init": ("ssld.pipelines.init", "write a pipeline for your own photos, with settings fitted to them"),
-    "doctor": ("ssld.pipelines.doctor", "check the machine, the settings and the data before a run"),
-    "completion": ("", "print a tab-completion script for bash or zsh"),
-}
+# {title: {name: (module with main(argv), one line of help)}}
 _GROUPS = {
-    "start": ("init", "doctor", "run", "report", "recipes", "inspect"),
-    "backbones": ("prototypes", "curate", "teach", "soft-labels", "distill"),
-    "detectors": ("train", "predict", "audit"),
-    "both": ("evaluate", "export"),
-    "data and files of other projects": (
-        "convert-data",
-        "convert-paddle",
-        "convert-paddle-detector",
-        "convert-detector",
-        "toy-data",
-    ),
-    "this command": ("completion",),
+    "start": {
+        "init": ("ssld.pipelines.init", "write a pipeline for your own photos, with settings fitted to them"),
+        "doctor": ("ssld.pipelines.doctor", "check the machine, the settings and the data before a run"),
+        "run": ("ssld.pipelines.run", "run a pipeline, from images to the table and the report"),
+        "report": ("ssld.pipelines.report", "write report.html from a pipeline's run directories"),
+        "recipes": ("", "list the shipped recipes and pipelines: purpose, published score, image size, cost"),
+        "inspect": (
+            "",
+            "print the contents of a model file, annotations, detections, image, store, manifest, checkpoint or run directory",
+        ),
+    },
+    "backbones": {
+        "prototypes": (
+            "ssld.stage1_ssld.prototypes",
+            "make a teacher from an encoder without classes, with your own images",
+        ),
+        "curate": (
+            "ssld.stage1_ssld.curate",
+            "select unlabeled images: the best of each class, without near-duplicates",
+        ),
+        "teach": ("ssld.stage1_ssld.teach", "fine-tune a teacher on labeled images"),
+        "soft-labels": ("ssld.stage1_ssld.write_soft_labels", "write a store of the teacher's soft labels"),
+        "distill": ("ssld.stage1_ssld.distill", "train a student from a teacher's soft labels, without human labels"),
+    },
+    "detectors": {
+        "train": ("ssld.stage2_detect.train", "train a detector from a backbone file"),
+        "predict": (
+            "ssld.stage2_detect.predict",
+            "detect objects in images and videos; write drawn images, COCO JSON, CSV, YOLO labels, crops or pseudo-labels",
+        ),
+        "audit": (
+            "ssld.stage2_detect.audit",
+            "list unlabeled photos to annotate next by a detector's doubts, or labels to look at first",
+        ),
+    },
+    "both": {
+        "evaluate": ("", "evaluate a backbone or detector file; the kind is read from the file"),
+        "export": (
+            "",
+            "export a backbone or detector file to ONNX and torch.export, checked, and to a folder for the hub",
+        ),
+    },
+    "data and files of other projects": {
+        "convert-data": (
+            "ssld.stage2_detect.convert_data",
+            "convert YOLO, Pascal VOC, LabelMe or Hugging Face detection data to COCO JSON",
+        ),
+        "convert-paddle": ("ssld.stage1_ssld.convert_paddle", "convert a PaddleClas ResNet_vd file to a backbone file"),
+        "convert-paddle-detector": (
+            "ssld.stage2_detect.convert_paddle",
+            "convert a PaddleDetection R-CNN file to a detector file",
+        ),
+        "convert-detector": (
+            "ssld.stage2_detect.convert_detector",
+            "convert a detector of torchvision, detectron2 or mmdetection to a detector file",
+        ),
+        "toy-data": ("ssld.pipelines.toy_data", "draw the synthetic data set of the quickstart"),
+    },
+    "this command": {"completion": ("", "print a tab-completion script for bash or zsh")},
 }
+COMMANDS = {name: command for group in _GROUPS.values() for name, command in group.items()}
 # command -> (participle for messages, {kind of file: module})
 _BY_KIND = {
     "evaluate": ("evaluated", {"backbone": "ssld.stage1_ssld.evaluate", "detector": "ssld.stage2_detect.evaluate"}),
@@ -129,8 +132,8 @@ def usage() -> str:
     """Return the text of `ssld --help`."""
     width = max(map(len, COMMANDS))
     lines = []
-    for title, names in _GROUPS.items():
-        lines += ["", f"{title}:", *(f"  {name:<{width}} {COMMANDS[name][1]}" for name in names)]
+    for title, group in _GROUPS.items():
+        lines += ["", f"{title}:", *(f"  {name:<{width}} {about}" for name, (_, about) in group.items())]
     return "\n".join(
         [
             "usage: ssld COMMAND ...",
@@ -200,9 +203,8 @@ def _main_of(module: str, argv: list[str]) -> int:
 def _recipes(argv: list[str]) -> int:
     from ssld.pipelines.runner.recipes import recipe_list
 
-    if not {"-h", "--help"} & set(argv) and argv:
-        raise UserError("usage: ssld recipes")
-    say_lines(f"usage: ssld recipes\n\n{COMMANDS['recipes'][1]}" if argv else recipe_list())
+    if not _asks_for_help("recipes", "", argv):
+        say_lines(recipe_list())
     return 0
 
 
@@ -216,12 +218,12 @@ def _inspect(argv: list[str]) -> int:
 
 
 def _asks_for_help(name: str, argument: str, argv: list[str]) -> bool:
-    """Print the help of a command with one argument and return True if the line requests it. Raises UserError unless the line is one argument."""
-    text = f"usage: ssld {name} {argument}"
+    """Print the help of a command with one argument, or none, and return True if the line requests it. Raises UserError for any other line."""
+    text = f"usage: ssld {name} {argument}".rstrip()
     if {"-h", "--help"} & set(argv):
         print(f"{text}\n\n{COMMANDS[name][1]}")
         return True
-    if len(argv) != 1 or argv[0].startswith("-"):
+    if len(argv) != bool(argument) or any(word.startswith("-") for word in argv):
         raise UserError(text)
     return False
 

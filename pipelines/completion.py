@@ -49,6 +49,6 @@ def parsers() -> Iterator[tuple[str, ArgumentParser]]:
     from ssld.pipelines.runner.stages import KINDS, typed_name
     from ssld.shared.config.settings import settings_parser
 
-    yield from (("run", run._parser()), ("doctor", doctor.parser()), ("init", init.parser()))
+    yield from (("run", run.parser()), ("doctor", doctor.parser()), ("init", init.parser()))
     for name, kind in KINDS.items():
         yield typed_name(name), settings_parser(kind.config_type, name)

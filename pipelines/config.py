@@ -8,8 +8,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ssld.shared.config.bounds import Processes
-from ssld.shared.config.settings import CommandConfig, Config, did_you_mean
+from ssld.shared.config.settings import CommandConfig, Config
 from ssld.shared.config.yaml_files import flatten, read_recipe
+from ssld.shared.wording import did_you_mean
 
 CommandName = Literal[
     "toy_data",
@@ -133,13 +134,15 @@ class PipelineConfig(Config):
     def _table_names_stages(self) -> Self:
         if self.table is None:
             return self
-        named = [stage for row in self.table.rows.values() for stage in (*row.classifier, *row.detector)]
-        for stage in named:
-            if stage not in self.stages:
-                raise ValueError(f"table: {stage}: no such stage; stages: {', '.join(self.stages)}")
-        for row in self.table.gain or ():
-            if row not in self.table.rows:
-                raise ValueError(f"table.gain: {row}: no such row; rows: {', '.join(self.table.rows)}")
+        for name, row in self.table.rows.items():
+            for key, stages in row:
+                for stage in stages:
+                    if stage not in self.stages:
+                        hint = did_you_mean(stage, list(self.stages))
+                        raise ValueError(f"table.rows.{name}.{key}: {stage}: no such stage{hint}")
+        for name in self.table.gain or ():
+            if name not in self.table.rows:
+                raise ValueError(f"table.gain: {name}: no such row{did_you_mean(name, list(self.table.rows))}")
         return self
 
 
@@ -220,11 +223,14 @@ def _with_copies(table: Any, copies: dict[str, int]) -> Any:
     rows = table.get("rows") if isinstance(table, dict) else None
     if not isinstance(rows, dict):
         return table  # the fields' own checks report the mistake
-    filled = {}
-    for name, row in rows.items():
-        names = {key: stage for key, stage in row.items() if isinstance(stage, str)} if isinstance(row, dict) else {}
-        lists = {k: [copy_name(s, n) for n in range(copies.get(s, 1))] for k, s in names.items()}
-        filled[name] = {**row, **lists} if isinstance(row, dict) else row
+
+    def runs_of(stage: Any) -> Any:
+        return [copy_name(stage, n) for n in range(copies.get(stage, 1))] if isinstance(stage, str) else stage
+
+    filled = {
+        name: {key: runs_of(stage) for key, stage in row.items()} if isinstance(row, dict) else row
+        for name, row in rows.items()
+    }
     return {**table, "rows": filled}
 
 

@@ -29,9 +29,10 @@ from ssld.pipelines.checks.machine import Line, ask_torch, machine_lines
 from ssld.pipelines.checks.settings import is_pipeline, settings_lines
 from ssld.pipelines.folder import inside_folder_of, rebased
 from ssld.pipelines.runner.stages import find_pipeline
-from ssld.shared.config.command import USER_ERROR, exit_code
-from ssld.shared.config.settings import Parser, underscored
-from ssld.shared.errors import UserError
+from ssld.shared.config.command import exit_code
+from ssld.shared.config.settings import Parser
+from ssld.shared.config.words import underscored
+from ssld.shared.errors import USER_ERROR, UserError
 from ssld.shared.terminal import say, say_lines
 from ssld.shared.wording import printable
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +32,7 @@ from ssld.pipelines.checks.data import FLAGS, check_data, run_script, words_of
 from ssld.pipelines.checks.machine import ask_torch
 from ssld.pipelines.config import ReportConfig
 from ssld.pipelines.folder import inside_folder_of
+from ssld.pipelines.reports.table import RECORD
 from ssld.pipelines.runner.cost import disk_text, steps_text, total_text
 from ssld.pipelines.runner.estimate import Costs
 from ssld.pipelines.runner.stages import Stage
@@ -39,15 +40,16 @@ from ssld.pipelines.scaffold.augment import choose_augment
 from ssld.pipelines.scaffold.command_line import parser
 from ssld.pipelines.scaffold.fit import MOVING, REPORT_SECONDS, Fit, fit
 from ssld.pipelines.scaffold.pipeline_file import pipeline_text
-from ssld.pipelines.scaffold.pool import Pool, divide_pool, some_photos, unlisted
+from ssld.pipelines.scaffold.pool import Pool, divide_pool, some_photos, unlisted, unreadable_photos
 from ssld.pipelines.scaffold.split import split_content
 from ssld.pipelines.scaffold.stage1 import proposes_stage_1
 from ssld.pipelines.scaffold.starts import STAGE_1, Init, Start, choose_starts, find_init, read_starts
 from ssld.pipelines.scaffold.suggest import Facts, Networks, detector_batch, networks_of, shapes, untrained
 from ssld.pipelines.scaffold.trials import keep_rates, trials
 from ssld.pipelines.scaffold.weights import available, check_file
+from ssld.shared.apart import call_apart
 from ssld.shared.config.command import exit_code
-from ssld.shared.config.settings import underscored
+from ssld.shared.config.words import underscored
 from ssld.shared.errors import STOPPED, Stopped, UserError
 from ssld.shared.files import fits_a_list, list_images, write_atomically
 from ssld.shared.machine import cores
@@ -234,7 +236,7 @@ def _read_photos(arguments: Namespace, names: dict[str, Path]) -> _Photos:
 
 
 def _divide(arguments: Namespace, photos: _Photos) -> Pool:
-    """Divide the unlabeled photos into those to train on and those held out; print how many copies of annotated photos are dropped."""
+    """Divide the unlabeled photos into those to train on and those held out; print how many copies of annotated and unreadable photos are dropped."""
     training, evaluation = (
         _files(part, folder)
         for part, folder in (
@@ -242,7 +244,8 @@ def _divide(arguments: Namespace, photos: _Photos) -> Pool:
             (photos.val, arguments.val_images or arguments.images),
         )
     )
-    pool = divide_pool(arguments.unlabeled, training, evaluation, arguments.seed)
+    unreadable = call_apart(unreadable_photos, str(arguments.unlabeled)) or []
+    pool = divide_pool(arguments.unlabeled, training, evaluation, arguments.seed, unreadable)
     if not pool.train:
         raise UserError(f"{arguments.unlabeled}: {pool.tally.describe()}; no photo is left to train on")
     if pool.tally.dropped("photo"):
@@ -353,19 +356,10 @@ def _files(content: dict[str, Any], folder: Path) -> list[Path]:
 
 def _check_arguments(arguments: Namespace) -> None:
     """Raise UserError for flags that do not go together, values out of range, and missing paths: before weights are searched and steps tried."""
-    output: Path = arguments.output
-    if output.suffix not in (".yaml", ".yml"):
-        raise UserError(f"--output {output}: give the name of a YAML file, as mine.yaml")
-    _check_unwritten([output])
-    given = {name: getattr(arguments, name) for name in ("output", "data", "unlabeled", "init", *FLAGS)}
-    for name, paths in given.items():
-        for path in paths if isinstance(paths, list) else [paths]:
-            if path and "${" in str(path):
-                raise UserError(f"--{name} {path}: ${{ marks a variable in a pipeline; give a path without it")
-    above = next(folder for folder in output.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):  # before the slow check of the data
-        why = "is not writable" if above.is_dir() else "is not a folder"
-        raise UserError(f"--output {output}: {above} {why}; give another --output")
+    for name, path in _paths(arguments, "output", "data", "unlabeled", "init", *FLAGS):
+        if "${" in str(path):
+            raise UserError(f"--{name} {path}: ${{ marks a variable in a pipeline; give a path without it")
+    _check_output(arguments.output)
     if arguments.val_images and not arguments.val_annotations:
         raise UserError("--val_images: give --val_annotations too")
     if arguments.data and any(getattr(arguments, name) for name in FLAGS):
@@ -386,10 +380,9 @@ def _check_arguments(arguments: Namespace) -> None:
             )
         if arguments.val_annotations or arguments.distill == "no":
             raise UserError("give --data, or --images and --annotations, too: without them there is stage 1 alone")
-    for name in ("data", *FLAGS):  # before a search for weights, which may end with another line
-        for path in given[name] if isinstance(given[name], list) else [given[name]]:
-            if path and not str(path).startswith("hub:") and not Path(path).exists():
-                raise UserError(f"--{name} {path}: no such file or folder")
+    for name, path in _paths(arguments, "data", *FLAGS):  # before a search for weights, which may end with another line
+        if not str(path).startswith("hub:") and not Path(path).exists():
+            raise UserError(f"--{name} {path}: no such file or folder")
     if arguments.distill == "yes" and not arguments.unlabeled:
         raise UserError("--distill yes: give --unlabeled too, a folder of photos")
     if arguments.moving_teacher == "yes" and not arguments.unlabeled:
@@ -408,18 +401,36 @@ def _check_arguments(arguments: Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 < value <= LONGEST:
             raise UserError(f"--{name} {value:g}: give a number above 0, {LONGEST:,} at most")
-    runs = output.parent / "runs" / output.stem
-    if (runs / "pipeline.json").exists():
-        raise UserError(f"{runs}: has runs of another pipeline; give another --output, or delete it")
     if not 0 < arguments.val_share < 1:
         raise UserError(f"--val_share {arguments.val_share:g}: give a share between 0 and 1")
     if arguments.unlabeled and not arguments.unlabeled.is_dir():
-        raise UserError(f"{arguments.unlabeled}: no such folder")
+        raise UserError(f"--unlabeled {arguments.unlabeled}: no such folder")
     if arguments.unlabeled and not list_images(arguments.unlabeled):
-        raise UserError(f"{arguments.unlabeled}: no images in it")
+        raise UserError(f"--unlabeled {arguments.unlabeled}: no images in it")
     for role in ("backbone", "teacher"):
         if getattr(arguments, role):
             check_file(role, getattr(arguments, role))
+
+
+def _paths(arguments: Namespace, *names: str) -> Iterator[tuple[str, str | Path]]:
+    """Yield (name of the flag, path) of the paths that these flags were given, some of them several."""
+    for name in names:
+        given = getattr(arguments, name)
+        yield from ((name, path) for path in (given if isinstance(given, list) else [given]) if path)
+
+
+def _check_output(output: Path) -> None:
+    """Raise UserError for a file that cannot be written, exists, or belongs to runs of another pipeline."""
+    if output.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--output {output}: give the name of a YAML file, as mine.yaml")
+    _check_unwritten([output])
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "is not writable" if above.is_dir() else "is not a folder"
+        raise UserError(f"--output {output}: {above} {why}; give another --output")
+    runs = output.parent / "runs" / output.stem
+    if (runs / RECORD).exists():
+        raise UserError(f"{runs}: has runs of another pipeline; give another --output, or delete it")
 
 
 def _check_unwritten(files: Iterable[Path]) -> None:

@@ -31,39 +31,17 @@ KNOWN = (
     "and detections (.json), images, and folders of pipelines, runs, checkpoints and soft labels"
 )
 _FIRST = (
-    *(
-        "kind",
-        "arch",
-        "num_classes",
-        "class_names",
-        "prototypes",
-        "encoder",
-        "input_size",
-        "views",
-        "top",
-        "kept_probability",
-    ),
-    *("teacher", "licence", "backbone", "step", "weights"),
-    *("metrics", "model", "resize"),
-)
+    "kind", "arch", "num_classes", "class_names", "prototypes", "encoder", "input_size", "views", "top", "kept_probability", "teacher", "licence",
+    "backbone", "step", "weights", "metrics", "model", "resize",
+)  # fmt: skip
+"""facts that come first, in this order"""
 _OF_A_RUN = (
-    *(
-        "backbone",
-        "student",
-        "teacher",
-        "store",
-        "losses",
-        "encoder",
-        "pool",
-        "model",
-        "data",
-        "init",
-        "distill",
-        "moving_teacher",
-    ),
-    *("prototypes", "views", "top", "keep", "steps", "train_epochs", "batch_size", "precision", "seed"),
-)
+    "backbone", "student", "teacher", "store", "losses", "encoder", "pool", "model", "data", "init", "distill", "moving_teacher", "prototypes",
+    "views", "top", "keep", "steps", "train_epochs", "batch_size", "precision", "seed",
+)  # fmt: skip
+"""settings of a run that are shown"""
 _MOST, _LARGEST = 10, 64_000_000
+"""items of a list that are shown; bytes of an exported program's metadata that are read"""
 
 
 def inspect_text(path: Path) -> str:
@@ -90,8 +68,7 @@ def _model(path: Path) -> tuple[str, dict[str, Any]]:
     from ssld.shared.models.model_file import read_metadata, read_shapes  # imports torch
 
     metadata, shapes = read_metadata(path), read_shapes(path)
-    values = sum(math.prod(shape) for shape in shapes.values())
-    facts = {"tensors": f"{len(shapes)} ({values / 1e6:.2f} M values)", **metadata}
+    facts = {"tensors": _size_of_all(shapes), **metadata}
     if not metadata:
         facts |= {"metadata": "none: not written by this project"}
         return "safetensors file of another program", facts | _of_others(shapes)
@@ -109,9 +86,13 @@ def _pickle(path: Path) -> tuple[str, dict[str, Any]]:
 
     tensors, place = read_state_dict(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    values = sum(math.prod(shape) for shape in shapes.values())
-    facts = {"tensors": f"{len(shapes)} ({values / 1e6:.2f} M values)"} | ({"found under": place} if place else {})
+    facts = {"tensors": _size_of_all(shapes)} | ({"found under": place} if place else {})
     return "pickle with the tensors of a network", facts | _of_others(shapes)
+
+
+def _size_of_all(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Return the number of tensors and of their values, in words."""
+    return f"{len(shapes)} ({sum(map(math.prod, shapes.values())) / 1e6:.2f} M values)"
 
 
 def _of_others(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -197,9 +178,9 @@ def _coco(path: Path) -> tuple[str, dict[str, Any]]:
     names = {one["id"]: str(one["name"]) for one in content.get("categories", [])}
     images = {one["id"] for one in content["images"]}
     sizes = sorted({(one["width"], one["height"]) for one in content["images"] if "width" in one and "height" in one})
-    by_class = [
-        (names.get(key, f"unlisted category {key}"), n) for key, n in _frequent(o["category_id"] for o in objects)
-    ]
+    by_class = {
+        names.get(key, f"unlisted category {key}"): n for key, n in _frequent(o["category_id"] for o in objects)
+    }
     return "COCO annotations" if objects else "COCO annotations without objects", {
         "images": f"{len(images):,}, {len(images - {one['image_id'] for one in objects}):,} of them without objects",
         "sizes": f"{len(sizes):,}, from {sizes[0][0]} x {sizes[0][1]} to {sizes[-1][0]} x {sizes[-1][1]}"
@@ -209,7 +190,7 @@ def _coco(path: Path) -> tuple[str, dict[str, Any]]:
         "with masks": f"{sum(bool(one.get('segmentation')) for one in objects):,}",
         "crowds": f"{sum(bool(one.get('iscrowd')) for one in objects):,}",
         "classes": f"{len(names):,}, {len(names.keys() - {one['category_id'] for one in objects}):,} of them without objects",
-        "objects per class": dict(by_class),
+        "objects per class": by_class,
     }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
@@ -25,7 +26,7 @@ from ssld.pipelines.reports.charts import COLORS, Chart, precision_recall
 from ssld.pipelines.reports.gains import MEASURES, capitalized, gains, signed
 from ssld.pipelines.reports.photos import ComparedPhotos, Evaluation, Photos, compare
 from ssld.pipelines.reports.provenance import alone, brought, compared, start
-from ssld.pipelines.reports.stage_view import MINUS, StageView, mean_curve, percent, read_json
+from ssld.pipelines.reports.stage_view import StageView, mean_curve, percent, read_json
 from ssld.pipelines.reports.table import (
     COLUMNS,
     NONE,
@@ -45,17 +46,15 @@ from ssld.shared.run_dir import RunDir
 from ssld.shared.wording import FEW_IMAGES, count, duration
 
 _TEMPLATE = "report.html.jinja"
-_OWN_FILES = (
-    "report.html",
-    "result.json",
-    "log.txt",
-    "error.json",
-    "config.yaml",
-    "environment.json",
-)  # deleted in this order
+# Deleted in this order.
+_OWN_FILES = ("report.html", "result.json", "log.txt", "error.json", "config.yaml", "environment.json")
 MANY_CLASSES = 20
 """more classes are folded on the page"""
 _EXTREMES = 5  # classes with the largest and the smallest differences, of many
+_OF_TABLE = (
+    "rows", "columns", "differences", "gains", "compared", "starts", "triples", "table_gain", "size", "intervals_note", "seeds", "bars", "comparison",
+)  # fmt: skip
+"""names in the template of what `_of_table` returns"""
 _COLUMN_ORDER = (2, 3, 0, 1)  # of a row's values on the page: AP first, which a phone would cut off behind the others
 
 
@@ -141,14 +140,8 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
     photos = Photos(Budget())
     folders = _folders(pipeline, runs)
     evaluations = read_evaluations(folders)
-    triples = _compared_photos(table, evaluations, photos) if table else None
+    of_table = _of_table(table, runs, evaluations, photos) if table else dict.fromkeys(_OF_TABLE)
     stages = stage_views(folders, evaluations, photos, first=_compared_stages(table))
-    rows = table_rows(table, runs) if table else []
-    difference = gain(table, runs) if table else None
-    more = further(table, runs) if table else {}
-    size = evaluated(table, runs) if table else None
-    one = alone(table, runs) if table else None
-    filled = [0, *(n + 1 for n in _COLUMN_ORDER if any(row.values[n] is not None for row in rows))]
     environment = Environment(
         loader=PackageLoader("ssld.pipelines", "reports"),
         autoescape=True,
@@ -156,34 +149,15 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(
-        count=count, duration=duration, percent=percent, signed=signed, capitalized=capitalized, MINUS=MINUS
-    )
+    environment.globals.update(count=count, duration=duration, percent=percent, signed=signed, capitalized=capitalized)
     return environment.get_template(_TEMPLATE).render(
+        **of_table,
         title=title,
         runs=runs,
         smoke=smoke,
         few_images=FEW_IMAGES,
         written=time.strftime("%Y-%m-%d %H:%M"),
-        columns=[COLUMNS[n] for n in filled],
-        rows=[[_cells(row, lambda value: percent(max(value, 0)))[n] for n in filled] for row in rows],
-        differences=[
-            [_cells(row, signed_percent)[n] for n in filled]
-            for row in ([difference] if difference else []) + list(more.values())
-        ],
-        gains=gains(table, rows, difference, more, _brought(table, more, runs)) if table else [],
-        compared=" ".join(one) if one else compared(table, runs) if table else None,
-        starts={name: start(row, runs) for name, row in table.rows.items()} if table else {},
-        triples=triples if triples and (triples.gained or triples.lost) else None,
-        table_gain=table.gain if table else None,
         photos=photos.embedded,
-        size=size,
-        intervals_note=capitalized(intervals_note(table)) if table else None,
-        seeds=max((len(stages) for row in table.rows.values() for stages in (row.classifier, row.detector)), default=1)
-        if table
-        else 1,
-        bars=[bars for title, column in MEASURES if (bars := _bars(title, rows, column))],
-        comparison=_comparison_if_any(table, runs) if table else None,
         stages=stages,
         blocks=blocks_of(folders, stages),
         many_classes=MANY_CLASSES,
@@ -192,6 +166,32 @@ def render(pipeline: PipelineConfig | None, runs: Path, *, title: str, smoke: bo
         images_seen=sum(stage.images_seen or 0 for stage in stages),
         finished=sum(stage.status == "finished" for stage in stages),
     )
+
+
+def _of_table(table: TableConfig, runs: Path, evaluations: Mapping[str, Evaluation], photos: Photos) -> dict[str, Any]:
+    """Return what the page says about the rows of a table, by its name in the template; the photos that two rows differ on are embedded first."""
+    triples = _compared_photos(table, evaluations, photos)
+    rows, difference, more = table_rows(table, runs), gain(table, runs), further(table, runs)
+    filled = [0, *(n + 1 for n in _COLUMN_ORDER if any(row.values[n] is not None for row in rows))]
+    one = alone(table, runs)
+    return {
+        "rows": [[_cells(row, lambda value: percent(max(value, 0)))[n] for n in filled] for row in rows],
+        "columns": [COLUMNS[n] for n in filled],
+        "differences": [
+            [_cells(row, signed_percent)[n] for n in filled]
+            for row in ([difference] if difference else []) + list(more.values())
+        ],
+        "gains": gains(table, rows, difference, more, _brought(table, more, runs)),
+        "compared": " ".join(one) if one else compared(table, runs),
+        "starts": {name: start(row, runs) for name, row in table.rows.items()},
+        "triples": triples if triples and (triples.gained or triples.lost) else None,
+        "table_gain": table.gain,
+        "size": evaluated(table, runs),
+        "intervals_note": capitalized(intervals_note(table)),
+        "seeds": max(len(stages) for row in table.rows.values() for stages in (row.classifier, row.detector)),
+        "bars": [bars for title, column in MEASURES if (bars := _bars(title, rows, column))],
+        "comparison": _comparison_if_any(table, runs),
+    }
 
 
 def signed_percent(value: float) -> str:
@@ -328,7 +328,7 @@ def _folders(pipeline: PipelineConfig | None, runs: Path) -> list[StageFolder]:
 
 def _compared_stages(table: TableConfig | None) -> list[str]:
     """Return the stages of the two rows of `table.gain`, which get their images first."""
-    rows = [table.rows[name] for name in (table.gain if table.gain else ())] if table else []
+    rows = [table.rows[name] for name in (table.gain or ())] if table else []
     return [stage for row in rows for stage in (*row.detector, *row.classifier)]
 
 

@@ -28,19 +28,19 @@ from ssld.pipelines.config import PipelineConfig, ReportConfig
 from ssld.pipelines.folder import inside_folder_of, left_behind, rebased, shown
 from ssld.pipelines.reports.table import RECORD, Record, read_record, table_text, write_record
 from ssld.pipelines.runner.cost import disk_text, steps_text, total_text
-from ssld.pipelines.runner.estimate import expected_costs, read_rates, write_rates
+from ssld.pipelines.runner.estimate import expected_costs, read_rates, time_text, write_rates
 from ssld.pipelines.runner.launch import Signals, command_line, run_stage
 from ssld.pipelines.runner.plan import Planned, downloads, erase, make_plan, to_erase
 from ssld.pipelines.runner.stages import LOGS, Stage, build_stages, find_pipeline, read_pipeline
 from ssld.pipelines.runner.trial import measure
-from ssld.shared.config.command import STOPPED, USER_ERROR, exit_code
-from ssld.shared.config.settings import Parser, did_you_mean
+from ssld.shared.config.command import exit_code
+from ssld.shared.config.settings import Parser
 from ssld.shared.config.training import TrainingConfig
-from ssld.shared.errors import Stopped, UserError
+from ssld.shared.errors import STOPPED, USER_ERROR, Stopped, UserError
 from ssld.shared.files import clear_leftovers
 from ssld.shared.run_dir import read_result
 from ssld.shared.terminal import say, say_lines
-from ssld.shared.wording import count, duration
+from ssld.shared.wording import count, did_you_mean, duration
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,15 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    parser = _parser()
+    command = parser()
     words, own = _own_flags(argv)
-    known = parser.parse_known_args(words)[0]
+    known = command.parse_known_args(words)[0]
     file = find_pipeline(known.pipeline)
     pipeline = read_pipeline(file, _stage_settings(own), smoke=known.smoke)
     variables = _variables(own, list(pipeline.variables))
     for name in pipeline.variables:  # for the help
-        parser.add_argument(f"--variables.{name}", metavar="VALUE", help=f"value of ${{{name}}}")
-    arguments = parser.parse_args(words)
+        command.add_argument(f"--variables.{name}", metavar="VALUE", help=f"value of ${{{name}}}")
+    arguments = command.parse_args(words)
     if arguments.smoke and not pipeline.smoke:
         raise UserError(f"{file}: --smoke needs a section `smoke:` with the smallest sizes")
     with inside_folder_of(file) as there:
@@ -98,22 +98,27 @@ def _run_inside(pipeline: PipelineConfig, file: Path, arguments: Namespace, vari
     with _locked(output):
         for run in erase(stages, redo, output):
             say(f"deleted {shown(run)}")
-        record = Record(file.stem, arguments.smoke, pipeline)
-        write_record(output, record)
+        write_record(output, Record(file.stem, arguments.smoke, pipeline))
         times: dict[str, float] = {}
-        if any(planned.state == "damaged" for planned in plan):
-            damaged = [planned for planned in plan if planned.state == "damaged"]
-            code = _run_stages(damaged, None, output, file, times)
-            if code:
+        if damaged := [planned for planned in plan if planned.state == "damaged"]:
+            if code := _run_stages(damaged, output, file, times):
                 return code
-            plan = make_plan(
-                stages, set()
-            )  # compare again: are the new files the ones that later stages were made from?
-        return _run_stages(plan, record, output, file, times)
+            # Compare again: are the new files the ones that later stages were made from?
+            plan = make_plan(stages, set())
+        if code := _run_stages(plan, output, file, times):
+            return code
+        if pipeline.table:
+            say_lines(f"\n{table_text(pipeline.table, output, smoke=arguments.smoke)}\n")
+        if shown(output) != output:
+            reports = [one.stage.run / "report.html" for one in plan if isinstance(one.stage.config, ReportConfig)]
+            say(f"results: {', '.join(str(shown(path)) for path in (output, *reports))}")
+        for line in _closing_lines(plan, times):
+            say(line)
+        return 0
 
 
-def _run_stages(plan: list[Planned], record: Record | None, output: Path, file: Path, times: dict[str, float]) -> int:
-    """Run the stages of a plan of the pipeline `file` that are not done, then print the table; without a record, print no table.
+def _run_stages(plan: list[Planned], output: Path, file: Path, times: dict[str, float]) -> int:
+    """Run the stages of a plan of the pipeline `file` that are not done; returns 0, or the exit code of the one that failed or was stopped.
 
     The seconds of the stages that ran are added to `times`, by name.
     """
@@ -141,15 +146,6 @@ def _run_stages(plan: list[Planned], record: Record | None, output: Path, file: 
                 return outcome.code
             times[stage.name] = time.monotonic() - begun
             say(f"{label}: finished in {_minutes(times[stage.name]):.1f} min")
-    if record is None:
-        return 0
-    if record.pipeline.table:
-        say_lines(f"\n{table_text(record.pipeline.table, output, smoke=record.smoke)}\n")
-    if shown(output) != output:
-        reports = [one.stage.run for one in plan if isinstance(one.stage.config, ReportConfig)]
-        say(f"results: {', '.join(str(shown(path)) for path in (output, *(run / 'report.html' for run in reports)))}")
-    for line in _closing_lines(plan, times):
-        say(line)
     return 0
 
 
@@ -215,7 +211,7 @@ def _print_plan(plan: list[Planned], doomed: list[Path], output: Path, *, estima
         notes.append("--estimate measures it")
     if any(planned.steps_done and costs.times.get(planned.stage.name) is not None for planned in plan):
         notes.append("trainings that resume count what is left")
-    needed = "; ".join([costs.time_text(), *notes])
+    needed = "; ".join([time_text(costs.times), *notes])
     say(f"{count(len(plan), 'stage')} in {shown(output)}: {needed}; {total_text(costs.disk)}; data sets not counted")
 
 
@@ -308,7 +304,8 @@ def _locked(output: Path) -> Iterator[None]:
         yield
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
+    """Return the parser of this command, without the flags that depend on the pipeline's file."""
     parser = Parser(
         prog="ssld run",
         description="Run a pipeline of stages, resumable.",

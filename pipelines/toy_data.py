@@ -84,8 +84,7 @@ def draw_toy_data(config: ToyDataConfig) -> None:
     from ssld.shared.run_dir import RunDir
 
     run = RunDir(config, "toy_data")
-    if run.status == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier():
         return
     written = write_toy_data(config.output, seed=config.seed, sizes=config.sizes)
     sizes = ", ".join(f"{count} {part}" for part, count in config.sizes.model_dump().items())

@@ -119,11 +119,18 @@ def open_image(
                 pixels = _jpeg(source)
                 if pixels is not None:
                     return pixels
-            rgb = _rgb(image)
+            rgb = as_rgb(image)
             rgb.load()
             if deep and 0 < np.asarray(rgb).max() < 16:  # PIL keeps the upper 8 bits of each 16
                 raise UnreadableImage("", "16 bits a channel, of which 12 or fewer are used: write it with 8")
             return rgb if turn is None else rgb.transpose(turn)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of PIL, as it lies in memory, to RGB of 8 bits: grey values of more bits are scaled, alpha is dropped."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def pixels_of(image: DecodedImage) -> Tensor:
@@ -279,12 +286,6 @@ def _has_exif_in_png(image: Any) -> bool:
         return False
     finally:
         file.seek(place)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = Image.fromarray(_eight_bits(np.asarray(image)))
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(grey: np.ndarray) -> np.ndarray:

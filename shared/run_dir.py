@@ -106,6 +106,17 @@ class RunDir:
         """Seconds of this start so far and of earlier ones."""
         return round(self.earlier_seconds + time.monotonic() - self._started, 1)
 
+    def finished_earlier(self, status: Status | None = None) -> bool:
+        """Return whether an earlier start has finished this run, which the log then says.
+
+        Args:
+            status: that of the main rank, in a command with several processes.
+        """
+        finished = (status or self.status) == "finished"
+        if finished:
+            self.log(f"{self.path}: this run is finished; nothing to do")
+        return finished
+
     def log(self, *lines: str) -> None:
         """Print lines and append them to log.txt; a line break inside one, as in the name of a file, is shown as `\\n`."""
         for text in lines if self.main else ():
@@ -121,10 +132,13 @@ class RunDir:
         self.log_if(line and f"{source}: {line}")
 
     def use(self, config: CommandConfig) -> None:
-        """Log the values that this run uses in place of those in config.yaml, where they follow from others, and keep them for result.json.
+        """Log where the settings are from, and the values that this run uses in place of those in config.yaml, where they follow from others.
 
-        That is null, for a default that depends on the model or the length of the run, and fractions of that length.
+        The latter, in place of null, whose value depends on the model or the length of the run, and of fractions of that length, are kept for
+        result.json.
         """
+        source = f"recipe {config.recipe}" if config.recipe else "no recipe file; flags only"
+        self.log(f"{source}; all settings are in {self.path / 'config.yaml'}")
         self._used = {key: after for key, _, after in differences(dump(self._config), dump(config))}
         values = ", ".join(f"{key} {json.dumps(value)}" for key, value in self._used.items())
         self.log_if(values and f"settings that follow from others: {values}")

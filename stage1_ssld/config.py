@@ -229,6 +229,7 @@ class TeachConfig(Stage1Config):
     """Fine-tune a teacher on labeled images."""
 
     recipes: ClassVar[Path | None] = RECIPES
+    short_forms: ClassVar[ShortForms] = {"model": "model"}
     model: NetworkConfig
     objective: Literal["labels"] = "labels"
     """training targets: human labels (the command distill has a teacher as target)"""
@@ -238,9 +239,7 @@ class TeachConfig(Stage1Config):
         if self.data.streaming:
             raise ValueError("data.streaming: labels are not read from streams; set it to false")
         if self.data.held_out is not None:
-            raise ValueError(
-                "data.held_out: measures agreement with a teacher, which this command has not; give data.val"
-            )
+            raise ValueError("data.held_out: measures agreement with a teacher, which teach lacks; give data.val")
         return self
 
     def inputs(self) -> dict[str, Path]:

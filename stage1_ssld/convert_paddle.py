@@ -70,8 +70,7 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     tensors = to_torch(arrays, layer_names(arch, old="out.weight" in arrays), source)
     classes = fit(tensors, arch, {}, source).classes
     run = RunDir(config, "convert_paddle")
-    if run.status == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier():
         return
     # PaddleClas evaluates at 224 of 256 pixels. For Fix files it documents 320 pixels only; the whole image is used, as in FixRes (arXiv 1906.06423).
     size = config.input_size or (320 if config.weights.name.startswith("Fix_") else 224)

@@ -199,7 +199,16 @@ class Stage1OptimConfig(OptimConfig):
         return min(in_steps(warmup, steps), steps // 10)
 
 
-class NetworkConfig(Config):
+class _ByReference(Config):
+    """A network's settings, in place of which the text of `model` may be given alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_reference(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+
+class NetworkConfig(_ByReference):
     """Network to train."""
 
     model: ModelText
@@ -216,11 +225,6 @@ class NetworkConfig(Config):
         if self.batchnorm == "eval" and self.model.startswith("random:"):
             raise ValueError(f"batchnorm: eval keeps the running statistics of {self.model}, which has none; set batch")
         return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_reference(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
 
     def inputs(self, key: str) -> dict[str, Path]:
         """Local file of the reference, if it names one."""
@@ -253,37 +257,26 @@ class StudentConfig(NetworkConfig):
         return self
 
 
-class EncoderConfig(Config):
-    """Encoder to make a teacher from; the classes of a classifier are dropped."""
-
+class _FrozenNetwork(_ByReference):
     model: ModelText
     """reference of the network: timm:NAME, hf-hub:ID, a folder, a .safetensors file, or a .pth state dict of plain tensors"""
     arch: str | None = None
     """timm name of the network, for a file that does not name it"""
+
+
+class EncoderConfig(_FrozenNetwork):
+    """Encoder to make a teacher from; the classes of a classifier are dropped."""
+
     global_pool: str | None = None
     """pooling by timm's name: avg, max, avgmax; token or map for a ViT; null: the encoder's own"""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_reference(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
 
-
-class TeacherMember(Config):
+class TeacherMember(_FrozenNetwork):
     """One network of a teacher."""
 
-    model: ModelText
-    """reference of the network: timm:NAME, hf-hub:ID, a folder, a .safetensors file, or a .pth state dict of plain tensors"""
-    arch: str | None = None
-    """timm name of the network, for a file that does not name it"""
     size: Side | Literal["own"] | None = None
     """side in pixels to which the student's view is resized for the teacher; a network of fixed size is built for it; own: the input size stored
     with the weights; null: the size of the view, or the network's own where that is fixed or its classes are prototypes"""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_reference(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
 
 
 class TeacherConfig(TeacherMember):

@@ -155,8 +155,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     config = with_chosen_settings(config, sum(map(len, sources)), notes, device=device, ranks=ranks)
     data = config.data
     run = RunDir(config, command, main=accelerator.is_main_process)
-    if from_main_rank(run.status) == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier(from_main_rank(run.status)):
         return
     start_trackers(accelerator, config, run)
     run.log(*notes)
@@ -297,13 +296,9 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         if teacher:
             teacher.compile()
     model = prepare_model(accelerator, student.learner)
-    loaded = [student.model.loaded, *(teacher.loaded if teacher else [])]
-    for line in [*loaded, *preview(config, student, targets, training.images, steps, ranks)]:
-        run.log(line)
+    run.log(student.model.loaded, *(teacher.loaded if teacher else []))
+    run.log(*preview(config, student, targets, training.images, steps, ranks))
     run.log(f"{describe_lr(*rate)}, warm-up {warmup_steps} steps")
-    run.log(
-        f"{f'recipe {config.recipe}' if config.recipe else 'no recipe file; flags only'}; all settings are in {run.path / 'config.yaml'}"
-    )
     run.use(config)
     run.log(config.describe_keeping(steps, evaluates=val_source is not None))
     run.log(*describe_processes(accelerator, config, config.workers))

@@ -65,8 +65,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     accelerator, config = start_processes(config)
     device, dtype = accelerator.device, DTYPES[config.precision]
     run = RunDir(config, "evaluate", main=accelerator.is_main_process)
-    if from_main_rank(run.status) == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier(from_main_rank(run.status)):
         return
     start_trackers(accelerator, config, run)
 
@@ -89,8 +88,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
     teacher = None
     if config.teacher:
         teacher = make_teacher(config.teacher, precision=config.precision, device=device, channels_last=False)
-        for line in teacher.loaded:
-            run.log(line)
+        run.log(*teacher.loaded)
         teacher.match_classes(names, classes, config.model)
     try:
         labels = match_classes(source, names, classes, config.model)
@@ -118,7 +116,8 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
             return embed(student, pixels_BCHW)
 
     # ---- passes over the images
-    quarantine = Quarantine(run, len(source) + (len(bank) if bank else 0))
+    images = len(source) + (len(bank) if bank else 0)
+    quarantine = Quarantine(run, images)
     with teacher.running_statistics() if teacher else nullcontext():
         metrics = evaluate(
             student,
@@ -141,7 +140,7 @@ def evaluate_backbone(config: EvaluateConfig) -> None:
             on_unreadable=quarantine.add,
         )
     run.log(describe(metrics))
-    quarantine.judge(len(source) + (len(bank) if bank else 0))
+    quarantine.judge(images)
     run.finish(metrics)
 
 

@@ -72,8 +72,7 @@ def export_backbone(config: ExportConfig) -> None:
     )
     inputs = InputSettings(inputs.mean, inputs.std, size, inputs.interpolation, inputs.fixed_size)
     run = RunDir(config, "export")
-    if run.status == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier():
         return
 
     # ---- the files, under temporary names until all of them are checked

@@ -24,7 +24,8 @@ if find_spec("ssld") is None:
     sys.exit(2)
 
 from ssld.shared.config.command import exit_code
-from ssld.shared.config.settings import Parser, underscored
+from ssld.shared.config.settings import Parser
+from ssld.shared.config.words import underscored
 from ssld.shared.errors import UserError
 from ssld.shared.terminal import say
 from ssld.shared.wording import count, printable, some

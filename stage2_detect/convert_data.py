@@ -37,8 +37,7 @@ def convert_data(config: ConvertDataConfig) -> None:
     from ssld.stage2_detect.data.convert.conversion import convert
 
     run = RunDir(config, "convert_data")
-    if run.status == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier():
         return
     pending = run.path / ".pending"
     shutil.rmtree(pending, ignore_errors=True)
@@ -46,8 +45,8 @@ def convert_data(config: ConvertDataConfig) -> None:
     try:
         data, contents, orientation = convert(config, pending)
         run.log(f"{config.source}: {data.kind}, {len(data.class_names)} classes: {', '.join(data.class_names[:20])}")
-        for note in [*data.notes, *([text] if (text := orientation.describe()) else [])]:
-            run.log(note)
+        run.log(*data.notes)
+        run.log_if(orientation.describe())
         metrics: dict[str, Any] = {"classes": data.class_names, "orientation": orientation.record(), "splits": {}}
         for split, content in contents.items():
             folder = _publish(run.path, pending, split, content.folder)

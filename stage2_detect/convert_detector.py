@@ -89,8 +89,7 @@ def convert_detector(config: ConvertForeignConfig) -> None:
     model.load_state_dict(detector.tensors)
 
     run = RunDir(config, "convert_detector")
-    if run.status == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier():
         return
     written = run.path / "detector.safetensors"
     save_detector(

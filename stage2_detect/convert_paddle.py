@@ -90,8 +90,7 @@ def convert_paddle(config: ConvertPaddleConfig) -> None:
     model.load_state_dict(tensors)
 
     run = RunDir(config, "convert_paddle")
-    if run.status == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier():
         return
     file = run.path / "detector.safetensors"
     save_detector(

@@ -27,7 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_detector(config: EvaluateConfig) -> None:
-    """Evaluate the detector file of `config` and write result.json."""
+    """Evaluate the detector file of `config` and write result.json; the processes of a launcher share the images.
+
+    Raises UserError for a faulty file, other classes than the detector's, detections of other images in `compare`, and an image that cannot be read.
+    """
     from ssld.shared.distributed.processes import DTYPES, describe_processes, start_processes
     from ssld.shared.distributed.ranks import from_main_rank
     from ssld.shared.run_dir import RunDir
@@ -59,13 +62,11 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     others = read_detections(config.compare, data) if config.compare else None
     accelerator, config = start_processes(config)
     run = RunDir(config, "evaluate_detector", main=accelerator.is_main_process)
-    if from_main_rank(run.status) == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier(from_main_rank(run.status)):
         return
     start_trackers(accelerator, config, run)
     run.log(*describe_processes(accelerator, config, config.workers))
-    for note in notes:
-        run.log(note)
+    run.log(*notes)
     run.log(data.describe())
     run.tell("annotations", data.file, data.tally)
     metrics, detections = score(
@@ -88,11 +89,10 @@ def evaluate_detector(config: EvaluateConfig) -> None:
         write_results(detections, data.category_ids, files[0])
         intervals, lines = bootstrap_metrics(data, read_detections(files[0], data), others, config.compare)
         metrics |= intervals
-        for line in lines:
-            run.log(line)
-        report, written = write_evaluation(run, data, detections, metrics, score_threshold=config.score_threshold)
-        files += written
+        run.log(*lines)
         threshold = config.score_threshold
+        report, written = write_evaluation(run, data, detections, metrics, score_threshold=threshold)
+        files += written
         files += write_audit(run, data, detections, folder=part.images, score_threshold=threshold)
         metrics["at_threshold"] = {key: report[key] for key in ("score_threshold", "iou")} | report["all_classes"]
         metrics["per_class_f1"] = {row["class"]: row["f1"] for row in report["classes"]}

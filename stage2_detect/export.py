@@ -79,11 +79,9 @@ def export_detector(config: ExportDetectorConfig) -> None:
             # Raises, before minutes of tracing, where all photos are those of the evaluation.
             find_photos(config, files_of(data))
     run = RunDir(config, "export_detector")
-    if run.status == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier():
         return
-    for line in loaded.notes:
-        run.log(line)
+    run.log(*loaded.notes)
     shortest = PAD_MULTIPLE * LEAST
     if config.canvas is None and loaded.resize.short_side < shortest:
         run.log(

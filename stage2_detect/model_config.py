@@ -1,5 +1,6 @@
 """The detector's architecture as settings; they are stored in its file. Does not import torch."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -277,6 +278,15 @@ def _value(config: Config, key: str) -> Any:
 
 
 Kind = Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet", "gfl"]
+KIND_NAMES: Mapping[str, str] = {
+    "faster_rcnn": "Faster R-CNN",
+    "mask_rcnn": "Mask R-CNN",
+    "cascade_rcnn": "Cascade R-CNN",
+    "cascade_mask_rcnn": "Cascade Mask R-CNN",
+    "retinanet": "RetinaNet",
+    "gfl": "GFL",
+}
+"""names in sentences"""
 
 
 class DetectorConfig(Config):

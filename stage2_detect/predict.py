@@ -12,6 +12,7 @@ these, CSV, YOLO labels, crops, and boxes to correct in Label Studio or CVAT. Wi
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 if find_spec("ssld") is None:
     print("error: the package ssld is not installed; run pip install -e . in the project's folder", file=sys.stderr)
@@ -42,7 +43,7 @@ def _predict(config: PredictConfig) -> None:
     import json
 
     from ssld.shared.distributed.processes import describe_processes, start_processes
-    from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
+    from ssld.shared.distributed.ranks import from_main_rank, on_main_rank, rank, world_size
     from ssld.shared.errors import UserError
     from ssld.shared.files import write_atomically
     from ssld.shared.run_dir import RunDir
@@ -68,8 +69,7 @@ def _predict(config: PredictConfig) -> None:
 
     accelerator, config = start_processes(config)
     run = RunDir(config, "predict", main=accelerator.is_main_process, scratch=("parts",))
-    if from_main_rank(run.status) == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier(from_main_rank(run.status)):
         return
 
     run.log(*describe_processes(accelerator, config, config.workers))
@@ -89,8 +89,7 @@ def _predict(config: PredictConfig) -> None:
                 run.log(f"{name}: {count(frames, 'frame')} done: {clock.describe()}")
         run.log(f"{name}: {count(frames, 'frame')} done: {clock.describe()}")
     progress.close()
-    for line in loaded.notes:
-        run.log(line)
+    run.log(*loaded.notes)
     accelerator.wait_for_everyone()
     for name in work.videos:
         if reason := videos.read(name)["error"]:
@@ -102,36 +101,36 @@ def _predict(config: PredictConfig) -> None:
     accelerator.wait_for_everyone()
 
     # ---- the files
-    problem, metrics, files = "", {}, []
-    if accelerator.is_main_process:
+    def write() -> tuple[dict[str, int], list[Path]]:
+        files: list[Path] = []
         try:
             content, unreadable, best = assemble(config, loaded, parts, videos, work)
-        except UserError as error:
-            problem = str(error)
+        except UserError:
             parts.delete()  # so that the folder can be used again
-        else:
-            tell_read(run, config.images, work, unreadable)
-            if config.writes("json") or config.pseudo_labels:
-                files.append(run.path / ("pseudo_labels.json" if config.pseudo_labels else "predictions.json"))
-                write_atomically(files[-1], json.dumps(content, allow_nan=False))
-            if config.writes("csv"):
-                files.append(run.path / "predictions.csv")
-                write_atomically(files[-1], table_text(without_odd_names(content, files[-1].name, run.log)))
-            tools = [tool for tool in ("label_studio", "cvat") if config.writes(tool)]
-            files += write_label_files(run.path, content, tools, prefix=config.label_studio_prefix, log=run.log)
-            if config.writes("yolo", "yolo_scores"):
-                files += write_yolo(run.path, content, scores=config.writes("yolo_scores"))
-            total = len(work.names) + sum(video["frames"] for video in content.get("videos", []))
-            metrics = counts(content) | {"pictures": len(work.names), "unreadable": len(unreadable)}
-            metrics |= {"videos": len(work.videos)} if work.videos else {}
-            run.log(
-                f"{count(metrics['boxes'], 'box')} with a score of {config.least:g} or more, in {metrics['images_with_boxes']} "
-                f"of {count(total, 'frame' if work.videos and not work.names else 'image')}: {files[0] if files else run.path}"
-                + ("" if metrics["boxes"] else f"; the highest score is {best:.2f}")
-            )
-    problem = from_main_rank(problem)
-    if problem:
-        raise UserError(problem)
+            raise
+        tell_read(run, config.images, work, unreadable)
+        if config.writes("json") or config.pseudo_labels:
+            files.append(run.path / ("pseudo_labels.json" if config.pseudo_labels else "predictions.json"))
+            write_atomically(files[-1], json.dumps(content, allow_nan=False))
+        if config.writes("csv"):
+            files.append(run.path / "predictions.csv")
+            write_atomically(files[-1], table_text(without_odd_names(content, files[-1].name, run.log)))
+        tools = [tool for tool in ("label_studio", "cvat") if config.writes(tool)]
+        files += write_label_files(run.path, content, tools, prefix=config.label_studio_prefix, log=run.log)
+        if config.writes("yolo", "yolo_scores"):
+            files += write_yolo(run.path, content, scores=config.writes("yolo_scores"))
+        frames_read = sum(video["frames"] for video in content.get("videos", []))
+        total = len(set(work.names.values()).difference(unreadable)) + frames_read
+        metrics = counts(content) | {"pictures": len(work.names), "unreadable": len(unreadable)}
+        metrics |= {"videos": len(work.videos)} if work.videos else {}
+        run.log(
+            f"{count(metrics['boxes'], 'box')} with a score of {config.least:g} or more, in {metrics['images_with_boxes']} "
+            f"of {count(total, 'frame' if work.videos and not work.names else 'image')}: {files[0] if files else run.path}"
+            + ("" if metrics["boxes"] else f"; the highest score is {best:.2f}")
+        )
+        return metrics, files
+
+    metrics, files = on_main_rank(write) or ({}, [])
     accelerator.end_training()
     run.finish(metrics, files)
 

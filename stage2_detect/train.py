@@ -78,7 +78,7 @@ def train(config: TrainConfig) -> None:
         prepare_model,
         start_processes,
     )
-    from ssld.shared.distributed.ranks import from_main_rank, share_buffers, world_size
+    from ssld.shared.distributed.ranks import from_main_rank, on_main_rank, share_buffers, world_size
     from ssld.shared.distributed.stop import StopRequest
     from ssld.shared.errors import Stopped, UserError
     from ssld.shared.images import stable_seed
@@ -118,8 +118,7 @@ def train(config: TrainConfig) -> None:
     accelerator, config = start_processes(config, fixed_size=config.augment.large_scale_jitter is not None)
     device, dtype, ranks = accelerator.device, DTYPES[config.precision], world_size()
     run = RunDir(config, "train", main=accelerator.is_main_process)
-    if from_main_rank(run.status) == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier(from_main_rank(run.status)):
         return
     start_trackers(accelerator, config, run)
 
@@ -167,14 +166,14 @@ def train(config: TrainConfig) -> None:
     if not config.look:
         state.drop_later(last_good, start)
     if config.export_check and start == 0:
-        problem = ""
-        if run.main:
+
+        def check_export() -> None:
             try:
                 try_export(trained.detector, config.model, config.resize, run.log)
             except UserError as error:
-                problem = f"export_check: {error}"
-        if problem := from_main_rank(problem):
-            raise UserError(problem)
+                raise UserError(f"export_check: {error}") from None
+
+        on_main_rank(check_export)
     if moving:
         unlabeled = config.batch_size - labeled
         lines = from_main_rank(read_metrics(run.path) if run.main else [])
@@ -240,8 +239,7 @@ def train(config: TrainConfig) -> None:
         if trained.teacher:
             trained.teacher.model.pyramid.compile()
     model = prepare_model(accelerator, trained.model)
-    for line in [*data.describe(config), *trained.preview()]:
-        run.log(line)
+    run.log(*data.describe(config), *trained.preview())
     for told in data.tallies():
         run.tell(*told)
     run.log(
@@ -250,9 +248,6 @@ def train(config: TrainConfig) -> None:
     )
     if schedule.milestones and min(schedule.milestones) >= steps:
         run.log(f"milestones: all are after the last of {steps} steps, so the learning rate never drops")
-    run.log(
-        f"{f'recipe {config.recipe}' if config.recipe else 'no recipe file; flags only'}; all settings are in {run.path / 'config.yaml'}"
-    )
     run.use(config)
     if config.distill:
         run.log_if(config.distill.doubt(config.model, steps))

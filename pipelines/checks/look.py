@@ -6,6 +6,7 @@ Stages whose inputs earlier stages have not written yet have no sheet. Does not 
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ssld.pipelines.checks.machine import Line
@@ -30,8 +31,8 @@ def sheet_lines(file: Path, folder: Path, variables: dict[str, str]) -> Iterator
     Raises UserError if the folder cannot be made, Stopped after Ctrl-C or SIGTERM.
     """
     try:
-        stages = [stage for stage in stages_of(file, variables) if isinstance(stage.config, TrainingConfig)]
-        done = {stage.name for stage in stages_of(file, variables) if read_result(stage.run) is not None}
+        stages = stages_of(file, variables)
+        done = {stage.name for stage in stages if read_result(stage.run) is not None}
     except UserError:
         return  # the check of the settings has reported it
     try:
@@ -40,6 +41,8 @@ def sheet_lines(file: Path, folder: Path, variables: dict[str, str]) -> Iterator
         raise UserError(f"--look {shown(folder)}: cannot be made ({error.strerror}); give another folder") from None
     with Signals(kill=True) as signals, tempfile.TemporaryDirectory(prefix="ssld_look_") as temporary:
         for stage in stages:
+            if not isinstance(stage.config, TrainingConfig):
+                continue
             absent = [str(shown(path)) for path in stage.config.inputs().values() if not path.exists()]
             if waits := sorted(stage.needs - done):
                 yield Line("note", "look", f"{stage.name}: no sheet yet, it reads from {some(waits)}")
@@ -53,8 +56,8 @@ def _sheet_line(stage: Stage, temporary: Path, folder: Path, signals: Signals) -
     """Start a training until its sheet is written, and copy it."""
     quick = _QUICK | without_evaluation(stage) | {"output": str(temporary / stage.name)}
     quick |= {"export_check": False} if isinstance(stage.config, TrainConfig) else {}
-    short = with_settings(stage, quick)
-    outcome = run_stage(_alone(short), temporary / f"{stage.name}.txt", signals, quiet=True)
+    short = replace(with_settings(stage, quick), processes=1)  # which reads the whole batch
+    outcome = run_stage(short, temporary / f"{stage.name}.txt", signals, quiet=True)
     if signals.received:
         raise Stopped("stopped; the sheets of the stages before are written")
     sheet = short.run / _SHEET
@@ -62,8 +65,3 @@ def _sheet_line(stage: Stage, temporary: Path, folder: Path, signals: Signals) -
         return Line("fault", "look", f"{stage.name}: {' '.join(outcome.lines)}")
     shutil.copyfile(sheet, folder / f"{stage.name}.jpg")
     return Line("ok", "look", f"{stage.name}: {shown(folder / f'{stage.name}.jpg')}")
-
-
-def _alone(stage: Stage) -> Stage:
-    """Return a stage as one process, which reads the whole batch."""
-    return Stage(stage.name, stage.kind, stage.config, stage.arguments, 1, stage.needs)

@@ -22,22 +22,11 @@ from ssld.shared.machine import cores, installed_version
 Level = Literal["ok", "note", "warning", "fault"]
 
 PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "accelerate",
-    "datasets",
-    "pyarrow",
-    "pydantic",
-    "numpy",
-    "pillow",
-    "safetensors",
-    "hotcoco",
-)
-OPTIONAL = {
-    **{"torchcodec": "fast", "av": "video"},
-    **{"onnx": "export", "onnxruntime": "export", "onnxscript": "export"},
-}
+    "torch", "torchvision", "timm", "accelerate", "datasets", "pyarrow", "pydantic", "numpy", "pillow", "safetensors", "hotcoco",
+)  # fmt: skip
+"""packages without which nothing runs, by their names on PyPI"""
+OPTIONAL = {"torchcodec": "fast", "av": "video", "onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
+"""packages of extras, and their extra"""
 _PROBE = """
 import json
 from importlib.util import find_spec

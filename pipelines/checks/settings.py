@@ -14,7 +14,7 @@ from ssld.pipelines.checks.machine import Level, Line
 from ssld.pipelines.config import CommandName
 from ssld.pipelines.folder import shown
 from ssld.pipelines.runner.cost import total_text
-from ssld.pipelines.runner.estimate import Costs, expected_costs
+from ssld.pipelines.runner.estimate import Costs, expected_costs, time_text
 from ssld.pipelines.runner.plan import damage_of_newest, make_plan, unnamed_networks
 from ssld.pipelines.runner.stages import KINDS, Stage, build_stages, read_pipeline
 from ssld.shared.config.settings import CommandConfig, parse_config
@@ -57,17 +57,17 @@ def settings_lines(
             raise
         return [Line("fault", "settings", line) for line in str(error).splitlines()], {}
     data_sets: dict[DataSet, DataNeeds] = {}
-    stages_of: dict[tuple[Level, str], list[str]] = {}
+    misfits: dict[tuple[Level, str], list[str]] = {}
     for name, config in commands:
         for line in _fits(config, probe):
-            stages_of.setdefault((line.level, line.text), []).append(name)
+            misfits.setdefault((line.level, line.text), []).append(name)
         data = _shown(_detection_data(config))
         if data and isinstance(config, TrainConfig):
             before = data_sets.get(data, DataNeeds(masks=False, allow_loss=True))
             data_sets[data] = DataNeeds(
                 masks=before.masks or config.model.has_masks, allow_loss=before.allow_loss and config.data.allow_loss
             )
-    for (level, text), names in stages_of.items():
+    for (level, text), names in misfits.items():
         who = f"{some(names)}: " if any(names) else ""
         lines.append(Line(level, "settings", who + text))
     lines += _download_lines(commands)
@@ -85,7 +85,10 @@ def _shown(data: DataSet | None) -> DataSet | None:
 
 
 def stages_of(file: Path, variables: dict[str, str]) -> list[Stage]:
-    """Return the stages of a pipeline, or the settings of one command as a stage of its name. Raises UserError for mistakes in the file."""
+    """Return the stages of a pipeline, or the settings of one command as a stage of its name; none where the keys fit no command.
+
+    Raises UserError for mistakes in the file.
+    """
     values = read_recipe(file, TrainingConfig.alternatives)
     if "stages" in values:
         pipeline = read_pipeline(file)
@@ -99,23 +102,22 @@ def stages_of(file: Path, variables: dict[str, str]) -> list[Stage]:
 
 
 def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, CommandConfig]], list[Line]]:
-    """Return ([(name, settings) of every command in a file], findings on missing inputs, damaged checkpoints and disk space)."""
-    values = read_recipe(file, TrainingConfig.alternatives)
-    if "stages" in values:
-        pipeline = read_pipeline(file)
-        stages = build_stages(pipeline, file, output=pipeline.output, variables=variables)
+    """Return ([(name, settings) of every command in a file], findings on missing inputs, damaged checkpoints and disk space).
+
+    The name is that of the stage, empty in the file of one command.
+    """
+    stages = stages_of(file, variables)
+    if not stages:
+        return [], [Line("fault", "settings", f"these keys fit no command; commands: {', '.join(KINDS)}")]
+    config, output = stages[0].config, stages[0].run.parent
+    if is_pipeline(file):
         lines: list[Line] = []
         try:
-            costs = expected_costs(make_plan(stages, set()), pipeline.output)
-            lines += [_time_line(costs, file), *_disk_lines(costs.disk, len(stages), pipeline.output)]
+            costs = expected_costs(make_plan(stages, set()), output)
+            lines += [_time_line(costs, file), *_disk_lines(costs.disk, len(stages), output)]
         except UserError as error:
             lines += [Line("fault", "settings", line) for line in str(error).splitlines()]
         return [(stage.name, stage.config) for stage in stages], lines
-    name = command_of(values)
-    if name is None:
-        return [], [Line("fault", "settings", f"these keys fit no command; commands: {', '.join(KINDS)}")]
-    output = [] if "output" in values else ["--output", _NO_OUTPUT]
-    config = parse_config(KINDS[name].config_type, ["--config", str(file), *output], program="doctor.py")
     faults = [
         Line("fault", "settings", f"{key}: {damage_of(path) or f'{path}: no such file or folder'}")
         for key, path in config.inputs().items()
@@ -123,7 +125,7 @@ def _commands(file: Path, variables: dict[str, str]) -> tuple[list[tuple[str, Co
     ]
     if read_result(config.output) is None and (damage := damage_of_newest(config)):
         faults.append(Line("fault", "settings", damage))
-    return [("", config)], [Line("ok", "settings", f"settings of the command {name}"), *faults]
+    return [("", config)], [Line("ok", "settings", f"settings of the command {stages[0].name}"), *faults]
 
 
 def _download_lines(commands: list[tuple[str, CommandConfig]]) -> Iterator[Line]:
@@ -140,7 +142,7 @@ def _download_lines(commands: list[tuple[str, CommandConfig]]) -> Iterator[Line]
 def _time_line(costs: Costs, file: Path) -> Line:
     """Return the time of the stages that are left, each one's where it is known."""
     each = [f"{name} {duration(time)}" for name, time in costs.times.items() if time is not None]
-    parts = [costs.time_text() + (f" ({', '.join(each)})" if len(each) > 1 else "")]
+    parts = [time_text(costs.times) + (f" ({', '.join(each)})" if len(each) > 1 else "")]
     if costs.remembered:
         parts.append(f"{count(len(costs.remembered), 'stage')} by the last known rate of this machine")
     if None in costs.times.values() or costs.remembered:

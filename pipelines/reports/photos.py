@@ -19,6 +19,7 @@ import numpy as np
 from ssld.pipelines.reports.budget import Budget
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import MALFORMED, UserError
+from ssld.shared.wording import count
 
 IOU = 0.5
 PHOTO_SIDE = 1024
@@ -310,9 +311,10 @@ def _truth_panel(evaluation: Evaluation, truth: Truth, photo: str, larger: float
         for label, crowd in zip(truth.labels_G, truth.crowd_G, strict=True)
     ]
     number = int((~truth.crowd_G).sum())
-    words = "1 object" if number == 1 else f"{number:,} objects"
     solid = np.ones(len(texts), dtype=bool)
-    return Panel("Annotations", words, _svg(truth, photo, truth.boxes_G4, truth.labels_G, texts, solid, larger))
+    return Panel(
+        "Annotations", count(number, "object"), _svg(truth, photo, truth.boxes_G4, truth.labels_G, texts, solid, larger)
+    )
 
 
 def _detection_panel(

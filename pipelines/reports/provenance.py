@@ -14,17 +14,10 @@ from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.run_dir import read_metrics, read_result
 from ssld.shared.wording import count
+from ssld.stage2_detect.config import PREFIX
+from ssld.stage2_detect.model_config import KIND_NAMES
 
-_KINDS = {
-    "faster_rcnn": "Faster R-CNN",
-    "cascade_rcnn": "Cascade R-CNN",
-    "mask_rcnn": "Mask R-CNN",
-    "cascade_mask_rcnn": "Cascade Mask R-CNN",
-    "retinanet": "RetinaNet",
-    "gfl": "GFL",
-}
 _LAST_GOOD = "detector_last_good.safetensors"  # left by a training whose moving teacher collapsed
-_PUBLISHED = "coco"  # scheme of published detectors as `init`
 
 
 @dataclass(frozen=True)
@@ -164,21 +157,24 @@ def brought(better: RowConfig, base: RowConfig, runs: Path) -> str | None:
 
 def _start(settings: dict[str, Any], runs: Path) -> Start | None:
     backbone, init = settings.get("backbone"), settings.get("init")
-    scheme, _, name = init.partition(":") if isinstance(init, str) else ("", "", "")
-    if scheme == _PUBLISHED and name and not isinstance(backbone, str):
-        return Start(f"COCO weights ({name})")
-    if isinstance(init, str) and scheme != _PUBLISHED:
+    published = _published(init)
+    if isinstance(init, str) and not published:
         return Start("detector file", init)
     if not isinstance(backbone, str):
-        return None
+        return Start(f"COCO weights ({published})") if published else None
     kind, _, name = backbone.partition(":")
     if (distilled := _distilled(backbone, runs)) is not None:
         own = Start("stage 1" if distilled else "stage 1, trained on labels")
     elif kind in ("random", "timm") and name:
-        own = Start(backbone if scheme else "random weights" if kind == "random" else "pretrained weights")
+        own = Start(backbone if published else "random weights" if kind == "random" else "pretrained weights")
     else:
         own = Start(_short(backbone, runs), backbone)
-    return Start(f"body of {own.text} under COCO weights", own.path) if scheme else own
+    return Start(f"body of {own.text} under COCO weights", own.path) if published else own
+
+
+def _published(init: Any) -> str | None:
+    """Return the name of the published detector that `init` is; None for a file, and for none."""
+    return init.removeprefix(PREFIX) if isinstance(init, str) and init.startswith(PREFIX) else None
 
 
 def _with_facts(start: str, facts: Sequence[str]) -> str:
@@ -216,21 +212,21 @@ def _training(stages: Sequence[str], runs: Path) -> tuple[str, list[str]] | None
         return None
     kind = _text(settings, "model", "kind")
     teacher = _text(settings, "distill", "teacher")
-    facts = [_KINDS.get(kind, kind)] if kind else []
+    facts = [KIND_NAMES.get(kind, kind)] if kind else []
     facts += [f"distilled from {_short(teacher, runs)}"] if teacher else []
     facts += [_moving(run)] if settings.get("moving_teacher") else []
     facts += _extent(run, settings, "resize", "short_side")
-    scheme, _, name = init.partition(":") if isinstance(init, str) else ("", "", "")
-    if isinstance(init, str) and scheme != _PUBLISHED:
+    published = _published(init)
+    if isinstance(init, str) and not published:
         return f"the detector file {_short(init, runs)}", facts
-    if scheme != _PUBLISHED:
+    if not published:
         return (_described(backbone, runs), facts) if isinstance(backbone, str) else None
     if not isinstance(backbone, str):
-        return f"COCO weights ({name})", facts
+        return f"COCO weights ({published})", facts
     made_by = _made_by(backbone, runs)
     training = _backbone(made_by, runs) if made_by else None
     body = _short(backbone, runs) + (f" ({training})" if training else "")
-    return f"body of {body} under COCO weights ({name})", facts
+    return f"body of {body} under COCO weights ({published})", facts
 
 
 def _moving(run: Path) -> str:

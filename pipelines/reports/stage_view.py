@@ -71,8 +71,8 @@ class Pair:
     """One evaluation image with its annotations and with its detections.
 
     Attributes:
-        drawn: the photo with both on top; None if it is not at hand, then there are
-        truth, detections: data: URLs of the two images that the evaluation drew.
+        drawn: the photo with both on top; None if it is not at hand.
+        truth, detections: without `drawn`, data: URLs of the two images that the evaluation drew.
     """
 
     kind: str
@@ -182,6 +182,7 @@ def view(
     )
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
     audit = part(AUDIT_FILE, lambda: read_audit(run), None)
+    findings = f"The first {count(audit.drawn, 'finding')}, with labels and detections" if audit else ""
     images_seen, threshold = values.get("images_seen"), analysis.get("score_threshold")
     return StageView(
         name=name,
@@ -208,7 +209,7 @@ def view(
         predicted=_predicted(run / "pictures", budget),
         left_out=left_out,
         audit=audit,
-        audit_sheet=_audit_sheet(run, audit, budget) if audit else None,
+        audit_sheet=_sheet(run, AUDIT_SHEET, findings, budget) if audit and audit.drawn else None,
         line=part("environment.json", lambda: _line(command, recorded, environment), ""),
         settings=part("config.yaml", lambda: changed_settings(known, text), []),
         config=text,
@@ -405,12 +406,6 @@ def _pairs(folder: Path, photos: Photos, evaluation: Evaluation | None) -> tuple
             continue
         pairs.append(Pair(kind, image, caption, None, truth, detections))
     return pairs, len(index) - len(pairs)
-
-
-def _audit_sheet(run: Path, audit: LabelAudit, budget: Budget) -> Embedded | None:
-    """Return the sheet of the first findings; None without one, or without room for it."""
-    title = f"The first {count(audit.drawn, 'finding')}, with labels and detections"
-    return _sheet(run, AUDIT_SHEET, title, budget) if audit.drawn else None
 
 
 def _sheet(run: Path, name: str, title: str, budget: Budget) -> Embedded | None:

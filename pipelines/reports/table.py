@@ -37,17 +37,8 @@ FEW_OBJECTS = 100
 _MOST = 1e9  # larger numbers are no metric
 _NO_SPREAD = 1e-9  # rounding errors of equal values are smaller
 _Z = 1.96  # 97.5th percentile of the normal distribution
-_STUDENT = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-)  # the same of Student's t with 1 to 9 degrees of freedom
+# The same of Student's t with 1 to 9 degrees of freedom.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 RECORD = "pipeline.json"  # beside the run directories
 SMOKE = "smoke sizes: these numbers only show that everything runs"
 
@@ -114,7 +105,7 @@ def table_rows(table: TableConfig, output: Path) -> list[Row]:
             numbers = [value for value, _ in runs.values()]
             values.append(statistics.fmean(numbers) if numbers else None)
             intervals.append(
-                _over_seeds(numbers) if len(numbers) > 1 else _alone(key, [result for _, result in runs.values()])
+                _over_seeds(numbers) if len(numbers) > 1 else _of_one_run(key, [result for _, result in runs.values()])
             )
         rows.append(Row(name, tuple(values), tuple(intervals)))
     return rows
@@ -346,7 +337,7 @@ def _over_seeds(values: list[float], images: int | None = None) -> Interval | No
     return Interval(mean - half, mean + half, basis, images)
 
 
-def _alone(key: str, results: list[dict[str, Any]]) -> Interval | None:
+def _of_one_run(key: str, results: list[dict[str, Any]]) -> Interval | None:
     """Return the interval of one run's number: of a proportion (Wilson 1927) for classifiers, the bootstrap of the evaluation for detectors."""
     if not results:
         return None
@@ -365,20 +356,28 @@ def _alone(key: str, results: list[dict[str, Any]]) -> Interval | None:
 
 def _compared(key: str, better: dict[str, Any], base: dict[str, Any]) -> Interval | None:
     """Return the interval of the difference between two runs; None if it was not measured."""
-    if key in _DETECTOR:
-        compared = better["metrics"].get("compared")
-        outputs = base.get("outputs")
-        if not isinstance(compared, dict) or not isinstance(outputs, dict) or not isinstance(compared.get(key), dict):
-            return None
-        if compared.get("sha256") != outputs.get("detections.json"):  # compared with another evaluation
-            return None
-        images = compared.get("images")
-        basis = f"paired bootstrap over {count(images, 'image')}" if isinstance(images, int) else "paired bootstrap"
-        interval = _interval([compared[key].get("low"), compared[key].get("high")], basis)
-        own = better.get("outputs")
-        identical = isinstance(own, dict) and own.get("detections.json") == compared["sha256"]
-        return interval and replace(interval, images=images if isinstance(images, int) else None, identical=identical)
-    first, second = _alone(key, [better]), _alone(key, [base])
+    return (_bootstrap if key in _DETECTOR else _of_proportions)(key, better, base)
+
+
+def _bootstrap(key: str, better: dict[str, Any], base: dict[str, Any]) -> Interval | None:
+    """Return the interval between two detectors that the evaluation of the better one has measured."""
+    compared = better["metrics"].get("compared")
+    outputs = base.get("outputs")
+    if not isinstance(compared, dict) or not isinstance(outputs, dict) or not isinstance(compared.get(key), dict):
+        return None
+    if compared.get("sha256") != outputs.get("detections.json"):  # compared with another evaluation
+        return None
+    images = compared.get("images")
+    basis = f"paired bootstrap over {count(images, 'image')}" if isinstance(images, int) else "paired bootstrap"
+    interval = _interval([compared[key].get("low"), compared[key].get("high")], basis)
+    own = better.get("outputs")
+    identical = isinstance(own, dict) and own.get("detections.json") == compared["sha256"]
+    return interval and replace(interval, images=images if isinstance(images, int) else None, identical=identical)
+
+
+def _of_proportions(key: str, better: dict[str, Any], base: dict[str, Any]) -> Interval | None:
+    """Return Newcombe's interval between two classifiers."""
+    first, second = _of_one_run(key, [better]), _of_one_run(key, [base])
     share, base_share = _fraction(better["metrics"], key), _fraction(base["metrics"], key)
     if first is None or second is None or share is None or base_share is None:
         return None

@@ -39,33 +39,14 @@ MOST_REMEMBERED = 500
 # Settings that change the length of a stage, or nothing about its speed.
 _NOT_RATE = frozenset(
     {
-        "steps",
-        "train_epochs",
-        "train_images",
-        "log_every",
-        "evaluate_every",
-        "save_every",
-        "keep_checkpoints",
-        "patience",
+        "steps", "train_epochs", "train_images", "log_every", "evaluate_every", "save_every", "keep_checkpoints", "patience", "output", "resume",
+        "seed", "trackers", "verbose", "process_timeout", "lr", "warmup_steps", "warmup_epochs", "warmup_start", "milestones_steps",
+        "milestones_epochs",
     }
-    | {"output", "resume", "seed", "trackers", "verbose", "process_timeout"}
-    | {"lr", "warmup_steps", "warmup_epochs", "warmup_start", "milestones_steps", "milestones_epochs"}
-)
-
-
+)  # fmt: skip
 _DATA = frozenset(
-    {
-        "train",
-        "val",
-        "source",
-        "train_annotations",
-        "train_images",
-        "val_annotations",
-        "val_images",
-        "unlabeled",
-        "pseudo",
-    }
-)
+    {"train", "val", "source", "train_annotations", "train_images", "val_annotations", "val_images", "unlabeled", "pseudo"}
+)  # fmt: skip
 """settings of a training that name the data it reads"""
 
 
@@ -94,7 +75,7 @@ def seconds(stage: Stage, rate: Rate, done: int = 0) -> float | None:
     config = stage.config
     if not isinstance(config, TrainingConfig):
         return rate.start
-    steps = _steps(config, rate)
+    steps = training_steps(config, rate.images)
     if steps is None:
         return None
     every = config.in_steps(steps).evaluate_every
@@ -128,7 +109,7 @@ def disk_of(stage: Stage, rate: Rate) -> int | None:
     config = stage.config
     if not isinstance(config, TrainingConfig):
         return rate.files
-    steps = _steps(config, rate)
+    steps = training_steps(config, rate.images)
     if steps is None:
         return None
     saves = math.ceil(steps / int(config.in_steps(steps).save_every))
@@ -146,10 +127,6 @@ class Costs:
     """bytes of each stage that writes large files; None if unknown"""
     remembered: frozenset[str]
     """stages whose rate is the last known one of this machine, measured for another pipeline"""
-
-    def time_text(self) -> str:
-        """Format the sum of the times."""
-        return time_text(self.times)
 
 
 def expected_costs(plan: list[Planned], output: Path) -> Costs:
@@ -244,10 +221,6 @@ def _read(file: Path) -> dict[str, Rate]:
 
 def _write(file: Path, rates: dict[str, Rate]) -> None:
     write_atomically(file, json.dumps({key: asdict(rate) for key, rate in rates.items()}, indent=1) + "\n")
-
-
-def _steps(config: TrainingConfig, rate: Rate) -> int | None:
-    return training_steps(config, rate.images)
 
 
 def _shortened(value: Any, without: frozenset[str] = _NOT_RATE) -> Any:

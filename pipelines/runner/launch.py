@@ -25,15 +25,14 @@ from typing import IO, Any
 
 from ssld.pipelines.folder import shown
 from ssld.pipelines.runner.stages import KINDS, Stage, own_file, typed_name
-from ssld.shared.config.command import STOPPED, USER_ERROR
 from ssld.shared.config.launcher import RUNNER
-from ssld.shared.errors import MALFORMED, Stopped
+from ssld.shared.errors import MALFORMED, STOPPED, USER_ERROR, Stopped
 from ssld.shared.run_dir import read_result
 from ssld.shared.terminal import say
 
 TAIL_LINES = 15
 _GRACE_SECONDS = 600  # after a signal: time to end the step and write the checkpoint
-_ERROR = b"error: "  # beginning of a line about a user's mistake
+_ERROR = "error: "  # beginning of a line about a user's mistake
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LINGER_SECONDS = 10  # after a normal end: time for loader processes to exit
 
@@ -223,7 +222,7 @@ def _outcome(stage: Stage, code: int, tail: list[str], *, stopped: bool) -> Outc
         error = json.loads((stage.run / "error.json").read_text(encoding="utf-8"))["error"]
         return Outcome(USER_ERROR, tuple(error.splitlines()))
     if code == USER_ERROR:
-        errors = [text.removeprefix("error: ") for text in tail if text.startswith("error: ")]
+        errors = [text.removeprefix(_ERROR) for text in tail if text.startswith(_ERROR)]
         return Outcome(USER_ERROR, tuple(errors or tail[-1:]))
     reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     reason = "ended without a result" if code == 0 else reason
@@ -232,19 +231,19 @@ def _outcome(stage: Stage, code: int, tail: list[str], *, stopped: bool) -> Outc
 
 def _pass_through(source: IO[bytes], log: IO[bytes], tail: deque[str], errors: list[str], quiet: bool) -> None:
     """Copy a stage's output to `log`, its last lines to `tail`, error lines to `errors`, and all other lines to the screen unless `quiet`."""
-    screen = getattr(sys.stdout, "buffer", None)
+    screen, mark = getattr(sys.stdout, "buffer", None), _ERROR.encode()
     rest, printed = b"", 0  # the line that is not complete yet, and how many of its bytes are on the screen
     while chunk := os.read(source.fileno(), 65536):
         _keep(log, chunk)
         *lines, rest = (rest + chunk).split(b"\n")
         shown = b""
         for line in lines:
-            if line.startswith(_ERROR):
+            if line.startswith(mark):
                 errors.append(_last_state(line))
             else:
                 shown += line[printed:] + b"\n"
             printed = 0
-        if not rest.startswith(_ERROR[: max(1, len(rest))]):
+        if not rest.startswith(mark[: max(1, len(rest))]):
             shown, printed = shown + rest[printed:], len(rest)
         with suppress(OSError, ValueError):  # a closed terminal must not end the stage
             if quiet:

@@ -50,7 +50,7 @@ def recipe_list() -> str:
     ]
     lines = ["score: published, not reproduced here; size: side of the images; hours: published or estimated, on COCO"]
     for title, files in groups:
-        lines += ["", f"{title}", *_table([describe(file) for file in sorted(files, key=lambda file: file.stem)])]
+        lines += ["", title, *_table([describe(file) for file in sorted(files, key=lambda file: file.stem)])]
     return "\n".join(lines)
 
 

@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ssld.pipelines.runner.cost import evaluation_images, training_images
 from ssld.pipelines.runner.estimate import EVALUATIONS, Rate, evaluation_rate, rate_key
-from ssld.pipelines.runner.launch import Outcome, Signals, run_stage
+from ssld.pipelines.runner.launch import Signals, run_stage
 from ssld.pipelines.runner.plan import Planned
 from ssld.pipelines.runner.stages import BURN_IN, Stage, has_moving_teacher
 from ssld.pipelines.toy_data import ToyDataConfig
@@ -38,13 +39,7 @@ GRACE_SECONDS = 5.0
 _WHOLE = (ToyDataConfig, ConvertDataConfig, ConvertForeignConfig, ConvertPaddleConfig, ConvertPaddleDetectorConfig)
 """settings of the stages that a trial runs as a whole"""
 _TRIED = (*_WHOLE, TrainingConfig)
-_LENGTH = {
-    "steps": STEPS,
-    "train_epochs": None,
-    "train_images": None,
-    "log_every": 1,
-    "save_every": STEPS,
-}
+_LENGTH = {"steps": STEPS, "train_epochs": None, "train_images": None, "log_every": 1, "save_every": STEPS}
 _NO_EVALUATION = {"evaluate_every": None, "patience": None}
 _STAGE_1: dict[str, Any] = {"data.val": None}
 _STAGE_2 = {"data.val_annotations": None, "data.val_images": None, "val_loss": False, "expected": None}
@@ -108,16 +103,16 @@ def _try_stage(stage: Stage, signals: Signals, limit: float | None) -> Rate | No
     within = "" if limit is None else f", in {duration(limit)} at most"
     say(f"trial of {stage.name}: {'whole' if whole else f'{STEPS} steps'}{within}")
     begun = time.monotonic()
+    tried = stage if whole else shortened(stage)
     with _stopped_after(limit, signals) as stopped:
-        outcome = run_stage(
-            stage if whole else shortened(stage), stage.run.with_suffix(".trial.txt"), signals, quiet=True
-        )
+        outcome = run_stage(tried, stage.run.with_suffix(".trial.txt"), signals, quiet=True)
     total = time.monotonic() - begun
     if signals.received:
         raise Stopped(f"trial of {stage.name}: stopped")
     if outcome.code and stopped.is_set():
         return rate_of_part(stage.run, total, images=images, val_images=val_images)
-    _check(stage, outcome)
+    if outcome.code:
+        raise UserError(*(f"trial of {stage.name}: {line}" for line in outcome.lines))
     return rate_of(stage.run, total, images=images, val_images=val_images)
 
 
@@ -142,11 +137,6 @@ def _stopped_after(limit: float | None, signals: Signals) -> Iterator[threading.
     finally:
         for timer in timers:
             timer.cancel()
-
-
-def _check(stage: Stage, outcome: Outcome) -> None:
-    if outcome.code:
-        raise UserError(*(f"trial of {stage.name}: {line}" for line in outcome.lines))
 
 
 def shortened(stage: Stage) -> Stage:
@@ -177,7 +167,7 @@ def with_settings(stage: Stage, settings: dict[str, Any]) -> Stage:
             words += [word, *value]
     words += flags(stage.kind.config_type, settings)
     config = parse_config(stage.kind.config_type, words, program=stage.kind.script)
-    return Stage(stage.name, stage.kind, config, tuple(words), stage.processes, stage.needs)
+    return replace(stage, config=config, arguments=tuple(words))
 
 
 def rate_of(run: Path, total: float, *, images: int | None, val_images: int) -> Rate:

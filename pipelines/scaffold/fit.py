@@ -52,7 +52,7 @@ MOVING = 2.2
 """seconds of a detector's run under a moving teacher, relative to those of the same run without one: twice the images per step after the burn-in; 389
 against 179 seconds of processor time were measured on 41 labeled photos (docs/benchmarks/few_labels_cpu_2026-12-01.md)"""
 MOST_TRIALS, MORE = 3, 3
-"""most trials; factor of time for which the gain is told"""
+"""most trials; factor on the time in the line on what more time would change"""
 _INTERVALS: tuple[tuple[float | None, int], ...] = ((0.2, 5), (0.5, 2), (None, 1))
 """intervals of evaluation, as fractions of the run, and evaluations per run"""
 
@@ -352,7 +352,8 @@ def _cost(shape: Shape) -> float:
 
 
 def _pixels(shape: Shape) -> float:
-    """Return the same for one network at several image sizes. The heads see the same number of boxes at any of them."""
+    """Return the relative seconds of one network's step by image size: a part for the heads, whose number of boxes is the same at any size, and one
+    for the pixels."""
     return HEADS + (shape.short_side / 224) ** 2
 
 

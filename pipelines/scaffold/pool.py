@@ -2,6 +2,7 @@
 
 The folder of unlabeled photos often contains copies of annotated photos, possibly under other names; they are detected by content and left out.
 Copies of evaluation photos would inflate the detector's score. Copies of training photos are listed for stage 1 anyway, and must not be held out.
+Photos whose header cannot be read, such as a phone's HEIC, are left out too: every stage that reads them stops where they are more than 1 %.
 The lists have one file per line, so photos whose path cannot be a line are left out of them; `unlisted` counts and names these.
 """
 
@@ -30,9 +31,32 @@ class Pool:
     tally: Tally
 
 
-def divide_pool(folder: Path, training: Iterable[Path], evaluation: Iterable[Path], seed: int) -> Pool:
-    """Split the photos in a folder, without copies of annotated ones: of 250 or more, a random twentieth (50 to 500 photos) is held out."""
+def unreadable_photos(folder: str) -> list[str]:
+    """Return the photos in a folder whose header cannot be read, as posix paths relative to it. Imports torch: call it by `call_apart`."""
+    from ssld.shared.images import image_headers
+
+    names = list_images(Path(folder))
+    headers = image_headers([f"{folder}/{name}" for name in names])
+    return [name for name, header in zip(names, headers, strict=True) if header is None]
+
+
+def divide_pool(
+    folder: Path, training: Iterable[Path], evaluation: Iterable[Path], seed: int, unreadable: Iterable[str] = ()
+) -> Pool:
+    """Split the photos in a folder, without copies of annotated ones: of 250 or more, a random twentieth (50 to 500 photos) is held out.
+
+    Args:
+        unreadable: photos to leave out, of `unreadable_photos`.
+
+    Raises UserError where more than half of the photos cannot be read.
+    """
     tally, names, listed = Tally(), [], _listable(folder)
+    bad = set(unreadable)
+    for name in (name for name in listed if name in bad):
+        tally.drop("photo", f"that cannot be read ({Path(name).suffix.lower() or 'without a suffix'})", name)
+    if 2 * tally.dropped("photo") > len(listed):
+        raise UserError(f"{folder}: {tally.describe()}; of {len(listed):,} in all: convert them to JPEG or PNG first")
+    listed = [name for name in listed if name not in bad]
     parts = {"copies of training photos": training, "copies of evaluation photos": evaluation}
     known = {cause: copies([folder / name for name in listed], photos) for cause, photos in parts.items()}
     for name in listed:

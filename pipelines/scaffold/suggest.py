@@ -93,7 +93,7 @@ def _kind(start: Start) -> Trained:
 
 @dataclass(frozen=True)
 class Networks:
-    """Networks of a pipeline, from strong to small, and the width of the detector's heads."""
+    """Networks of a pipeline, and the width of the detector's pyramid and heads."""
 
     backbone: str
     """student and backbone: a file, `timm:NAME` or `random:NAME`"""
@@ -102,7 +102,9 @@ class Networks:
     teacher: str
     teacher_arch: str | None
     channels: int
+    """channels of the pyramid"""
     hidden: int
+    """width of the layers in the box head"""
     weight: float
     """seconds of a training step relative to other networks on the same machine, roughly"""
 

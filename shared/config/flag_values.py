@@ -81,6 +81,8 @@ def read_flags(config_type: type[BaseModel], given: Mapping[str, str | Sequence[
             raise UserError(f"--{key}: is a group or list of settings: give --{inner}, or the whole as JSON")
         if not _shape(config_type, key).path and last is not None:
             last = reduce(_added, read)
+        if isinstance(last, str) and any(other.startswith(f"{key}.") for other in given):
+            last = _with_its_key(config_type, key, last)
         values = merge(values, nested(key.split("."), last))
     return values
 
@@ -97,7 +99,7 @@ def read_value(
         exists: whether there is a file or folder of this name.
 
     Raises:
-        UserError: it is nested too deeply.
+        UserError: it is nested too deeply, or a group that is not JSON.
     """
     shape = _shape(config_type, key)
     try:
@@ -108,6 +110,10 @@ def read_value(
         if text.startswith("{") and (shape.group or shape.mapping):
             with suppress(ValueError):
                 return json.loads(text)
+            if shape.group and ":" in text and text.endswith("}") and not exists(text):
+                raise UserError(
+                    f"{key}: {text} is not JSON: put names and texts in double quotes, or give --{key}.NAME VALUE"
+                )
         if shape.mapping and all("=" in item for item in text.split(",")):
             return dict(_pair(item) for item in text.split(","))
         if text.startswith('"') and not exists(text):
@@ -208,6 +214,13 @@ def _is_group_alone(config_type: type[BaseModel], key: str) -> bool:
     """Whether a setting is a group of settings and nothing else, not even null."""
     annotations = [field.annotation for field in fields_at(config_type, key.split("."))]
     return all(isinstance(one, type) and issubclass(one, BaseModel) for one in annotations) and bool(annotations)
+
+
+def _with_its_key(config_type: type[BaseModel], key: str, text: str) -> Any:
+    """Return the group that a text stands for, so that `--data.val DIR` goes with `--data.val.labels none`: its one required setting is the text."""
+    models = [model for field in fields_at(config_type, key.split(".")) for model in models_in(field.annotation)]
+    required = {name for model in models for name, field in model.model_fields.items() if field.is_required()}
+    return {required.pop(): text} if len(required) == 1 else text
 
 
 def _shape(config_type: type[BaseModel], key: str) -> _Shape:

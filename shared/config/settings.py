@@ -27,8 +27,7 @@ from ssld.shared.config.bounds import Processes
 from ssld.shared.config.flag_values import read_flags
 from ssld.shared.config.help import HelpAction, settings_help
 from ssld.shared.config.validation import validate
-from ssld.shared.config.words import underscored as underscored
-from ssld.shared.config.words import with_short_forms, with_values
+from ssld.shared.config.words import underscored, with_short_forms, with_values
 from ssld.shared.config.yaml_files import (
     NO_SHORT_FORMS,
     Alternatives,

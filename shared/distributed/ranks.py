@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ssld.shared.errors import UserError
 from ssld.shared.terminal import say
 from ssld.shared.wording import duration
 
@@ -149,6 +150,19 @@ def from_main_rank(value: T, work: str = "") -> T:
         dist.broadcast_object_list(box, src=0)
     received: T = box[0]
     return received
+
+
+def on_main_rank(work: Callable[[], T]) -> T | None:
+    """Do `work` on the main rank while the others wait; return its result there, None on the others. Raises its UserError on every rank."""
+    result, mistake = None, ""
+    if rank() == 0:
+        try:
+            result = work()
+        except UserError as error:
+            mistake = str(error)
+    if mistake := from_main_rank(mistake):
+        raise UserError(*mistake.split("\n"))
+    return result
 
 
 @contextmanager

@@ -49,9 +49,7 @@ def make_prototypes(config: PrototypesConfig) -> None:
     check_networks(config.networks(), config.hub_data())
     accelerator, config = start_processes(config)
     with closing(RunDir(config, "prototypes", main=rank() == 0, scratch=("centres.npz", "embeddings"))) as run:
-        if from_main_rank(run.status) == "finished":
-            run.log(f"{run.path}: this run is finished; nothing to do")
-        else:
+        if not run.finished_earlier(from_main_rank(run.status)):
             run.log(*describe_processes(accelerator, config, config.workers))
             _make(config, run, accelerator.device)
     accelerator.end_training()
@@ -107,8 +105,7 @@ def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
             f"{metrics['median_size']:g}; {clusters.refilled} empty ones refilled"
         )
         run.log(f"soft labels: median perplexity {perplexity:.2f} at temperature {temperature:.4g}")
-        for line in _doubts(clusters.size_K, balanced=config.balanced):
-            run.log(line)
+        run.log(*_doubts(clusters.size_K, balanced=config.balanced))
         teacher, plot = run.path / "teacher.safetensors", run.path / "prototypes.png"
         encoder.save(
             teacher,
@@ -173,8 +170,7 @@ def _clusters(config: PrototypesConfig, run: RunDir, embeddings: Embeddings, cou
     """Standardization and clusters, read from centres.npz if an earlier start of this run wrote it."""
     file = run.path / "centres.npz"
     if not is_sound(file):
-        for line in made_again([file]):
-            run.log(line)
+        run.log(*made_again([file]))
         with StopRequest() as stop:
 
             def log(line: str) -> None:

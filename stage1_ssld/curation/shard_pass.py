@@ -244,8 +244,7 @@ def over_missing_shards(
     missing = from_main_rank([n for n in chosen if not all(map(is_sound, files[n]))] if run.main else [])
     if not missing:
         return
-    for line in made_again(file for number in missing for file in files[number]) if run.main else []:
-        run.log(line)
+    run.log(*made_again(file for number in missing for file in files[number]) if run.main else [])
     jobs = [Job(n, shards.shards[n], None if rows is None else rows[n]) for n in missing[rank() :: world_size()]]
     run.log(f"{name}: {len(missing)} of {len(chosen)} shards to do")
     clock = Clock()

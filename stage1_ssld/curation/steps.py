@@ -65,9 +65,7 @@ def curate(config: CurateConfig) -> None:
     accelerator, config = start_processes(config)
     scratch = ("kept.npy", *_EMBEDDINGS)
     with closing(RunDir(config, "curate", main=rank() == 0, scratch=scratch)) as run:
-        if from_main_rank(run.status) == "finished":
-            run.log(f"{run.path}: this run is finished; nothing to do")
-        else:
+        if not run.finished_earlier(from_main_rank(run.status)):
             run.log(*describe_processes(accelerator, config, config.workers))
             _curate(config, run, accelerator.device)
     accelerator.end_training()
@@ -116,8 +114,7 @@ def _curate(config: CurateConfig, run: RunDir, device: torch.device) -> None:
     if run.main:
         outcome = outcome_of(run.path)
         assert outcome is not None
-        for line in outcome["lines"]:
-            run.log(line)
+        run.log(*outcome["lines"])
         written = [run.path / "selected.parquet", run.path / "classes.csv"]
         plots = draw(run.path, outcome, images, Images(held_out_files, held_out.shards, held_out.source), config)
         run.finish(outcome["metrics"], [*written, *plots])
@@ -127,8 +124,7 @@ def _on_main_rank(run: RunDir, write: Callable[[Path, Selection], list[str]], se
     """Run a step of the selection while the other ranks wait. Raises Stopped after it if a signal arrived."""
     if run.main:
         with StopRequest() as stop:
-            for line in write(run.path, selection):
-                run.log(line)
+            run.log(*write(run.path, selection))
             if stop.requested:
                 raise Stopped("the selection is not finished")
     from_main_rank(None)

@@ -131,7 +131,7 @@ def match_classes(source: ImageSource, names: list[str] | None, count: int, owne
     classes = len(source.class_names) if source.class_names else max(source.labels) + 1
     if classes > count or (source.class_names and classes != count):
         raise UserError(
-            f"{source.path}: has {classes} classes, but {owner} has {count}; use images of its classes, or labels: none"
+            f"{source.path}: has {classes} classes, but {owner} has {count}; use images of its classes, or labels: none for this source"
         )
     return source.labels
 

@@ -111,8 +111,7 @@ def write_store(config: SoftLabelsConfig) -> None:
     run = RunDir(config, "write_soft_labels", main=main)
     if run.status == "finished" and not _is_whole(run.path / "store"):
         run.reopen()
-    if from_main_rank(run.status) == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier(from_main_rank(run.status)):
         return
     for number, source in enumerate(sources):
         run.tell(f"data.train.{number}", source.path, source.tally)
@@ -121,21 +120,19 @@ def write_store(config: SoftLabelsConfig) -> None:
         config.teacher, precision=config.precision, device=device, channels_last=config.channels_last
     )
     compare_teacher(run, teacher, config.teacher, config.data.image_size)
-    for line in teacher.loaded:
-        run.log(line)
+    run.log(*teacher.loaded)
     if config.top > teacher.num_classes:
         raise UserError(
             f"top: {config.top} is more than the {teacher.num_classes} classes of the teacher; set top: {teacher.num_classes} to store all"
         )
     layout = record_layout(config.top, teacher.num_classes, config.store_precision)
     images = sum(len(source) for source in sources)
+    size = images * config.views * layout.itemsize
     folder = run.path / "store"
     fresh = from_main_rank(not any(folder.glob("shard-*.bin")))
     if main:
-        _check_disk(folder, images * config.views * layout.itemsize)
-    run.log(
-        f"{images} images x {config.views} views x {layout.itemsize} bytes = {amount(images * config.views * layout.itemsize)} in {folder}"
-    )
+        _check_disk(folder, size)
+    run.log(f"{images} images x {config.views} views x {layout.itemsize} bytes = {amount(size)} in {folder}")
     if fresh:
         run.log(try_teacher(teacher, sources, config, device=device))
     if main:

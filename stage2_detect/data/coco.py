@@ -94,7 +94,7 @@ class CocoData:
     def describe(self) -> str:
         """Return one line for the log, without the content of `tally`."""
         counts = self.counts
-        parts = [count(len(self.images), "image"), count(counts["boxes"], "box"), count(len(self.class_names), "class")]
+        parts = [count(len(self.images), "image"), count(self.objects, "box"), count(len(self.class_names), "class")]
         if counts["empty"]:
             note = f" ({counts['empty_dropped']} dropped)" if counts["empty_dropped"] else ""
             parts.append(f"{count(counts['empty'], 'image')} without boxes{note}")
@@ -213,7 +213,9 @@ def read_coco(
     if training:
         tally_boxes(tally, validated, crowd, labels, names, annotation_ids)
     else:
-        tally.keep("box", len(kept))
+        tally.keep("box", len(kept) - int(crowd.sum()))
+        if crowd.any():
+            tally.keep("crowd region", int(crowd.sum()))
     for noun, cause, number, first in table.changes:
         tally.change(noun, cause, first, number)
     if not images:

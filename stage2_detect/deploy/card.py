@@ -33,15 +33,8 @@ from ssld.shared.models.model_file import read_tensors, save_model_file
 from ssld.shared.wording import some
 from ssld.stage2_detect.detector_file import LoadedDetector
 from ssld.stage2_detect.export_config import FILES
+from ssld.stage2_detect.model_config import KIND_NAMES
 
-_KINDS = {
-    "faster_rcnn": "Faster R-CNN",
-    "mask_rcnn": "Mask R-CNN",
-    "cascade_rcnn": "Cascade R-CNN",
-    "cascade_mask_rcnn": "Cascade Mask R-CNN",
-    "retinanet": "RetinaNet",
-    "gfl": "GFL",
-}
 _AVERAGES = {
     False: "moving average of the weights over the training steps, not those of the last step",
     True: "the moving teacher: the moving average of the weights over the training steps, not those of the last step",
@@ -97,7 +90,7 @@ def detector_card(
 ) -> str:
     """Write the text of README.md; arguments as of `write_folder`, `recipe` holds the settings of the training, `facts` those of `run_facts`."""
     licence = str(metadata.get("licence") or "unknown")
-    name = _KINDS[metadata["model"]["kind"]]
+    name = KIND_NAMES[metadata["model"]["kind"]]
     front = front_matter(
         library_name="ssld",
         pipeline_tag="object-detection",

@@ -49,8 +49,7 @@ def write_evaluation(
     analysed = analyse(data, detections, score_threshold=score_threshold)
     report = analysis.report(analysed, metrics["per_class"])
     write_atomically(run.path / "analysis.json", json.dumps(report) + "\n")
-    for line in analysis.describe(report):
-        run.log(line)
+    run.log(*analysis.describe(report))
     return report, [run.path / "analysis.json", *draw_best_and_worst(run.path / PICTURES, data, detections, analysed)]
 
 

@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ssld.shared.distributed.processes import DTYPES, describe_processes, start_processes
-from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
+from ssld.shared.distributed.ranks import from_main_rank, on_main_rank, rank, world_size
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import RunDir
 from ssld.shared.wording import count
@@ -46,8 +46,7 @@ def list_next(config: AuditConfig, loaded: "LoadedDetector") -> None:
     work = find_photos(config)
     accelerator, config = start_processes(config)
     run = RunDir(config, "audit", main=accelerator.is_main_process, scratch=("parts",))
-    if from_main_rank(run.status) == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier(from_main_rank(run.status)):
         return
     run.log(*describe_processes(accelerator, config, config.workers))
 
@@ -57,36 +56,33 @@ def list_next(config: AuditConfig, loaded: "LoadedDetector") -> None:
     progress = PartProgress(run, parts, mine)
     progress.follow(doubt_parts(config, loaded, accelerator.device, parts, mine, work, progress.add))
     progress.close()
-    for line in loaded.notes:
-        run.log(line)
+    run.log(*loaded.notes)
     accelerator.wait_for_everyone()
 
     # ---- the files
-    problem, metrics, files = "", {}, []
-    if accelerator.is_main_process:
+    def write() -> tuple[dict[str, Any], list[Path]]:
         try:
             photos, unreadable = assemble(config, parts, work)
             chosen = choose(len(photos), config.count, lambda place: hashes_of_file(photos[place].record.path))
             files = write_files(
                 run.path, config, loaded, photos, chosen, read_tally(work, unreadable).describe(), run.log
             )
-        except UserError as error:
-            problem = str(error)
+        except UserError:
             parts.delete()  # so that the folder can be used again
-        else:
-            tell_read(run, config.images, work, unreadable)
-            run.log(describe(photos, chosen, files[0]))
-            metrics = {
-                "photos": len(photos),
-                "listed": len(chosen.listed),
-                "near_duplicates": len(chosen.copy_of),
-                "unreadable": len(unreadable),
-                "highest_doubt": photos[0].doubt.total,
-                "lowest_doubt_listed": photos[chosen.listed[-1]].doubt.total,
-            }
-    problem = from_main_rank(problem)
-    if problem:
-        raise UserError(problem)
+            raise
+        tell_read(run, config.images, work, unreadable)
+        run.log(describe(photos, chosen, files[0]))
+        metrics = {
+            "photos": len(photos),
+            "listed": len(chosen.listed),
+            "near_duplicates": len(chosen.copy_of),
+            "unreadable": len(unreadable),
+            "highest_doubt": photos[0].doubt.total,
+            "lowest_doubt_listed": photos[chosen.listed[-1]].doubt.total,
+        }
+        return metrics, files
+
+    metrics, files = on_main_rank(write) or ({}, [])
     accelerator.end_training()
     run.finish(metrics, files)
 
@@ -120,8 +116,7 @@ def check_labels(config: AuditConfig, loaded: "LoadedDetector") -> None:
         raise UserError(f"{config.annotations}: has no images, so there are no labels to check")
     accelerator, config = start_processes(config)
     run = RunDir(config, "audit", main=accelerator.is_main_process)
-    if from_main_rank(run.status) == "finished":
-        run.log(f"{run.path}: this run is finished; nothing to do")
+    if run.finished_earlier(from_main_rank(run.status)):
         return
     run.log(*describe_processes(accelerator, config, config.workers))
     run.log(data.describe())

@@ -22,8 +22,7 @@ def left_to_do(
         wait: returns when all ranks have called it: no rank may write a part before the others have seen which are missing.
     """
     files = [*parts.files(), *(videos.files() if videos else [])]
-    for line in made_again(files) if run.main else []:
-        run.log(line)
+    run.log(*made_again(files) if run.main else [])
     part_numbers, video_names = parts.left(), videos.left() if videos else []
     wait()
     left = sum(len(parts.records[number]) for number in part_numbers) + len(video_names)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ssld.shared.errors import UserError
-from ssld.shared.images import UnreadableImage, decode_image
+from ssld.shared.images import UnreadableImage, as_rgb, decode_image
 from ssld.stage2_detect.data.image_files import images_of_any_size
 from ssld.stage2_detect.data.loaders import ImageLoader
 from ssld.stage2_detect.data.sizing import Sizing
@@ -169,6 +169,8 @@ def predict(
     there, and the host waits for the GPU once or twice per batch, three times with masks.
 
     Args:
+        images: files, turned upright by their EXIF; PIL images, whose EXIF is ignored (`PIL.ImageOps.exif_transpose` turns them); or arrays, uint8
+            [height, width, 3], RGB.
         score_threshold: lowest score.
         batch_size: images, or tiles, per forward pass.
         tile: side in pixels of square tiles in which to detect beside the whole image (see `tiles.py`); None: no tiles.
@@ -219,7 +221,7 @@ def _pixels(image: GivenImage) -> torch.Tensor:
             return decode_image(image)
         except UnreadableImage as error:
             raise UserError(str(error)) from None
-    array = np.array(image.convert("RGB")) if isinstance(image, Image.Image) else image
+    array = np.array(as_rgb(image)) if isinstance(image, Image.Image) else image
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
         raise TypeError(f"an image as an array is uint8 [height, width, 3], not {array.dtype} {list(array.shape)}")
     return torch.from_numpy(np.array(array)).permute(2, 0, 1)

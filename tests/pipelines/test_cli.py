@@ -161,11 +161,6 @@ def test_help_imports_neither_torch_nor_pydantic() -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_every_command_is_in_one_group() -> None:
-    grouped = [name for names in cli._GROUPS.values() for name in names]
-    assert sorted(grouped) == sorted(COMMANDS)
-
-
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     out = capsys.readouterr().out

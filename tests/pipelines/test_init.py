@@ -344,7 +344,7 @@ def test_mistakes_leave_nothing(photos: Path, capfd: pytest.CaptureFixture[str])
             [*good, "--annotations", "broken.json"],
             "the data have faults, see above; ssld doctor --annotations broken.json",
         ),
-        ([*good, "--unlabeled", "nowhere"], "nowhere: no such folder"),
+        ([*good, "--unlabeled", "nowhere"], "--unlabeled nowhere: no such folder"),
         ([*good, "--val_images", "photos"], "--val_images: give --val_annotations too"),
         ([*good, "--val_share", "1.5"], "--val_share 1.5: give a share between 0 and 1"),
         ([*good, "--minutes", "0"], "--minutes 0: give a number above 0, 1,000,000 at most"),

@@ -56,6 +56,7 @@ def test_unlabeled_photos_are_told_apart_from_evaluation_photos(
         Image.fromarray(pixels).save(photos / "more photos" / f"new {number}.png")
     for file in sorted((photos / "photos").rglob("*.png")):
         (photos / "more photos" / f"copy of {file.name}").write_bytes(file.read_bytes())
+    (photos / "more photos" / "IMG.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     assert init.main(WITH_STAGE_1) == 0
     evaluated = [row["file_name"] for row in json.loads(Path("mine_val.json").read_text())["images"]]
     lists = {part: Path(f"mine_{part}.txt").read_text().splitlines() for part in ("unlabeled", "held_out")}
@@ -65,7 +66,10 @@ def test_unlabeled_photos_are_told_apart_from_evaluation_photos(
     assert not [name for name in names if name.startswith("copy of ")]
     assert len(evaluated) == 8
     out = capfd.readouterr().out
-    assert "more photos: 40 photos dropped: 32 copies of training photos (first: copy of " in out
+    assert (
+        "more photos: 41 photos dropped: 1 that cannot be read (.heic) (first: IMG.HEIC), 32 copies of training photos (first: copy of "
+        in out
+    )
     assert "8 copies of evaluation photos (first: copy of " in out
     data = yaml.safe_load(Path("mine.yaml").read_text())["stages"]["ssld"]["set"]["data"]
     assert data["val"] == {"path": "mine_held_out.txt", "root": "more photos"}

@@ -85,10 +85,11 @@ def test_values_that_follow_from_others_are_told_and_kept(config: Settings, caps
     config = changed(config, group=Group())
     run = RunDir(config, "test")
     run.use(config)
-    assert capsys.readouterr().out == ""
+    source = f"no recipe file; flags only; all settings are in {run.path / 'config.yaml'}\n"
+    assert capsys.readouterr().out == source
     run.use(changed(config, steps=7, group=Group(weight=0.25)))
     run.finish({})
-    assert capsys.readouterr().out == "settings that follow from others: steps 7, group.weight 0.25\n"
+    assert capsys.readouterr().out == f"{source}settings that follow from others: steps 7, group.weight 0.25\n"
     result = read_result(run.path)
     assert result is not None
     assert result["used"] == {"steps": 7, "group.weight": 0.25}

@@ -11,7 +11,7 @@ import yaml
 from ssld.shared.config.settings import parse_config
 from ssld.shared.errors import UserError
 from ssld.stage1_ssld import distill
-from ssld.stage1_ssld.config import DistillConfig
+from ssld.stage1_ssld.config import DistillConfig, TeachConfig
 from ssld.stage1_ssld.data.held_out import hold_out
 from ssld.stage1_ssld.data.sources import open_sources
 from ssld.stage1_ssld.data_config import SourceConfig
@@ -20,6 +20,14 @@ from ssld.stage1_ssld.data_config import SourceConfig
 def settings(*words: str) -> DistillConfig:
     given = ["--data.train", "x", "--student", "random:test_resnet", "--teacher", "timm:resnet18", "--output", "o"]
     return parse_config(DistillConfig, [*given, *words], program="distill.py")
+
+
+def test_the_network_of_teach_has_a_short_form_too() -> None:
+    words = ["--data.train", "x", "--steps", "2", "--batch_size", "2"]
+    rate = ["--optim.lr", "1", "--optim.reference_batch", "2"]
+    network = ["--model", "weights.safetensors", "--model.arch", "resnet18", "--output", "o"]
+    config = parse_config(TeachConfig, [*words, *rate, *network], program="teach.py")
+    assert (config.model.model, config.model.arch) == ("weights.safetensors", "resnet18")
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,8 @@ def test_pictures_that_cannot_be_read_are_named_and_left_out(
     counted = f"3 images dropped: 2 that cannot be read (.png) (first: 0.png), {raw}"
     log = (run / "log.txt").read_text()
     assert counted in log
+    boxes = content(run / "result.json")["metrics"]
+    assert re.search(rf" in {boxes['images_with_boxes']} of 10 images: ", log)
     assert f"unreadable files are listed in {run / 'quarantine.txt'}" in log
     predictions = content(run / "predictions.json")
     names = {image["id"]: image["file_name"] for image in predictions["images"]}

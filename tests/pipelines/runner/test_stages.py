@@ -265,7 +265,11 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({"a": {"command": "teech"}}, {}, ["stages.a.command", "'teach'"]),
     ({"a": {"like": "b"}, "b": {"command": "teach"}}, {}, ["stages.a.like: b: no earlier stage"]),
     ({"a": {"command": "teach"}}, {"outptu": 1}, ["outptu: unknown key; did you mean 'output'?"]),
-    ({"a": {"command": "teach"}}, {"table": {"rows": {"x": {"classifier": "aa"}}}}, ["table: aa: no such stage"]),
+    (
+        {"a": {"command": "teach"}},
+        {"table": {"rows": {"x": {"classifier": "aa"}}}},
+        ["table.rows.x.classifier: aa: no such stage; did you mean 'a'?"],
+    ),
     ({"a": {"command": "teach"}}, {"table": {"rows": {"x": {}}, "gain": ["x", "y"]}}, ["table.gain: y: no such row"]),
     ({"a": {"command": "teach", "set": {"stps": 2}}}, {}, ["stage a: --stps: unknown flag; did you mean '--steps'?"]),
     ({"a": {"command": "teach", "set": {"steps": 0}}}, {}, ["stage a: ", "steps: ", "at least 1"]),

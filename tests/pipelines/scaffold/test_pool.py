@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from ssld.pipelines.scaffold.pool import divide_pool, some_photos, unlisted
+from ssld.pipelines.scaffold.pool import divide_pool, some_photos, unlisted, unreadable_photos
 from ssld.shared.errors import UserError
 from ssld.shared.files import UNLISTED
 
@@ -43,6 +44,24 @@ def test_a_seeded_part_of_a_large_pool_is_held_out(photos: int, held_out: int, t
 
 def test_at_most_five_hundred(tmp_path: Path) -> None:
     assert len(divide_pool(folder_of(tmp_path / "pool", 10_400), [], [], seed=0).held_out) == 500
+
+
+def test_photos_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "pool", 0)
+    for number in range(3):
+        Image.new("L", (2, 2), number).save(folder / "deep" / f"{number}.png")
+    (folder / "empty.jpg").touch()
+    (folder / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    bad = unreadable_photos(str(folder))
+    pool = divide_pool(folder, [], [], seed=0, unreadable=bad)
+    assert pool.train == ["deep/0.png", "deep/1.png", "deep/2.png"]
+    assert pool.tally.describe() == (
+        "2 photos dropped: 1 that cannot be read (.heic) (first: IMG_1.HEIC), 1 that cannot be read (.jpg) (first: empty.jpg)"
+    )
+    with pytest.raises(
+        UserError, match=r"3 that cannot be read \(\.png\) .*; of 5 in all: convert them to JPEG or PNG first"
+    ):
+        divide_pool(folder, [], [], seed=0, unreadable=pool.train)
 
 
 def test_photos_that_no_list_can_hold_are_left_out_and_named(tmp_path: Path) -> None:

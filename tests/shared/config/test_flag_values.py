@@ -240,3 +240,27 @@ def test_a_number_is_no_name(key: str, value: float | bool) -> None:
             UserError, match=rf"^group\.{key}: is {json.dumps(value)} to YAML; put a text like that in quotes"
         ):
             flags(Settings, {"group": {key: one}})
+
+
+class _Evaluated(CommandConfig):
+    val: Source | None = None
+
+
+def test_a_text_for_a_group_goes_with_settings_of_the_group() -> None:
+    """The text was dropped, and `val.path` reported as missing."""
+    words = ["--output", "o", "--val", "photos", "--val.root", "below"]
+    for line in (words, [*words[:2], *words[4:], *words[2:4]]):
+        config = parse_config(_Evaluated, line, program="evaluate")
+        assert dump(config)["val"] == {"path": "photos", "root": "below"}
+    config = parse_config(_Evaluated, [*words, "--val.path", "others"], program="evaluate")
+    assert dump(config)["val"] == {"path": "others", "root": "below"}
+
+
+def test_a_group_as_yaml_has_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "{path: photos, root: below}"
+    with pytest.raises(UserError, match=r"^val: \{path: photos, root: below\} is not JSON: .* give --val.NAME VALUE$"):
+        parse_config(_Evaluated, ["--output", "o", "--val", text], program="evaluate")
+    Path(text).mkdir()
+    config = parse_config(_Evaluated, ["--output", "o", "--val", text], program="evaluate")
+    assert dump(config)["val"] == {"path": text, "root": None}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ssld.shared.distributed import ranks
+from ssld.shared.errors import UserError
 
 
 @pytest.fixture
@@ -84,3 +85,21 @@ def test_sums_are_exact() -> None:
     exact = float(value[0].double()) * len(value)
     assert float(ranks.for_sums(value).sum()) == pytest.approx(exact, rel=1e-9)
     assert ranks.for_sums(value).dtype == torch.float64
+
+
+def test_a_mistake_on_the_main_rank_ends_every_rank(second_of_two: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broadcast(box: list[Any], src: int) -> None:
+        box[0] = "a: unknown key\nb: unknown key"
+
+    def fail() -> None:
+        raise UserError("a: unknown key", "b: unknown key")
+
+    monkeypatch.setattr(ranks.dist, "broadcast_object_list", broadcast)
+    with pytest.raises(UserError) as of_the_second:
+        ranks.on_main_rank(fail)
+    monkeypatch.setattr(ranks, "world_size", lambda: 1)
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
+    with pytest.raises(UserError) as of_the_main:
+        ranks.on_main_rank(fail)
+    assert str(of_the_second.value) == str(of_the_main.value) == "a: unknown key\nb: unknown key"
+    assert ranks.on_main_rank(lambda: 3) == 3

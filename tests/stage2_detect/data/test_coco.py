@@ -85,6 +85,9 @@ def test_evaluation_keeps_everything_as_it_is(read: Callable) -> None:
     assert len(data.images) == 3
     seven = data.images[1]
     assert seven.crowd_N.tolist() == [False, True, False]
+    assert data.tally.describe_kept() == "3 images, 4 boxes, 1 crowd region"  # 4 are scored
+    assert ": 3 images, 4 boxes, " in data.describe()
+    assert "1 crowd region kept, for scoring as COCO does" in data.describe()
     assert seven.file_boxes_N4.tolist() == [[1, 2, 3, 4], [0, 0, 8, 16], [-2, 10, 6, 10]]
     assert seven.boxes_N4.tolist()[2] == [-2, 10, 4, 20]
     assert data.images[0].file_boxes_N4[0, 0] == 2.00049

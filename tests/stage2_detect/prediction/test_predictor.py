@@ -67,6 +67,20 @@ def test_kinds_of_pictures_and_a_batch_of_unequal_ones(detector_file: Path, phot
     assert detector.predict([]) == []
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [("uint16", 257.0), ("float32", 1 / 255)])
+def test_a_deep_image_of_pil_has_the_detections_of_its_file(
+    detector_file: Path, photos: Path, tmp_path: Path, dtype: str, scale: float
+) -> None:
+    """PIL's own conversion of 16 bits, or of fractions, is white or black."""
+    gray_HW = np.array(Image.open(photos / "5.png").convert("L"))
+    file = tmp_path / "deep.tif"
+    Image.fromarray((gray_HW * scale).astype(dtype)).save(file)
+    detector = load_detector(detector_file)
+    (of_file,), (of_pil,) = (detector.predict([one], score_threshold=0.05) for one in (file, Image.open(file)))
+    assert len(of_file)
+    np.testing.assert_array_equal(of_pil.boxes_N4, of_file.boxes_N4)
+
+
 def test_objects_are_drawn_as_the_command_draws_them(
     call: Call, predict_line: Any, detector_file: Path, photos: Path, tmp_path: Path
 ) -> None:
