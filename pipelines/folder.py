@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ssld.pipelines.config import ROOT
-from ssld.shared.files import is_pattern
+from ssld.shared.files import is_pattern, user_cache
 
 _left: list[Path] = []  # the folders that `inside` has left, the user's first
 
@@ -85,6 +85,8 @@ def exists_for_user(text: str) -> bool:
 
 def missing_text(path: Path) -> str:
     """Return the words on a path of a pipeline that does not exist, with advice if it exists in the user's folder."""
+    if path.is_relative_to(user_cache()):
+        return f"{path}: no such file or folder; it was made from other files and has been deleted from the cache: the same ssld init, with another --output, makes it again"
     if not _left or path.is_absolute():
         return f"{path}: no such file or folder"
     text = f"{path} does not exist (paths in a pipeline are relative to its folder, {shown(Path())})"

@@ -10,7 +10,7 @@ import yaml
 
 from ssld.pipelines import doctor, init, report
 from ssld.pipelines.checks import data as checked_data
-from ssld.pipelines.folder import folder_of, inside, left_behind, rebased, rebased_value, shown
+from ssld.pipelines.folder import folder_of, inside, left_behind, missing_text, rebased, rebased_value, shown
 from ssld.pipelines.inspecting import inspect_text
 from ssld.pipelines.run import main
 from ssld.pipelines.runner.stages import ROOT, build_stages, read_pipeline
@@ -376,3 +376,13 @@ def test_init_writes_paths_for_the_folder_of_its_file(photos: Path, capfd: Any) 
     Path("deep/sub/mine.yaml").rename("deep/sub/other.yaml")
     assert init.main(line) == 2
     assert "deep/sub/runs/mine: has runs of another pipeline" in capfd.readouterr().err
+
+
+def test_an_input_that_was_deleted_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = tmp_path / "ssld" / "data" / "0123" / "images"
+    assert missing_text(path) == (
+        f"{path}: no such file or folder; it was made from other files and has been deleted from the cache: "
+        "the same ssld init, with another --output, makes it again"
+    )
+    assert missing_text(tmp_path / "images") == f"{tmp_path / 'images'}: no such file or folder"
