@@ -92,7 +92,7 @@ def read_value(
 ) -> Any:
     """Return the value that the text of a flag stands for.
 
-    The name of an existing file or folder is a path, whatever it looks like: `[old]`, `a,b`. Only `null` is None where the setting may be that: a stray
+    The name of an existing file or folder is a path, whatever it looks like: `[old]`, `a,b`. Only `null` is None where a setting may be that: a stray
     file of this name does not change what a pipeline has written.
 
     Args:

@@ -39,6 +39,7 @@ _WRAPPERS = (
 )
 _DEEPEST = 4
 _COUNTER = "num_batches_tracked"  # of BatchNorm, which older files lack; nothing reads it
+_ZERO = 0.1  # largest share of matrices of zeros: trained ones are rare, and heads, which start like that, do not count
 # Of BatchNorm; finite, like trained parameters. Other buffers, such as masks, need not be.
 _STATISTICS = ("running_mean", "running_var")
 
@@ -137,8 +138,8 @@ def fit(
         convert_first: run timm's conversion before the plain comparison, as for the weights that timm offers itself.
 
     Raises:
-        UserError: a tensor of the network is missing, has another shape or type or is not finite, or one of the file is unknown to it; `args` that
-            the network does not have; weights that fit below several prefixes.
+        UserError: a tensor of the network is missing, has another shape or type or is not finite, or one of the file is unknown to it; matrices of
+            zeros; `args` that the network does not have; weights that fit below several prefixes.
     """
     odd = next((name for name in tensors if not name.isprintable()), None)
     if odd is not None:
@@ -222,9 +223,7 @@ class _Target:
         weight = tensors.get(f"{self._head}.weight")
         notes: list[str] = []
         if weight is None:  # what is left of a head of another kind, as of self-supervised training
-            rest = [
-                name for name in tensors if name.startswith(f"{self._head}.") and name not in self._net(0).state_dict()
-            ]
+            rest = [name for name in tensors if self._in_head(name) and name not in self._net(0).state_dict()]
             tensors = {name: tensor for name, tensor in tensors.items() if name not in rest}
             notes += [f"{count(len(rest), 'tensor')} of another head left out (first: {rest[0]})"] if rest else []
         elif offset and weight.ndim and len(weight) > offset:  # a background class that timm does without
@@ -267,7 +266,19 @@ class _Target:
                 f"{self._source}: {count(len(broken), 'tensor')} with values that are not finite, first {broken[0]}; "
                 "the file is damaged, or its training diverged"
             )
+        matrices = [
+            name for name in learnt if name.endswith(".weight") and tensors[name].ndim > 1 and not self._in_head(name)
+        ]
+        zero = [name for name in expected if name in matrices and not bool(tensors[name].any())]
+        if len(zero) > _ZERO * len(matrices):
+            raise UserError(
+                f"{self._source}: {len(zero)} of {len(matrices)} weight matrices hold only zeros, first {zero[0]}; the file is damaged, like an "
+                "unfinished download whose space was reserved; download it again"
+            )
         return Fitted({name: tensors[name] for name in expected}, classes, notes)
+
+    def _in_head(self, name: str) -> bool:
+        return name.startswith(f"{self._head}.")
 
     def _converted(self, tensors: Tensors) -> Tensors | None:
         """Convert the tensors by timm; None where timm has no conversion for this network, or where it fails."""

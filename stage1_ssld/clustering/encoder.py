@@ -22,6 +22,7 @@ from ssld.shared.models.backbones import (
     place,
     save_backbone,
 )
+from ssld.shared.models.constant_outputs import refuse_constant, two_images
 from ssld.shared.models.model_file import content_hash
 from ssld.shared.models.references import parse_reference
 from ssld.shared.models.teacher import embed, reset_head
@@ -43,7 +44,8 @@ class Encoder:
 
     Raises:
         UserError: as `parse_reference` and `create_classifier`; an input size or pooling that the network does not support; a network whose
-            classifier is not one linear layer on its pooled features, or that timm cannot rebuild from its name and arguments.
+            classifier is not one linear layer on its pooled features, or that timm cannot rebuild from its name and arguments; one that gives the
+            same features for every image.
     """
 
     def __init__(self, config: PrototypesConfig, device: torch.device) -> None:
@@ -70,6 +72,10 @@ class Encoder:
         self.width = int(net.get_classifier().in_features)
         self._classifier = place(classifier, device, channels_last=config.channels_last)
         self._device, self._dtype, self._precision = device, DTYPES[config.precision], config.precision
+        if self._reference.pretrained:
+            with torch.no_grad():
+                outputs_2D = embed(self._classifier, two_images(self.size, self.size, device))
+            refuse_constant(outputs_2D, f"encoder.model: {self._reference.text}")
 
     def settings(self) -> dict[str, Any]:
         """Return what its features depend on: its weights, side of the views in pixels, mean and std (0..1 per channel)."""

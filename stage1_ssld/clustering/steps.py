@@ -128,9 +128,10 @@ def _count(config: PrototypesConfig, images: int) -> int:
     """Number of prototypes. Raises UserError if the images or the perplexity do not allow it."""
     number = config.prototypes or prototypes_for(images)
     if number > images:
-        if config.prototypes is None:
+        if config.prototypes is None or images < 2:
+            fewer = f", or set prototypes to at most {images}" if images > 1 else ""
             raise UserError(
-                f"pool: {count(images, 'image')} for {number} prototypes; give more images, or set prototypes"
+                f"pool: {count(images, 'image')} for {number} prototypes, which need an image each at least; give more images{fewer}"
             )
         raise UserError(
             f"prototypes: {number} are more than the {count(images, 'image')} of the pool; give fewer, or more images"

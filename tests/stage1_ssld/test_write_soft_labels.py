@@ -75,6 +75,7 @@ def test_a_store_and_what_it_says(
         "kept_probability": pytest.approx(1, abs=2e-3),
     }
     assert f"{100 * metrics['first_probability']:.1f} % of the probability in the most likely class" in out
+    assert f"entropy {metrics['entropy']:.3f} nats on average\n" in out
     assert call(main, arguments(settings)) == 0
     assert capsys.readouterr().out == f"{run}: this run is finished; nothing to do\n"
 
@@ -93,6 +94,13 @@ def test_soft_labels_do_not_depend_on_files_batches_and_processes(
     )
     np.testing.assert_array_equal(one["classes"], two["classes"])
     np.testing.assert_allclose(one["log_probs"], two["log_probs"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_entropy_is_a_least_one_where_classes_are_left_out(
+    arguments: Any, settings: dict[str, Any], call: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(main, arguments(settings | {"top": 2})) == 0
+    assert " nats on average or more: the other classes count as one\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -125,6 +125,23 @@ def test_what_does_not_load_whole_is_refused(content: Callable[[Tensors], Any], 
         assert "\n" not in str(caught.value)
 
 
+def test_a_download_that_reserved_its_space_and_stopped(tmp_path: Path) -> None:
+    """The header of the file is whole, and zeros stand where tensors would. A new head, or a dead layer, is no damage."""
+    tensors = network().state_dict()
+    file, whole = tmp_path / "w.safetensors", sum(tensor.nbytes for tensor in tensors.values())
+    for share in (0.5, 0.0):
+        save_file(tensors, file)
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) - int((1 - share) * whole)].ljust(len(content), b"\0"))
+        for use in (create_classifier, create_body):
+            with pytest.raises(UserError, match=r"weight matrices hold only zeros, first .*; download it again$"):
+                use(parse_reference(str(file), ARCH))
+    tensors["fc.weight"].zero_()
+    tensors["layer1.0.conv1.weight"].zero_()
+    save_file(tensors, file)
+    create_classifier(parse_reference(str(file), ARCH))
+
+
 def test_a_larger_network_is_not_taken_for_a_smaller_one(tmp_path: Path) -> None:
     """Every tensor of a resnet18 has its place in a resnet34, in its shape."""
     torch.save(network("resnet34").state_dict(), tmp_path / "w.pth")
