@@ -38,14 +38,11 @@ _WRAPPERS = (
     "module",
 )
 _DEEPEST = 4
+_EMPTY = ("meta, without values", "sparse")  # of tensors that cannot be copied into a network
 _COUNTER = "num_batches_tracked"  # of BatchNorm, which older files lack; nothing reads it
 _ZERO = 0.1  # largest share of matrices of zeros: trained ones are rare, and heads, which start like that, do not count
 # Of BatchNorm; finite, like trained parameters. Other buffers, such as masks, need not be.
 _STATISTICS = ("running_mean", "running_var")
-
-
-class OtherObjects(UserError):
-    """A sound pickle that holds more than plain tensors, such as objects of the project that wrote it."""
 
 
 def read_state_dict(path: Path) -> tuple[Tensors, str]:
@@ -73,14 +70,21 @@ def read_state_dict(path: Path) -> tuple[Tensors, str]:
             if asked
             else "the pickle is damaged, or holds other objects than tensors"
         )
-        kind = OtherObjects if asked else UserError
-        raise kind(f"{path}: cannot be read as a plain state dict of tensors ({why})") from None
+        keep = f"torch.save({{'state_dict': torch.load('{path.name}', map_location='cpu', weights_only=False)['state_dict']}}, 'weights.pth')"
+        advice = (
+            f'; where you trust it, keep its weights alone, in an environment that has its project: python -c "import torch; {keep}"'
+            if asked
+            else ""
+        )
+        raise UserError(f"{path}: cannot be read as a plain state dict of tensors ({why}){advice}") from None
     return _unwrapped(content, path, "")
 
 
 def _unwrapped(content: Any, path: Path, where: str) -> tuple[Tensors, str]:
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict of tensors by name")
+    if content.keys() == {"state", "param_groups"}:
+        raise UserError(f"{path}: holds the state of an optimizer, not a network; give the file of the network")
     inner = {
         str(key): value for key, value in content.items() if isinstance(value, Mapping) and "optim" not in str(key)
     }
@@ -214,6 +218,8 @@ class _Target:
                 continue
             own = convert_first and (converted or self._convert is None)
             result = self._compare(candidate, self._offset if own else 0)
+            if isinstance(result, Fitted) and converted and not convert_first:
+                result = _resampled(tensors, result)
             if isinstance(result, Fitted):
                 return result
             faults.append(result)
@@ -246,9 +252,9 @@ class _Target:
             if tensors[name].shape != expected[name].shape
         ]
         kinds = [
-            f"{name} of type {tensors[name].dtype}"
+            f"{name} of type {_kind(tensors[name])}"
             for name in both
-            if expected[name].is_floating_point() != _is_float(tensors[name])
+            if expected[name].is_floating_point() != _is_float(tensors[name]) or _kind(tensors[name]) in _EMPTY
         ]
         if missing or extra or other or kinds:
             counts = f"{len(missing)} missing, {len(extra)} unknown, {len(other)} of another shape"
@@ -306,6 +312,28 @@ class _Target:
             net.pretrained_model_args = self._trained_with
             self._nets[classes] = net
         return self._nets[classes]
+
+
+def _resampled(tensors: Tensors, fitted: Fitted) -> Fitted | _Fault:
+    """Name the tensors that timm's conversion has interpolated to other sizes; a fault for kernels, as of patches, which belong to another arch."""
+    resized = {
+        name: f"{name} {tuple(tensors[name].shape)} instead of {tuple(fitted.tensors[name].shape)}"
+        for name in fitted.tensors.keys() & tensors.keys()
+        if tensors[name].ndim > 1 and tensors[name].numel() != fitted.tensors[name].numel()
+    }
+    kernels = [text for name, text in resized.items() if fitted.tensors[name].ndim == 4 and name.endswith(".weight")]
+    if kernels:
+        return _Fault(len(kernels), f"0 missing, 0 unknown, {len(kernels)} of another shape: {kernels[0]}")
+    first = min(resized.values(), default="")
+    notes = [f"{count(len(resized), 'tensor')} interpolated to another size (first: {first})"] if resized else []
+    return replace(fitted, notes=[*fitted.notes, *notes])
+
+
+def _kind(tensor: Tensor) -> str:
+    """Name the type of a tensor's values; of one that is not a plain table of values, what it is."""
+    if tensor.is_meta:
+        return _EMPTY[0]
+    return str(tensor.dtype) if tensor.layout == torch.strided else _EMPTY[1]
 
 
 def _is_float(tensor: Tensor) -> bool:
