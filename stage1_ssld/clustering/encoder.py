@@ -41,6 +41,7 @@ class Encoder:
         width: number D of features.
         arch: timm name.
         facts: its reference, hash of its weights and number of classes.
+        loaded: a line about the source of its weights.
 
     Raises:
         UserError: as `parse_reference` and `create_classifier`; an input size or pooling that the network does not support; a network whose
@@ -53,6 +54,7 @@ class Encoder:
         torch.manual_seed(config.seed)  # random weights have to be the same on all ranks
         classifier, inputs = create_classifier(self._reference)
         net: Any = classifier.net
+        self.loaded = classifier.loaded
         self.facts = {
             "reference": self._reference.text,
             "content_sha256": content_hash(net.state_dict()),

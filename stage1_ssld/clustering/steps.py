@@ -75,7 +75,7 @@ def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
     run.compare_network("encoder", encoder.settings())
     compare_shards(run, pool=pool)
     left_out = f"; its {encoder.facts['classes']} classes are left out" if encoder.facts["classes"] else ""
-    run.log(f"encoder {encoder.facts['reference']} at {encoder.size} px{left_out}")
+    run.log(encoder.loaded, f"encoder {encoder.facts['reference']} at {encoder.size} px{left_out}")
 
     # ---- embeddings of the pool, shared among the ranks
     def embedded(piece: Piece) -> np.ndarray:

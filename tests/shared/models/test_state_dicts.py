@@ -136,7 +136,7 @@ def test_what_does_not_load_whole_is_refused(content: Callable[[Tensors], Any], 
 
 def test_sparse_tensors_are_named() -> None:
     tensors = network().state_dict()
-    with pytest.raises(UserError, match="1 of another type: fc.weight of type sparse"):
+    with pytest.raises(UserError, match=r"1 of another type: fc\.weight of type sparse"):
         fit(tensors | {"fc.weight": tensors["fc.weight"].to_sparse()}, ARCH, {}, "w.pth")
 
 
