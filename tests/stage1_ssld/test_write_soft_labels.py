@@ -362,7 +362,7 @@ def test_a_teacher_that_knows_nothing_is_refused_and_may_be_changed(
 ) -> None:
     """A constant prediction is right for a third of the images. The same folder accepts the right teacher afterwards."""
     monkeypatch.setattr(teacher_module, "ENOUGH", 30)
-    settings["teacher"] = {"model": untrained(tmp_path / "bad.safetensors", lambda net: net.fc.weight.zero_())}
+    settings["teacher"] = {"model": untrained(tmp_path / "bad.safetensors", lambda net: net.fc.bias[0].fill_(50))}
     line = user_error(main, arguments(settings))
     assert line.startswith(f"{tmp_path / 'bad.safetensors'}: accuracy 33.3 % on 30 images of ")
     assert "no better than guessing" in line
@@ -371,9 +371,11 @@ def test_a_teacher_that_knows_nothing_is_refused_and_may_be_changed(
 
 
 def test_a_teacher_whose_logits_are_not_finite(
-    arguments: Any, settings: dict[str, Any], user_error: Any, tmp_path: Path
+    arguments: Any, settings: dict[str, Any], user_error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of all images, which is seen at once, or of some."""
     model = untrained(tmp_path / "bad.safetensors", lambda net: net.fc.weight.fill_(3e38))
-    assert user_error(main, arguments(settings | {"teacher": {"model": model, "check_images": 0}})).startswith(
-        "teacher: its logits are not finite"
-    )
+    words = arguments(settings | {"teacher": {"model": model, "check_images": 0}})
+    assert user_error(main, words).startswith(f"{model}: its outputs are NaN or infinite for every image")
+    monkeypatch.setattr("ssld.shared.models.teacher.refuse_constant", lambda *_: None)
+    assert user_error(main, words).startswith("teacher: its logits are not finite")

@@ -71,7 +71,7 @@ def test_a_teacher_that_sees_nothing_is_refused(teacher_detector: Path, tiny_coc
     """Also where no image checks its AP."""
     model = load_detector(teacher_detector).model
     assert isinstance(model, RCNN)
-    torch.nn.init.zeros_(model.roi_heads.heads[0].logits.weight)
+    torch.nn.init.zeros_(model.get_parameter("roi_heads.heads.0.logits.weight"))
     names = ["tall", "wide"]
     data = read_coco(tiny_coco.train_annotations, tiny_coco.train_images, training=True, class_names=names)
     file = write_teacher(tmp_path / "blind.safetensors", model, data)
