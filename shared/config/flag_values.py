@@ -40,6 +40,8 @@ class _Shape(NamedTuple):
     """the items of the list may be paths"""
     words: bool
     """values and items are text or paths, and neither numbers nor switches"""
+    null: bool
+    """the setting may be None"""
 
 
 def flags(config_type: type[BaseModel], values: Mapping[str, Any]) -> list[str]:
@@ -92,7 +94,8 @@ def read_value(
 ) -> Any:
     """Return the value that the text of a flag stands for.
 
-    The name of an existing file or folder is a path, whatever it looks like: `[old]`, `a,b`.
+    The name of an existing file or folder is a path, whatever it looks like: `[old]`, `a,b`. Only `null` is None where a setting may be that: a stray
+    file of this name does not change what a pipeline has written.
 
     Args:
         key: dotted key of the setting.
@@ -102,6 +105,8 @@ def read_value(
         UserError: it is nested too deeply, or a group that is not JSON.
     """
     shape = _shape(config_type, key)
+    if shape.null and text.strip() == "null":
+        return None
     try:
         if shape.list:
             return _read_list(text, shape, exists)
@@ -237,6 +242,7 @@ def _shape(config_type: type[BaseModel], key: str) -> _Shape:
         texts=bool(models or kinds & {str, Path}),
         paths=Path in kinds or any(not {"path", "model"}.isdisjoint(model.model_fields) for model in models),
         words=bool(every) and every.isdisjoint({int, float, bool, Any}),
+        null=type(None) in annotations,
     )
 
 

@@ -1,7 +1,8 @@
 """timm models by reference, as classifiers and as pyramid bodies, and the backbone file that links the two stages.
 
 Every reference (`references.py`) is handled in the same way: weights are read from their file, renamed to the network and compared with all of it
-(`state_dicts.py`). The metadata of a name, folder or file are kept: mean, std, class names, arguments of the network.
+(`state_dicts.py`). The metadata of a name, folder or file are kept: mean, std, class names, arguments of the network. Of a file without metadata is
+said what was assumed (`twins.py`).
 """
 
 import logging
@@ -24,7 +25,9 @@ from ssld.shared.models.downloads import require_downloads
 from ssld.shared.models.model_file import content_hash, save_model_file
 from ssld.shared.models.references import ModelReference, is_encoder, no_classes, parse_reference
 from ssld.shared.models.state_dicts import Fitted, create, fit, read_state_dict
+from ssld.shared.models.twins import twins
 from ssld.shared.terminal import say
+from ssld.shared.wording import some
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -231,7 +234,22 @@ def _weights(reference: ModelReference, args: Mapping[str, Any]) -> Fitted | Non
         trained_with=network_args(reference, None),
         convert_first=reference.foreign,
     )
-    return Fitted(fitted.tensors, fitted.classes, [*([f"read from {where!r}"] if where else []), *fitted.notes])
+    notes = [*([f"read from {where!r}"] if where else []), *fitted.notes, *_assumed(reference, fitted.classes)]
+    return Fitted(fitted.tensors, fitted.classes, notes)
+
+
+def _assumed(reference: ModelReference, classes: int) -> Iterator[str]:
+    """Yield what a file without metadata leaves open, and what was taken: nothing in its tensors shows a mistake."""
+    if reference.metadata.get("arch"):
+        return
+    cfg: Any = get_pretrained_cfg(reference.arch)
+    yield f"mean {_three(cfg.mean)} and std {_three(cfg.std)} are timm's for {reference.arch}, the file names none"
+    if others := twins(reference.arch, classes):
+        yield f"warning: its tensors fit {some(others)} as well, which computes otherwise; give that name as arch if the weights are of it"
+
+
+def _three(values: Sequence[float]) -> str:
+    return "/".join(f"{value:g}" for value in values)
 
 
 def _loaded_line(reference: ModelReference, fitted: Fitted | None, notes: list[str]) -> str:

@@ -1,4 +1,5 @@
-"""Files of weights that are none: cut short, empty, a web page, a pointer or a packed file under their name, a zip file of something else.
+"""Files of weights that are none: cut short, empty, a web page, a pointer, a packed file or another format under their name, a zip file of something
+else.
 
 Such files come from broken downloads and copies. Their content is looked at before they are read, since the readers' own errors tell of formats.
 """
@@ -48,6 +49,10 @@ def refuse_damaged(path: Path) -> None:
         )
     if kind := _text_kind(start):
         raise UserError(f"{path}: is a {kind} ({size}), not weights; give the file of weights, or download it again")
+    if kind := _other_format(start):
+        raise UserError(
+            f"{path}: is {kind} ({size}), not a state dict of torch; give the file of weights that it was made from"
+        )
     kind = _packed_kind(start)
     if kind == "zip":  # as torch's own files are
         _refuse_zip(path)
@@ -84,6 +89,16 @@ def _text_kind(start: bytes) -> str | None:
         byte >= 32 and byte != 127 if encoding else 32 <= byte < 127 for byte in start.translate(None, b"\r\n\t")
     )
     return "text file" if text.startswith(b"{") and readable else None
+
+
+def _other_format(start: bytes) -> str | None:
+    """Name a format of other programs; None for a file of safetensors, whose length may begin with the same bytes."""
+    if start[8:9] == b"{":
+        return None
+    if start.startswith(b"\x89HDF\r\n\x1a\n"):
+        return "an HDF5 file, as of Keras"
+    # onnx.proto: ir_version is field 1, and one of producer_name, producer_version, graph and opset_import follows.
+    return "an ONNX file" if start[:1] == b"\x08" and 0 < start[1] < 32 and start[2:3] in b"\x12\x1a\x3a\x42" else None
 
 
 def _packed_kind(start: bytes) -> str | None:
@@ -125,6 +140,11 @@ def _refuse_zip(path: Path) -> None:
             names = archive.namelist()
     except Exception:  # a directory of garbage may fail in any way
         raise UserError(incomplete(path)) from None
+    if any(name.endswith("/constants.pkl") for name in names):
+        keep = f"torch.save(torch.jit.load('{path.name}').state_dict(), 'weights.pth')"
+        raise UserError(
+            f'{path}: is a TorchScript program, not a state dict; keep its weights alone: python -c "import torch; {keep}"'
+        )
     if not any(name.endswith(".pkl") for name in names):
         raise UserError(
             f"{path}: is a zip file of {some(names) or 'nothing'}, not of torch; unpack it, and give the file of weights inside"

@@ -21,6 +21,7 @@ from ssld.shared.models.downloads import PICKLE_SUFFIXES, WEIGHT_FILES, Remote, 
 from ssld.shared.models.metadata import folder_facts, read_config
 from ssld.shared.models.model_file import is_pickle, read_metadata
 from ssld.shared.models.timm_names import known_arch
+from ssld.shared.wording import count
 
 _OFF = "is a pickle, which can run code when opened; a .safetensors file is needed"
 
@@ -57,7 +58,8 @@ class ModelReference:
 
 def no_classes(text: str, classes: int = 0) -> str:
     """Return the message on a teacher whose network has too few classes."""
-    return f"{text}: has {classes} classes, a teacher needs several; run `ssld prototypes` first, which makes a teacher of an encoder without classes"
+    has = count(classes, "class")
+    return f"{text}: has {has}, a teacher needs several; run `ssld prototypes` first, which makes a teacher of an encoder without classes"
 
 
 def is_encoder(text: str) -> bool:

@@ -38,13 +38,11 @@ _WRAPPERS = (
     "module",
 )
 _DEEPEST = 4
+_EMPTY = ("meta, without values", "sparse")  # of tensors that cannot be copied into a network
 _COUNTER = "num_batches_tracked"  # of BatchNorm, which older files lack; nothing reads it
+_ZERO = 0.1  # largest share of matrices of zeros: trained ones are rare, and heads, which start like that, do not count
 # Of BatchNorm; finite, like trained parameters. Other buffers, such as masks, need not be.
 _STATISTICS = ("running_mean", "running_var")
-
-
-class OtherObjects(UserError):
-    """A sound pickle that holds more than plain tensors, such as objects of the project that wrote it."""
 
 
 def read_state_dict(path: Path) -> tuple[Tensors, str]:
@@ -72,14 +70,21 @@ def read_state_dict(path: Path) -> tuple[Tensors, str]:
             if asked
             else "the pickle is damaged, or holds other objects than tensors"
         )
-        kind = OtherObjects if asked else UserError
-        raise kind(f"{path}: cannot be read as a plain state dict of tensors ({why})") from None
+        keep = f"torch.save({{'state_dict': torch.load('{path.name}', map_location='cpu', weights_only=False)['state_dict']}}, 'weights.pth')"
+        advice = (
+            f'; where you trust it, keep its weights alone, in an environment that has its project: python -c "import torch; {keep}"'
+            if asked
+            else ""
+        )
+        raise UserError(f"{path}: cannot be read as a plain state dict of tensors ({why}){advice}") from None
     return _unwrapped(content, path, "")
 
 
 def _unwrapped(content: Any, path: Path, where: str) -> tuple[Tensors, str]:
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict of tensors by name")
+    if content.keys() == {"state", "param_groups"}:
+        raise UserError(f"{path}: holds the state of an optimizer, not a network; give the file of the network")
     inner = {
         str(key): value for key, value in content.items() if isinstance(value, Mapping) and "optim" not in str(key)
     }
@@ -137,8 +142,8 @@ def fit(
         convert_first: run timm's conversion before the plain comparison, as for the weights that timm offers itself.
 
     Raises:
-        UserError: a tensor of the network is missing, has another shape or type or is not finite, or one of the file is unknown to it; `args` that
-            the network does not have; weights that fit below several prefixes.
+        UserError: a tensor of the network is missing, has another shape or type or is not finite, or one of the file is unknown to it; matrices of
+            zeros; `args` that the network does not have; weights that fit below several prefixes.
     """
     odd = next((name for name in tensors if not name.isprintable()), None)
     if odd is not None:
@@ -213,6 +218,8 @@ class _Target:
                 continue
             own = convert_first and (converted or self._convert is None)
             result = self._compare(candidate, self._offset if own else 0)
+            if isinstance(result, Fitted) and converted and not convert_first:
+                result = _resampled(tensors, result)
             if isinstance(result, Fitted):
                 return result
             faults.append(result)
@@ -222,9 +229,7 @@ class _Target:
         weight = tensors.get(f"{self._head}.weight")
         notes: list[str] = []
         if weight is None:  # what is left of a head of another kind, as of self-supervised training
-            rest = [
-                name for name in tensors if name.startswith(f"{self._head}.") and name not in self._net(0).state_dict()
-            ]
+            rest = [name for name in tensors if self._in_head(name) and name not in self._net(0).state_dict()]
             tensors = {name: tensor for name, tensor in tensors.items() if name not in rest}
             notes += [f"{count(len(rest), 'tensor')} of another head left out (first: {rest[0]})"] if rest else []
         elif offset and weight.ndim and len(weight) > offset:  # a background class that timm does without
@@ -247,9 +252,9 @@ class _Target:
             if tensors[name].shape != expected[name].shape
         ]
         kinds = [
-            f"{name} of type {tensors[name].dtype}"
+            f"{name} of type {_kind(tensors[name])}"
             for name in both
-            if expected[name].is_floating_point() != _is_float(tensors[name])
+            if expected[name].is_floating_point() != _is_float(tensors[name]) or _kind(tensors[name]) in _EMPTY
         ]
         if missing or extra or other or kinds:
             counts = f"{len(missing)} missing, {len(extra)} unknown, {len(other)} of another shape"
@@ -267,7 +272,19 @@ class _Target:
                 f"{self._source}: {count(len(broken), 'tensor')} with values that are not finite, first {broken[0]}; "
                 "the file is damaged, or its training diverged"
             )
+        matrices = [
+            name for name in learnt if name.endswith(".weight") and tensors[name].ndim > 1 and not self._in_head(name)
+        ]
+        zero = [name for name in expected if name in matrices and not bool(tensors[name].any())]
+        if len(zero) > _ZERO * len(matrices):
+            raise UserError(
+                f"{self._source}: {len(zero)} of {len(matrices)} weight matrices hold only zeros, first {zero[0]}; the file is damaged, like an "
+                "unfinished download whose space was reserved; download it again"
+            )
         return Fitted({name: tensors[name] for name in expected}, classes, notes)
+
+    def _in_head(self, name: str) -> bool:
+        return name.startswith(f"{self._head}.")
 
     def _converted(self, tensors: Tensors) -> Tensors | None:
         """Convert the tensors by timm; None where timm has no conversion for this network, or where it fails."""
@@ -295,6 +312,28 @@ class _Target:
             net.pretrained_model_args = self._trained_with
             self._nets[classes] = net
         return self._nets[classes]
+
+
+def _resampled(tensors: Tensors, fitted: Fitted) -> Fitted | _Fault:
+    """Name the tensors that timm's conversion has interpolated to other sizes; a fault for kernels, as of patches, which belong to another arch."""
+    resized = {
+        name: f"{name} {tuple(tensors[name].shape)} instead of {tuple(fitted.tensors[name].shape)}"
+        for name in fitted.tensors.keys() & tensors.keys()
+        if tensors[name].ndim > 1 and tensors[name].numel() != fitted.tensors[name].numel()
+    }
+    kernels = [text for name, text in resized.items() if fitted.tensors[name].ndim == 4 and name.endswith(".weight")]
+    if kernels:
+        return _Fault(len(kernels), f"0 missing, 0 unknown, {len(kernels)} of another shape: {kernels[0]}")
+    first = min(resized.values(), default="")
+    notes = [f"{count(len(resized), 'tensor')} interpolated to another size (first: {first})"] if resized else []
+    return replace(fitted, notes=[*fitted.notes, *notes])
+
+
+def _kind(tensor: Tensor) -> str:
+    """Name the type of a tensor's values; of one that is not a plain table of values, what it is."""
+    if tensor.is_meta:
+        return _EMPTY[0]
+    return str(tensor.dtype) if tensor.layout == torch.strided else _EMPTY[1]
 
 
 def _is_float(tensor: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ssld.shared.errors import UserError
 from ssld.shared.images import seeded_torch
 from ssld.shared.models.backbones import Classifier, create_classifier, licence, place
+from ssld.shared.models.constant_outputs import refuse_constant, two_images
 from ssld.shared.models.folding import fold_batchnorm as fold
 from ssld.shared.models.model_file import content_hash
 from ssld.shared.models.references import ModelReference, no_classes, parse_reference
@@ -66,7 +67,8 @@ class FrozenTeacher:
 
     Raises:
         UserError: as `parse_reference` and `create_classifier`; `batchnorm="batch"` without any BatchNorm; no classes where they are needed; a
-            pooling that the network does not have, or that its classes were not trained on.
+            pooling that the network does not have, or that its classes were not trained on; weights with which it gives the same outputs for
+            every image.
     """
 
     def __init__(
@@ -115,6 +117,10 @@ class FrozenTeacher:
                 self.loaded.append(f"{reference}: BatchNorm stays, which costs some speed: {reason}")
         self._classifier = place(classifier, device, channels_last=channels_last)
         self.device, self._dtype = torch.device(device), dtype
+        if self.reference.pretrained:
+            with torch.no_grad():
+                images = two_images(*(self.size or inputs.size), device)
+                refuse_constant(classifier(images) if classes else embed(classifier, images), reference)
         self._order: Tensor | None = None
         self._forward_features: Callable[[Tensor], Any] | None = None  # compiled
         self._norms = [module for module in classifier.modules() if isinstance(module, _BatchNorm)]

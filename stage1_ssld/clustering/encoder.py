@@ -22,6 +22,7 @@ from ssld.shared.models.backbones import (
     place,
     save_backbone,
 )
+from ssld.shared.models.constant_outputs import refuse_constant, two_images
 from ssld.shared.models.model_file import content_hash
 from ssld.shared.models.references import parse_reference
 from ssld.shared.models.teacher import embed, reset_head
@@ -40,10 +41,12 @@ class Encoder:
         width: number D of features.
         arch: timm name.
         facts: its reference, hash of its weights and number of classes.
+        loaded: a line about the source of its weights.
 
     Raises:
         UserError: as `parse_reference` and `create_classifier`; an input size or pooling that the network does not support; a network whose
-            classifier is not one linear layer on its pooled features, or that timm cannot rebuild from its name and arguments.
+            classifier is not one linear layer on its pooled features, or that timm cannot rebuild from its name and arguments; one that gives the
+            same features for every image.
     """
 
     def __init__(self, config: PrototypesConfig, device: torch.device) -> None:
@@ -51,6 +54,7 @@ class Encoder:
         torch.manual_seed(config.seed)  # random weights have to be the same on all ranks
         classifier, inputs = create_classifier(self._reference)
         net: Any = classifier.net
+        self.loaded = classifier.loaded
         self.facts = {
             "reference": self._reference.text,
             "content_sha256": content_hash(net.state_dict()),
@@ -70,6 +74,10 @@ class Encoder:
         self.width = int(net.get_classifier().in_features)
         self._classifier = place(classifier, device, channels_last=config.channels_last)
         self._device, self._dtype, self._precision = device, DTYPES[config.precision], config.precision
+        if self._reference.pretrained:
+            with torch.no_grad():
+                outputs_2D = embed(self._classifier, two_images(self.size, self.size, device))
+            refuse_constant(outputs_2D, f"encoder.model: {self._reference.text}")
 
     def settings(self) -> dict[str, Any]:
         """Return what its features depend on: its weights, side of the views in pixels, mean and std (0..1 per channel)."""

@@ -73,7 +73,7 @@ def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
     run.compare_network("encoder", encoder.settings())
     compare_shards(run, pool=pool)
     left_out = f"; its {encoder.facts['classes']} classes are left out" if encoder.facts["classes"] else ""
-    run.log(f"encoder {encoder.facts['reference']} at {encoder.size} px{left_out}")
+    run.log(encoder.loaded, f"encoder {encoder.facts['reference']} at {encoder.size} px{left_out}")
 
     # ---- embeddings of the pool, shared among the ranks
     def embedded(piece: Piece) -> np.ndarray:
@@ -125,9 +125,10 @@ def _count(config: PrototypesConfig, images: int) -> int:
     """Number of prototypes. Raises UserError if the images or the perplexity do not allow it."""
     number = config.prototypes or prototypes_for(images)
     if number > images:
-        if config.prototypes is None:
+        if config.prototypes is None or images < 2:
+            fewer = f", or set prototypes to at most {images}" if images > 1 else ""
             raise UserError(
-                f"pool: {count(images, 'image')} for {number} prototypes; give more images, or set prototypes"
+                f"pool: {count(images, 'image')} for {number} prototypes, which need an image each at least; give more images{fewer}"
             )
         raise UserError(
             f"prototypes: {number} are more than the {count(images, 'image')} of the pool; give fewer, or more images"

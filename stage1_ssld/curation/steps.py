@@ -76,6 +76,7 @@ def _curate(config: CurateConfig, run: RunDir, device: torch.device) -> None:
     teacher = _Teacher(config, device)
     compare_teacher(run, teacher.network, config.teacher, config.image_size)
     compare_shards(run, pool=pool, held_out=held_out)
+    run.log(*teacher.network.loaded)
 
     # ---- scores of the pool, hashes of the held-out images: shared among the ranks
     view = Reading(True, config.image_size, config.val_crop)

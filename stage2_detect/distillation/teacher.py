@@ -16,6 +16,7 @@ from ssld.shared.distributed.ranks import from_main_rank, rank
 from ssld.shared.errors import UserError
 from ssld.shared.files import spread
 from ssld.shared.models.backbones import place
+from ssld.shared.models.constant_outputs import refuse_constant, two_images
 from ssld.shared.wording import count
 from ssld.stage2_detect.data.coco import CocoData, Id
 from ssld.stage2_detect.data.sizing import Sizing
@@ -31,6 +32,8 @@ from ssld.stage2_detect.models.dense import DenseDetector, Outputs
 from ssld.stage2_detect.models.inference import for_inference
 from ssld.stage2_detect.models.rcnn import RCNN
 from ssld.stage2_detect.models.rpn import Proposals
+
+_SIDE = 128  # pixels; of images that show whether it sees anything
 
 
 class FrozenDetector:
@@ -90,7 +93,7 @@ def open_teacher(
     """Open the teacher in a detector file, for a student with these classes, in their order, and strides.
 
     Raises:
-        UserError: the file is no detector file, has other classes, or maps of other strides.
+        UserError: the file is no detector file, has other classes, or maps of other strides, or finds the same in every image.
     """
     loaded = load_named(path, "distill.teacher")
     strange = sorted(set(class_names) ^ set(loaded.class_names))
@@ -120,7 +123,21 @@ def open_teacher(
         "content_sha256": loaded.metadata.get("content_sha256"),
     }
     # Folded as for an evaluation: the same outputs up to rounding, in less time.
-    return FrozenDetector(place(for_inference(loaded.model), device, channels_last=channels_last), facts)
+    teacher = FrozenDetector(place(for_inference(loaded.model), device, channels_last=channels_last), facts)
+    _refuse_constant(teacher, path, device)
+    return teacher
+
+
+def _refuse_constant(teacher: FrozenDetector, path: Path, device: torch.device) -> None:
+    """Raise UserError where the class logits of two images are the same, whose AP need not have been measured."""
+    images = ImageBatch(two_images(_SIDE, _SIDE), torch.full((2, 2), _SIDE), torch.ones(2)).to(device)
+    maps = teacher.features(images)
+    if isinstance(teacher.model, DenseDetector):
+        logits = teacher.outputs(maps)[0]
+    else:
+        whole_214 = torch.tensor([0.0, 0.0, _SIDE, _SIDE], device=device).expand(2, 1, 4)
+        logits = teacher.classify(maps, whole_214, torch.ones(2, 1, dtype=torch.bool, device=device))
+    refuse_constant(logits, f"distill.teacher: {path}")
 
 
 class TeacherCheck:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ssld.shared.errors import UserError
 from ssld.shared.models.array_pickles import array_of, read_pickle
 from ssld.shared.models.model_file import is_pickle
-from ssld.shared.models.state_dicts import OtherObjects, read_state_dict
+from ssld.shared.models.state_dicts import read_state_dict
 from ssld.stage2_detect.foreign.detectron2_weights import is_detectron2
 from ssld.stage2_detect.foreign.fitting import Tensors
 from ssld.stage2_detect.foreign.mmdetection_weights import is_mmdetection
@@ -26,13 +26,7 @@ def read_foreign(file: Path) -> tuple[Tensors, dict[str, Any]]:
     """
     if file.suffix == ".pkl" and not zipfile.is_zipfile(file):
         return _arrays(file), {}
-    try:
-        tensors, _ = read_state_dict(file)
-    except OtherObjects as error:
-        keep = f"torch.save({{'state_dict': torch.load('{file.name}', map_location='cpu', weights_only=False)['state_dict']}}, 'weights.pth')"
-        raise UserError(
-            f'{error}; where you trust it, keep its weights alone, in an environment that has its project: python -c "import torch; {keep}"'
-        ) from None
+    tensors, _ = read_state_dict(file)
     return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}, _meta(file)
 
 

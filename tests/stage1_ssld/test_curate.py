@@ -183,6 +183,7 @@ def test_keeps_the_best_of_each_class_and_no_copy(
             assert drawn.width > 300
         assert len(np.unique(colors, axis=0)) > 20
     log = (run / "log.txt").read_text()
+    assert "safetensors: loaded " in log
     assert "near-duplicates dropped: 6 of validation images, 3 of training images, 6 of better ones" in log
     short = [row for row in table if int(row["kept"]) < 5]
     assert (f"{len(short)} of 3 classes have fewer than 5 images" in log) == bool(short)

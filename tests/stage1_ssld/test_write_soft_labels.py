@@ -75,6 +75,7 @@ def test_a_store_and_what_it_says(
         "kept_probability": pytest.approx(1, abs=2e-3),
     }
     assert f"{100 * metrics['first_probability']:.1f} % of the probability in the most likely class" in out
+    assert f"entropy {metrics['entropy']:.3f} nats on average\n" in out
     assert call(main, arguments(settings)) == 0
     assert capsys.readouterr().out == f"{run}: this run is finished; nothing to do\n"
 
@@ -93,6 +94,13 @@ def test_soft_labels_do_not_depend_on_files_batches_and_processes(
     )
     np.testing.assert_array_equal(one["classes"], two["classes"])
     np.testing.assert_allclose(one["log_probs"], two["log_probs"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_entropy_is_a_least_one_where_classes_are_left_out(
+    arguments: Any, settings: dict[str, Any], call: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(main, arguments(settings | {"top": 2})) == 0
+    assert " nats on average or more: the other classes count as one\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -354,7 +362,7 @@ def test_a_teacher_that_knows_nothing_is_refused_and_may_be_changed(
 ) -> None:
     """A constant prediction is right for a third of the images. The same folder accepts the right teacher afterwards."""
     monkeypatch.setattr(teacher_module, "ENOUGH", 30)
-    settings["teacher"] = {"model": untrained(tmp_path / "bad.safetensors", lambda net: net.fc.weight.zero_())}
+    settings["teacher"] = {"model": untrained(tmp_path / "bad.safetensors", lambda net: net.fc.bias[0].fill_(50))}
     line = user_error(main, arguments(settings))
     assert line.startswith(f"{tmp_path / 'bad.safetensors'}: accuracy 33.3 % on 30 images of ")
     assert "no better than guessing" in line
@@ -363,9 +371,11 @@ def test_a_teacher_that_knows_nothing_is_refused_and_may_be_changed(
 
 
 def test_a_teacher_whose_logits_are_not_finite(
-    arguments: Any, settings: dict[str, Any], user_error: Any, tmp_path: Path
+    arguments: Any, settings: dict[str, Any], user_error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of all images, which is seen at once, or of some."""
     model = untrained(tmp_path / "bad.safetensors", lambda net: net.fc.weight.fill_(3e38))
-    assert user_error(main, arguments(settings | {"teacher": {"model": model, "check_images": 0}})).startswith(
-        "teacher: its logits are not finite"
-    )
+    words = arguments(settings | {"teacher": {"model": model, "check_images": 0}})
+    assert user_error(main, words).startswith(f"{model}: its outputs are NaN or infinite for every image")
+    monkeypatch.setattr("ssld.shared.models.teacher.refuse_constant", lambda *_: None)
+    assert user_error(main, words).startswith("teacher: its logits are not finite")

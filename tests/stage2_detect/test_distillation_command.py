@@ -67,6 +67,19 @@ def test_a_teacher_answers_in_the_students_class_order_and_with_its_own_mean(tea
         open_teacher(teacher_detector, ["wide", "tall"], (8, 16), **options)
 
 
+def test_a_teacher_that_sees_nothing_is_refused(teacher_detector: Path, tiny_coco: Any, tmp_path: Path) -> None:
+    """Also where no image checks its AP."""
+    model = load_detector(teacher_detector).model
+    assert isinstance(model, RCNN)
+    torch.nn.init.zeros_(model.get_parameter("roi_heads.heads.0.logits.weight"))
+    names = ["tall", "wide"]
+    data = read_coco(tiny_coco.train_annotations, tiny_coco.train_images, training=True, class_names=names)
+    file = write_teacher(tmp_path / "blind.safetensors", model, data)
+    with pytest.raises(UserError) as caught:
+        open_teacher(file, ["wide", "tall"], (4, 8, 16, 32, 64), device=torch.device("cpu"), channels_last=False)
+    assert str(caught.value).startswith(f"distill.teacher: {file}: its outputs are the same for every image: ")
+
+
 # The command
 
 

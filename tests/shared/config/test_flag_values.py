@@ -184,11 +184,25 @@ def test_a_name_that_exists_is_a_path(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir()
     group = parsed(f"--group.either={name}", f"--group.sources={name}", f"--group.source.path={name}")
-    assert (group.either, [source.path for source in group.sources]) == ([Path(name)], [name])
+    assert [source.path for source in group.sources] == [name]
     assert group.source is not None
     assert group.source.path == ("./null" if name == "null" else name)
-    words = ["--model", "x", "--output", "o", "--annotations", "y.json", f"--images={name}"]
-    assert parse_config(EvaluateConfig, words, program="x").images == Path(name)
+    if name != "null":  # None, where a setting may be that
+        assert group.either == [Path(name)]
+        words = ["--model", "x", "--output", "o", "--annotations", "y.json", f"--images={name}"]
+        assert parse_config(EvaluateConfig, words, program="x").images == Path(name)
+
+
+def test_nothing_stays_nothing_beside_a_file_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline writes `null` for a setting that it switches off, and a mistyped `2>null` leaves such a file."""
+    monkeypatch.chdir(tmp_path)
+    Path("null").touch()
+    nothing = {"folder": None, "either": None, "name": None, "source": None, "on": None}
+    assert there_and_back(nothing) == dump(Group()) | nothing
+    for either in ("null", ["null"], ["null", "y"]):
+        assert there_and_back({"either": either})["either"] == ([either] if isinstance(either, str) else either)
+    data = {"train_annotations": "a.json", "train_images": "photos", "val_images": None}
+    assert read_value(TrainConfig, "data.val_images", flags(TrainConfig, {"data": data})[-1]) is None
 
 
 def test_the_caller_says_what_exists() -> None:

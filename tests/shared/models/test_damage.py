@@ -71,6 +71,27 @@ def test_what_stands_in_the_place_of_weights(name: str, tmp_path: Path) -> None:
     assert message(file, archive()).startswith("is a zip file of model/weights.pth, not of torch; unpack it")
 
 
+@pytest.mark.parametrize("name", ["m.pth", "m.safetensors"])
+def test_other_formats_are_named(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    onnx = b"\x08\x08\x12\x07pytorch\x1a\x052.0.0" + bytes(200)
+    assert message(file, onnx).startswith("is an ONNX file (218 bytes), not a state dict of torch; give the file of")
+    assert message(file, b"\x89HDF\r\n\x1a\n" + bytes(200)).startswith(
+        "is an HDF5 file, as of Keras (208 bytes), not a state"
+    )
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as written:  # as torch.jit.save writes it
+        for part in ("data.pkl", "code/__torch__.py", "constants.pkl", "version"):
+            written.writestr(f"m/{part}", b"")
+    text = message(file, content.getvalue())
+    assert text.startswith("is a TorchScript program, not a state dict; keep its weights alone: python -c")
+    save_file({"a": torch.zeros(2)}, file)
+    length = 0x1208
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).ljust(length).encode()
+    file.write_bytes(length.to_bytes(8, "little") + header + bytes(4))
+    assert damage_of(file) is None
+
+
 PAGE = "\ufeff<!DOCTYPE html>\n<title>Sorry \u2013 n\u00e3o existe</title>"
 
 

@@ -12,8 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssld.shared.errors import UserError
-from ssld.shared.models.backbones import create_body, create_classifier
+from ssld.shared.models import backbones
+from ssld.shared.models.backbones import create_body, create_classifier, input_settings, save_backbone
 from ssld.shared.models.references import parse_reference
+from ssld.shared.models.state_dicts import fit
+from ssld.shared.models.twins import twins
 
 ARCH = "test_resnet"
 X = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -73,8 +76,11 @@ def test_wrappers_and_prefixes(wrap: Callable[[Tensors], Any], said: str, tmp_pa
     net = network()
     torch.save(wrap(net.state_dict()), tmp_path / "w.pth")
     line = loads(tmp_path / "w.pth", net)
-    assert line == f"{tmp_path / 'w.pth'}: loaded 90/90 tensors".replace("90", str(len(net.state_dict()))) + (
-        f"; {said}" if said else ""
+    assert (
+        line
+        == f"{tmp_path / 'w.pth'}: loaded 90/90 tensors".replace("90", str(len(net.state_dict())))
+        + (f"; {said}" if said else "")
+        + "; mean 0.5/0.5/0.5 and std 0.5/0.5/0.5 are timm's for test_resnet, the file names none"
     )
 
 
@@ -94,7 +100,7 @@ def test_a_head_of_another_kind_is_left_out(tmp_path: Path) -> None:
     body = {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
     torch.save(body | {"fc.0.weight": torch.zeros(8, 8), "fc.2.weight": torch.zeros(8, 8)}, tmp_path / "w.pth")
     line = loads(tmp_path / "w.pth", network(), head=False)
-    assert line.endswith("2 tensors of another head left out (first: fc.0.weight)")
+    assert "; 2 tensors of another head left out (first: fc.0.weight); " in line
 
 
 @pytest.mark.parametrize(
@@ -110,6 +116,9 @@ def test_a_head_of_another_kind_is_left_out(tmp_path: Path) -> None:
         (lambda t: t | {"bn1.weight": t["bn1.weight"] * float("nan")}, "1 tensor with values that are not finite, first bn1.weight"),
         (lambda t: t | {"bn1.running_mean": t["bn1.running_mean"] + float("inf")}, "values that are not finite, first bn1.running_mean"),
         (lambda t: t | {"bn1.weight": t["bn1.weight"].to(torch.float8_e4m3fn)}, "1 of another type: bn1.weight of type torch.float8_e4m3fn"),
+        (lambda t: {k: v.to("meta") for k, v in t.items()}, "92 of another type: conv1.0.weight of type meta, without values"),
+        (lambda t: torch.optim.SGD([t["bn1.weight"]]).state_dict(), "holds the state of an optimizer, not a network; give the file of"),
+        (lambda t: {"state_dict": t, "best": Path("x")}, "where you trust it, keep its weights alone"),
         (lambda t: t | {"a\nb": torch.zeros(1)}, "a tensor is called 'a\\nb', which cannot be printed"),
         (lambda t: network("test_convnext").state_dict(), "does not hold a test_resnet ("),
     ],
@@ -123,6 +132,29 @@ def test_what_does_not_load_whole_is_refused(content: Callable[[Tensors], Any], 
         assert message in str(caught.value)
         assert str(caught.value).startswith(f"{tmp_path / 'w.pth'}: ")
         assert "\n" not in str(caught.value)
+
+
+def test_sparse_tensors_are_named() -> None:
+    tensors = network().state_dict()
+    with pytest.raises(UserError, match=r"1 of another type: fc\.weight of type sparse"):
+        fit(tensors | {"fc.weight": tensors["fc.weight"].to_sparse()}, ARCH, {}, "w.pth")
+
+
+def test_a_download_that_reserved_its_space_and_stopped(tmp_path: Path) -> None:
+    """The header of the file is whole, and zeros stand where tensors would. A new head, or a dead layer, is no damage."""
+    tensors = network().state_dict()
+    file, whole = tmp_path / "w.safetensors", sum(tensor.nbytes for tensor in tensors.values())
+    for share in (0.5, 0.0):
+        save_file(tensors, file)
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) - int((1 - share) * whole)].ljust(len(content), b"\0"))
+        for use in (create_classifier, create_body):
+            with pytest.raises(UserError, match=r"weight matrices hold only zeros, first .*; download it again$"):
+                use(parse_reference(str(file), ARCH))
+    tensors["fc.weight"].zero_()
+    tensors["layer1.0.conv1.weight"].zero_()
+    save_file(tensors, file)
+    create_classifier(parse_reference(str(file), ARCH))
 
 
 def test_a_larger_network_is_not_taken_for_a_smaller_one(tmp_path: Path) -> None:
@@ -165,6 +197,48 @@ def test_weights_under_the_names_of_their_authors(tmp_path: Path) -> None:
     assert inputs.size == (64, 64)
     with torch.no_grad():
         torch.testing.assert_close(classifier.eval()(X), net(classifier.normalized(X)), rtol=1e-5, atol=1e-6)
+
+
+def test_what_was_interpolated_is_told_and_kernels_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid of another image size costs little and is told; patches of another size are another network."""
+    monkeypatch.setattr(backbones, "twins", lambda *_: ())
+    file, arch = tmp_path / "w.pth", "vit_tiny_patch16_224"
+    torch.save(timm.create_model(arch, img_size=64).state_dict(), file)
+    line = create_classifier(parse_reference(str(file), arch, allow_pickle=True))[0].loaded
+    assert "1 tensor interpolated to another size (first: pos_embed (1, 17, 192) instead of (1, 197, 192))" in line
+    torch.save(timm.create_model(arch, patch_size=32).state_dict(), file)
+    with pytest.raises(UserError) as caught:
+        create_classifier(parse_reference(str(file), arch, allow_pickle=True))
+    assert "patch_embed.proj.weight (192, 3, 32, 32) instead of (192, 3, 16, 16)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arch", "other"),
+    [
+        ("efficientnet_lite0", "tf_efficientnet_lite0"),  # padding, epsilon, mean and std
+        ("resnet18", "resnetblur18"),  # smoothing without weights
+        ("vit_base_patch32_clip_224", "vit_base_patch32_clip_quickgelu_224"),  # activation
+        ("test_vit", None),
+    ],
+)
+def test_architectures_with_the_same_tensors_are_named(arch: str, other: str | None) -> None:
+    found = twins(arch, 10)
+    assert (other in found) if other else not found
+    assert arch not in found
+
+
+def test_a_file_without_metadata_says_what_was_assumed(tmp_path: Path) -> None:
+    net = timm.create_model("resnet18", num_classes=3)
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    reference = parse_reference(str(tmp_path / "w.pth"), "resnet18", allow_pickle=True)
+    for line in (create_classifier(reference)[0].loaded, create_body(reference)[1]):
+        assert "mean 0.485/0.456/0.406 and std 0.229/0.224/0.225 are timm's for resnet18, the file names none; " in line
+        assert (
+            "warning: its tensors fit resnetblur18 as well, which computes otherwise; give that name as arch if "
+            in line
+        )
+    save_backbone(tmp_path / "own.safetensors", net, arch="resnet18", inputs=input_settings(net, {}), classes=3)
+    assert "warning" not in create_classifier(parse_reference(str(tmp_path / "own.safetensors")))[0].loaded
 
 
 def test_position_embeddings_are_resampled(tmp_path: Path) -> None:

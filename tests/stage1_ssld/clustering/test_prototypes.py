@@ -136,7 +136,9 @@ def test_poolings_and_tokens(made: Any, tiny: Any, arch: str, pool: str | None, 
     with torch.no_grad():
         embedding = net.eval()((pixels / 255 - mean) / std)
     torch.testing.assert_close(teacher.embed(pixels), embedding, rtol=1e-4, atol=1e-4)
-    assert "its 1000 classes are left out" in (run / "log.txt").read_text()
+    log = (run / "log.txt").read_text()
+    assert f"random:{arch}: random weights" in log
+    assert "its 1000 classes are left out" in log
 
 
 def test_its_views_have_the_size_that_the_prototypes_were_made_at(

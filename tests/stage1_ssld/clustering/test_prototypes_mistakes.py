@@ -17,17 +17,20 @@ from ssld.stage1_ssld.distill import main as distill
 from ssld.stage1_ssld.prototypes import main as prototypes
 
 
-def test_a_pool_below_the_default_number_is_named(
+def test_a_pool_below_the_number_of_prototypes_is_named(
     settings: Any, arguments: Any, user_error: Any, tiny: Any, tmp_path: Path
 ) -> None:
-    for file in sorted(tiny.train.rglob("*.png"))[:1]:
-        (tmp_path / "one").mkdir()
-        shutil.copy(file, tmp_path / "one")
-    given = settings | {"pool": [str(tmp_path / "one")], "prototypes": None}
-    assert (
-        user_error(prototypes, arguments(given))
-        == "pool: 1 image for 16 prototypes; give more images, or set prototypes"
-    )
+    files = sorted(tiny.train.rglob("*.png"))
+    (tmp_path / "pool").mkdir()
+    for images, prototypes_set, said in (
+        (1, None, "pool: 1 image for 16 prototypes, which need an image each at least; give more images"),
+        (1, 4, "pool: 1 image for 4 prototypes, which need an image each at least; give more images"),
+        (3, None, "pool: 3 images for 16 prototypes, which need an image each at least; give more images, or set prototypes to at most 3"),
+    ):  # fmt: skip
+        for file in files[:images]:
+            shutil.copy(file, tmp_path / "pool")
+        given = settings | {"pool": [str(tmp_path / "pool")], "prototypes": prototypes_set}
+        assert user_error(prototypes, arguments(given)) == said
 
 
 @pytest.mark.parametrize(
@@ -91,6 +94,15 @@ def test_an_encoder_that_answers_nan(arguments: Any, settings: Any, user_error: 
     damaged = {"model": str(tmp_path / "nan.pth"), "arch": "test_vit"}
     message = user_error(prototypes, arguments(settings | {"encoder": damaged}))
     assert message.startswith(f"{tmp_path / 'nan.pth'}: 1 tensor with values that are not finite, first norm.bias; ")
+
+
+def test_an_encoder_that_sees_nothing(arguments: Any, settings: Any, user_error: Any, tmp_path: Path) -> None:
+    """Before the pool is embedded."""
+    net = timm.create_model("test_vit", num_classes=0)
+    torch.save(net.state_dict() | {"norm.weight": torch.zeros(64)}, tmp_path / "blind.pth")
+    blind = {"model": str(tmp_path / "blind.pth"), "arch": "test_vit"}
+    message = user_error(prototypes, arguments(settings | {"encoder": blind}))
+    assert message.startswith(f"encoder.model: {tmp_path / 'blind.pth'}: its outputs are the same for every image: ")
 
 
 def test_a_precision_that_is_too_small(
