@@ -85,10 +85,12 @@ def exists_for_user(text: str) -> bool:
 
 def missing_text(path: Path) -> str:
     """Return the words on a path of a pipeline that does not exist, with advice if it exists in the user's folder."""
+    plain = f"{path}: no such file or folder"
     if path.is_relative_to(user_cache()):
-        return f"{path}: no such file or folder; it was made from other files and has been deleted from the cache: the same ssld init, with another --output, makes it again"
+        again = "the same ssld init, with another --output, makes it again"
+        return f"{plain}; it was made from other files and has been deleted from the cache: {again}"
     if not _left or path.is_absolute():
-        return f"{path}: no such file or folder"
+        return plain
     text = f"{path} does not exist (paths in a pipeline are relative to its folder, {shown(Path())})"
     if not left_behind(path):
         return text
