@@ -143,8 +143,7 @@ def brought(better: RowConfig, base: RowConfig, runs: Path) -> str | None:
     if distilled and base_distilled is False:
         parts.append("the teacher's soft labels in stage 1, in place of labels,")
     elif distilled and not base_distilled:
-        distilled_on = images_read(Path(settings["backbone"]).parent, "data.train")
-        parts.append(f"stage 1 on {count(distilled_on, 'photo')}" if distilled_on else "stage 1")
+        parts.append(_stage_1(Path(settings["backbone"]).parent))
     elif settings.get("backbone") != base_settings.get("backbone"):
         return None
     if not alike:
@@ -153,6 +152,15 @@ def brought(better: RowConfig, base: RowConfig, runs: Path) -> str | None:
         blind = " that found no object in them" if _found_nothing(run) else ""
         parts.append(f"{photos} under a moving teacher{blind}")
     return " and ".join(parts) or None
+
+
+def _stage_1(run: Path) -> str:
+    """Name a distillation by its photos: a run shorter than a pass has seen a part of them."""
+    photos, seen = images_read(run, "data.train"), _metrics(run).get("images_seen")
+    if photos is None:
+        return "stage 1"
+    part = f"{seen:,} of " if isinstance(seen, int) and seen < photos else ""
+    return f"stage 1 on {part}{count(photos, 'photo')}"
 
 
 def _start(settings: dict[str, Any], runs: Path) -> Start | None:

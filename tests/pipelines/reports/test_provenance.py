@@ -169,6 +169,9 @@ def test_what_a_detector_had_and_its_control_had_not(tmp_path: Path) -> None:
         ("both", "moving"): "stage 1 on 70 photos",
     }
     assert {pair: brought(rows[pair[0]], rows[pair[1]], tmp_path) for pair in words} == words
+    for seen, photos_seen in ((69, "69 of 70 photos"), (70, "70 photos"), (700, "70 photos")):
+        (tmp_path / "ssld/result.json").write_text(json.dumps(pool | {"metrics": {"images_seen": seen}}))
+        assert brought(rows["stage 1"], rows["own"], tmp_path) == f"stage 1 on {photos_seen}"
 
 
 @pytest.mark.parametrize("boxes", [(0.0, 0.0), (0.0, 0.3), ()])
