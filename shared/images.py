@@ -229,8 +229,28 @@ def _decoder_errors(source: bytes | str | Path, name: str | None) -> Iterator[No
                 raise
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             if isinstance(error, Image.UnidentifiedImageError):
-                reason = "not an image, or of an unknown format"
+                reason = _unknown(source)
             raise UnreadableImage(name or _label(source), " ".join(reason.split()) or type(error).__name__) from error
+
+
+def _unknown(source: bytes | str | Path) -> str:
+    """Say what a file that Pillow does not know is, by its first bytes."""
+    if isinstance(source, bytes):
+        head = source[:132]
+    else:
+        with open(source, "rb") as file:
+            head = file.read(132)
+    if not head:
+        return "the file is empty"
+    if head[4:8] == b"ftyp":  # ISO base media file format
+        return "HEIC, or a film, which is not read: convert it to JPEG"
+    if head[128:] == b"DICM":
+        return "DICOM, which is not read: convert it to PNG"
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS: run git lfs pull"
+    if head.lstrip().startswith(b"<"):
+        return "a web page or a vector drawing, not an image of pixels"
+    return "not an image, or of an unknown format"
 
 
 def _label(source: bytes | str | Path) -> str:

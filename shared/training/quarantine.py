@@ -2,9 +2,11 @@
 
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from ssld.shared.distributed.ranks import gather_lists
 from ssld.shared.errors import UserError
+from ssld.shared.images import UnreadableImage, decode_image
 from ssld.shared.run_dir import RunDir
 from ssld.shared.wording import count, printable
 
@@ -35,7 +37,7 @@ class Quarantine:
             self._known |= new
             self._run.quarantine(self._known)
             self._run.log(
-                f"{count(len(self._known), 'unreadable image')}, see {self._run.path / 'quarantine.txt'}; last: {max(new)}"
+                f"{count(len(self._known), 'unreadable image')}, see {self._run.path / 'quarantine.txt'}; last: {_with_reason(max(new))}"
             )
 
     def judge(self, images_seen: int) -> None:
@@ -46,5 +48,17 @@ class Quarantine:
         if enough and len(self._known) > 1 and len(self._known) > _TOO_MANY * read:
             raise UserError(
                 f"{len(self._known)} of {read} images cannot be read, listed in {self._run.path / 'quarantine.txt'}; "
-                "fix or remove them (first: " + min(self._known) + ")"
+                f"fix or remove them (first: {_with_reason(min(self._known))})"
             )
+
+
+def _with_reason(location: str) -> str:
+    """Add why an image cannot be read; of one inside a packed file only its location is said."""
+    try:
+        if Path(location).is_file():
+            decode_image(location)
+    except UnreadableImage as error:
+        return f"{location}: {error.reason}"
+    except OSError:  # the location is longer than a path may be
+        pass
+    return location

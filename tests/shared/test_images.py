@@ -257,6 +257,26 @@ def test_unreadable_files(tmp_path: Path) -> None:
         image_header(b"x", name="row 7 of a.parquet")
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC, or a film, which is not read: convert it to JPEG"),
+        (bytes(128) + b"DICM\x02", "DICOM, which is not read: convert it to PNG"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS: run git lfs pull"),
+        (b"\n<!DOCTYPE html>", "a web page or a vector drawing, not an image of pixels"),
+        (b"hello", "not an image, or of an unknown format"),
+    ],
+)
+def test_what_is_no_image_is_named(content: bytes, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.jpg"
+    file.write_bytes(content)
+    for source in (content, file, str(file)):
+        with pytest.raises(UnreadableImage) as caught:
+            decode_image(source)
+        assert caught.value.reason == reason
+
+
 def test_damaged_bytes_never_raise_anything_else() -> None:
     rng = random.Random(0)
     for kind in ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP"):

@@ -300,7 +300,7 @@ def test_too_many_unreadable_images(
     settings["data"]["train"] = [str(folder)]
     assert user_error(main, arguments(settings)) == (
         f"2 of 30 images cannot be read, listed in {tmp_path / 'run' / 'quarantine.txt'}; "
-        f"fix or remove them (first: {folder / 'disc' / 'disc_000.png'})"
+        f"fix or remove them (first: {folder / 'disc' / 'disc_000.png'}: not an image, or of an unknown format)"
     )
     assert not (tmp_path / "run" / "store" / "store.json").exists()
 

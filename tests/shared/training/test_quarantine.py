@@ -25,6 +25,17 @@ def test_listed_once_and_sorted(run: RunDir) -> None:
     assert "3 unreadable images, see" in (run.path / "log.txt").read_text()
 
 
+def test_the_reason_of_one_is_said(run: RunDir, tmp_path: Path) -> None:
+    """Of a file by itself; of an image in a packed file, and of one that can be read by now, only the location."""
+    quarantine = Quarantine(run, images=2)
+    quarantine.add([str(tmp_path / "b.jpg"), f"{tmp_path}/a.tar/b.jpg"])
+    (tmp_path / "b.jpg").write_bytes(b"")
+    quarantine.write()
+    assert f"last: {tmp_path}/b.jpg: the file is empty\n" in (run.path / "log.txt").read_text()
+    with pytest.raises(UserError, match=rf"\(first: {tmp_path}/a.tar/b.jpg\)$"):
+        quarantine.judge(2)
+
+
 def test_none_writes_nothing(run: RunDir) -> None:
     Quarantine(run, images=10).judge(10)
     assert not (run.path / "quarantine.txt").exists()
