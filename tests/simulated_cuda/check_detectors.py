@@ -84,7 +84,8 @@ def test_detections_in_half_precision(kind: str, gpu: SimulatedCuda) -> None:
         # Random weights score alike: in bf16 many are equal, and a tie at the cut or in NMS moves the detections after it.
         assert fewest >= max(3, 0.7 * most)
         difference = (expected.scores_N[:fewest] - detections.scores_N[:fewest]).abs()[: fewest // 2 + 1].max().item()
-        assert 1e-6 < difference < 1e-3  # bf16, not float32
+        # bf16, not float32; soft-NMS lowers scores by the boxes before them, so a tie changes those too.
+        assert 1e-6 < difference < (2e-2 if kind == "soft_nms" else 1e-3)
         assert {detections.boxes_N4.dtype, detections.scores_N.dtype} == {torch.float32}
         assert detections.boxes_N4.device.type == "cpu"
         assert (expected.masks is None) == (detections.masks is None)

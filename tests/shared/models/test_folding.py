@@ -147,12 +147,15 @@ PRECISIONS = (BACKENDS.cudnn.conv, BACKENDS.cuda.matmul, BACKENDS.mkldnn.conv, B
 
 @pytest.fixture
 def tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions as on a GPU of Ampere or later: operands in TF32, unless it is switched off."""
+    """Convolutions as on a GPU of Ampere or later: operands rounded, unless it is switched off.
+
+    To bf16: what TF32 changes is at the limit of what folding may, and on some CPUs below it.
+    """
     forward = nn.Conv2d._conv_forward
 
     def rounded(self: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if BACKENDS.cudnn.conv.fp32_precision != "ieee":
-            x, weight = to_tf32(x), to_tf32(weight)
+            x, weight = x.bfloat16().float(), weight.bfloat16().float()
         return forward(self, x, weight, bias)
 
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", rounded)
