@@ -20,7 +20,7 @@ def two_images(height: int, width: int, device: torch.device | str = "cpu") -> T
 
 def refuse_constant(outputs_2D: Tensor, name: object) -> None:
     """Raise UserError, with `name` in front, where the outputs [2, ...] for `two_images` are equal, or none of them is finite."""
-    first, second = outputs_2D.double().flatten(1)
+    first, second = outputs_2D.float().flatten(1)
     if not bool(torch.isfinite(outputs_2D).any()):
         what = "its outputs are NaN or infinite for every image"
     elif bool((first - second).abs().max() <= _SAME * torch.maximum(first.abs(), second.abs()).max()):

@@ -98,7 +98,8 @@ def _other_format(start: bytes) -> str | None:
     if start.startswith(b"\x89HDF\r\n\x1a\n"):
         return "an HDF5 file, as of Keras"
     # onnx.proto: ir_version is field 1, and one of producer_name, producer_version, graph and opset_import follows.
-    return "an ONNX file" if start[:1] == b"\x08" and 0 < start[1] < 32 and start[2:3] in b"\x12\x1a\x3a\x42" else None
+    version_and_next = len(start) > 2 and start[0] == 0x08 and 0 < start[1] < 32 and start[2] in b"\x12\x1a\x3a\x42"
+    return "an ONNX file" if version_and_next else None
 
 
 def _packed_kind(start: bytes) -> str | None:

@@ -179,10 +179,12 @@ def write_store(config: SoftLabelsConfig) -> None:
     if main:
         header = _header(config, teacher, sources, shards, kept=metrics["kept_probability"])
         write_atomically(folder / HEADER, json.dumps(header, indent=1) + "\n")
-    bound = "" if config.top == teacher.num_classes else " or more: the other classes count as one"
+    entropy = f"{metrics['entropy']:.3f} nats on average"
+    if config.top < teacher.num_classes:
+        entropy = f"at least {entropy} (the other classes count as one)"
     run.log(
         f"store of {amount(metrics['bytes'])}; {100 * metrics['first_probability']:.1f} % of the probability in the most likely class, "
-        f"{100 * metrics['kept_probability']:.1f} % in the {config.top} stored ones, entropy {metrics['entropy']:.3f} nats on average{bound}"
+        f"{100 * metrics['kept_probability']:.1f} % in the {config.top} stored ones, entropy {entropy}"
     )
     accelerator.end_training()
     run.finish(metrics, [folder / HEADER])
