@@ -47,7 +47,6 @@ from ssld.pipelines.scaffold.starts import STAGE_1, Init, Start, choose_starts, 
 from ssld.pipelines.scaffold.suggest import Facts, Networks, detector_batch, networks_of, shapes, untrained
 from ssld.pipelines.scaffold.trials import keep_rates, trials
 from ssld.pipelines.scaffold.weights import available, check_file
-from ssld.shared.apart import call_apart
 from ssld.shared.config.command import exit_code
 from ssld.shared.config.words import underscored
 from ssld.shared.errors import STOPPED, Stopped, UserError
@@ -244,7 +243,7 @@ def _divide(arguments: Namespace, photos: _Photos) -> Pool:
             (photos.val, arguments.val_images or arguments.images),
         )
     )
-    unreadable = call_apart(unreadable_photos, str(arguments.unlabeled)) or []
+    unreadable = unreadable_photos(arguments.unlabeled / name for name in list_images(arguments.unlabeled))
     pool = divide_pool(arguments.unlabeled, training, evaluation, arguments.seed, unreadable)
     if not pool.train:
         raise UserError(f"{arguments.unlabeled}: {pool.tally.describe()}; no photo is left to train on")

@@ -13,10 +13,11 @@ def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what a module's `function` returns for the arguments, all JSON values (tuples become lists); None where the process fails."""
     script = (
         f"import json, sys; from {function.__module__} import {function.__name__} as function; "
-        f"print('{_MARK}' + json.dumps(function(*json.loads(sys.argv[1]))))"
+        f"print('{_MARK}' + json.dumps(function(*json.load(sys.stdin))))"
     )
     done = subprocess.run(
-        [sys.executable, "-P", "-W", "ignore", "-c", script, json.dumps(arguments)],
+        [sys.executable, "-P", "-W", "ignore", "-c", script],
+        input=json.dumps(arguments),  # longer than an argument of a process may be
         capture_output=True,
         text=True,
         check=False,

@@ -11,9 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssld.shared.apart import call_apart
 from ssld.shared.errors import UserError
 from ssld.shared.files import UNLISTED, copies, escaped, fits_a_list, list_images
 from ssld.shared.tally import Tally
+from ssld.shared.wording import count
 
 MOST_HELD_OUT, LEAST_HELD_OUT, SHARE = 500, 50, 0.05
 MOST_SHOWN = 24
@@ -31,17 +33,28 @@ class Pool:
     tally: Tally
 
 
-def unreadable_photos(folder: str) -> list[str]:
-    """Return the photos in a folder whose header cannot be read, as posix paths relative to it. Imports torch: call it by `call_apart`."""
+def unreadable_photos(photos: Iterable[Path]) -> set[Path]:
+    """Return the photos whose header cannot be read; they are read in a process of their own, so that torch is not imported here.
+
+    Raises UserError where that process fails.
+    """
+    files = [str(photo) for photo in photos]
+    bad = call_apart(_unreadable, files) if files else []
+    if bad is None:
+        raise UserError(
+            f"{count(len(files), 'photo')}, first {files[0]}: the process that reads them fails; run ssld doctor"
+        )
+    return {Path(file) for file in bad}
+
+
+def _unreadable(files: list[str]) -> list[str]:
     from ssld.shared.images import image_headers
 
-    names = list_images(Path(folder))
-    headers = image_headers([f"{folder}/{name}" for name in names])
-    return [name for name, header in zip(names, headers, strict=True) if header is None]
+    return [file for file, header in zip(files, image_headers(files), strict=True) if header is None]
 
 
 def divide_pool(
-    folder: Path, training: Iterable[Path], evaluation: Iterable[Path], seed: int, unreadable: Iterable[str] = ()
+    folder: Path, training: Iterable[Path], evaluation: Iterable[Path], seed: int, unreadable: Iterable[Path] = ()
 ) -> Pool:
     """Split the photos in a folder, without copies of annotated ones: of 250 or more, a random twentieth (50 to 500 photos) is held out.
 
@@ -51,12 +64,13 @@ def divide_pool(
     Raises UserError where more than half of the photos cannot be read.
     """
     tally, names, listed = Tally(), [], _listable(folder)
-    bad = set(unreadable)
-    for name in (name for name in listed if name in bad):
+    left_out = set(unreadable)
+    bad = [name for name in listed if folder / name in left_out]
+    for name in bad:
         tally.drop("photo", f"that cannot be read ({Path(name).suffix.lower() or 'without a suffix'})", name)
     if 2 * tally.dropped("photo") > len(listed):
         raise UserError(f"{folder}: {tally.describe()}; of {len(listed):,} in all: convert them to JPEG or PNG first")
-    listed = [name for name in listed if name not in bad]
+    listed = [name for name in listed if folder / name not in left_out]
     parts = {"copies of training photos": training, "copies of evaluation photos": evaluation}
     known = {cause: copies([folder / name for name in listed], photos) for cause, photos in parts.items()}
     for name in listed:
@@ -72,9 +86,15 @@ def divide_pool(
 
 
 def some_photos(folder: Path, seed: int) -> list[Path]:
-    """Draw at most `MOST_SHOWN` photos of a folder, as sorted absolute paths."""
+    """Draw at most `MOST_SHOWN` photos of a folder that can be read, as sorted absolute paths. Raises UserError where none of those drawn can."""
     names = sorted(_listable(folder), key=lambda name: _place(name, seed))[:MOST_SHOWN]
-    return [folder.absolute() / name for name in sorted(names)]
+    drawn = [folder.absolute() / name for name in sorted(names)]
+    bad = unreadable_photos(drawn)
+    if drawn and len(bad) == len(drawn):
+        raise UserError(
+            f"{folder}: none of {count(len(drawn), 'photo')} drawn can be read, first {drawn[0]}; convert them to JPEG or PNG"
+        )
+    return [photo for photo in drawn if photo not in bad]
 
 
 def unlisted(folder: Path, training: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from PIL import Image
 
 from ssld.pipelines.scaffold.pool import divide_pool, some_photos, unlisted, unreadable_photos
 from ssld.shared.errors import UserError
-from ssld.shared.files import UNLISTED
+from ssld.shared.files import UNLISTED, list_images
 
 
 def folder_of(place: Path, count: int) -> Path:
@@ -52,7 +52,9 @@ def test_photos_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> 
         Image.new("L", (2, 2), number).save(folder / "deep" / f"{number}.png")
     (folder / "empty.jpg").touch()
     (folder / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
-    bad = unreadable_photos(str(folder))
+    bad = unreadable_photos(folder / name for name in list_images(folder))
+    assert bad == {folder / "empty.jpg", folder / "IMG_1.HEIC"}
+    assert some_photos(folder, seed=0) == [folder / "deep" / f"{number}.png" for number in range(3)]
     pool = divide_pool(folder, [], [], seed=0, unreadable=bad)
     assert pool.train == ["deep/0.png", "deep/1.png", "deep/2.png"]
     assert pool.tally.describe() == (
@@ -61,7 +63,20 @@ def test_photos_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> 
     with pytest.raises(
         UserError, match=r"3 that cannot be read \(\.png\) .*; of 5 in all: convert them to JPEG or PNG first"
     ):
-        divide_pool(folder, [], [], seed=0, unreadable=pool.train)
+        divide_pool(folder, [], [], seed=0, unreadable=[folder / name for name in pool.train])
+
+
+def test_many_photos_are_looked_at_in_one_process(tmp_path: Path) -> None:
+    """More names than the arguments of a process may hold."""
+    names = [tmp_path / f"{'long' * 40}{number}.jpg" for number in range(1500)]
+    Image.new("L", (2, 2)).save(names[700].with_suffix(".png"))
+    assert unreadable_photos([*names, names[700].with_suffix(".png")]) == set(names)
+
+
+def test_none_of_the_drawn_photos_can_be_read(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "pool", 30)
+    with pytest.raises(UserError, match=r"pool: none of 24 photos drawn can be read, first .*\.jpg; convert them to"):
+        some_photos(folder, seed=0)
 
 
 def test_photos_that_no_list_can_hold_are_left_out_and_named(tmp_path: Path) -> None:
@@ -71,6 +86,8 @@ def test_photos_that_no_list_can_hold_are_left_out_and_named(tmp_path: Path) -> 
         (folder / name).write_bytes(f"odd {number}".encode())
     kept = [f"deep/{number:03d}.jpg" for number in range(8)]
     assert divide_pool(folder, [], [], seed=0).train == kept
+    for name in kept:
+        Image.new("L", (2, 2)).save(folder / name, "PNG")
     assert some_photos(folder, seed=0) == [folder / name for name in kept]
     assert unlisted(folder, ["a.jpg", "b\rc.jpg"]) == (
         f"lists of photos, one file per line: 6 unlabeled photos dropped: 6 {UNLISTED} (first: {folder}/\x1b.jpg); "
