@@ -236,10 +236,7 @@ def test_a_file_without_metadata_says_what_was_assumed(tmp_path: Path, monkeypat
     monkeypatch.setattr(backbones, "twins", lambda *_: ("tf_other",))
     for line in (create_classifier(reference)[0].loaded, create_body(reference)[1]):
         assert f"mean 0.485/0.456/0.406 and std 0.229/0.224/0.225 are timm's for {arch}, the file names none; " in line
-        assert (
-            "warning: its tensors fit tf_other as well, which computes otherwise; give that name as arch if "
-            in line
-        )
+        assert "warning: its tensors fit tf_other as well, which computes otherwise; give that name as arch if " in line
     save_backbone(tmp_path / "own.safetensors", net, arch=arch, inputs=input_settings(net, {}), classes=3)
     assert "warning" not in create_classifier(parse_reference(str(tmp_path / "own.safetensors")))[0].loaded
 
@@ -258,3 +255,18 @@ def test_position_embeddings_are_resampled(tmp_path: Path) -> None:
     pixels = torch.nn.functional.interpolate(X.float(), (96, 96))
     with torch.no_grad():
         torch.testing.assert_close(classifier.eval()(pixels), net(classifier.normalized(pixels)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_new_network_may_begin_with_zeros() -> None:
+    """As the last layers of global-context attention do, in 4 of 26 matrices. Zeros elsewhere are damage, in such a network too."""
+    arch, args = "test_byobnet", {"attn_layer": "gca"}
+    torch.manual_seed(0)
+    tensors = timm.create_model(arch, **args).state_dict()
+    before = torch.get_rng_state()
+    assert fit(tensors, arch, args, "w.pth").classes == 1000
+    assert torch.equal(torch.get_rng_state(), before)
+    stopped = {
+        name: torch.zeros_like(tensor) if name.startswith("stages.3") else tensor for name, tensor in tensors.items()
+    }
+    with pytest.raises(UserError, match=r"w\.pth: \d of 26 weight matrices hold only zeros, first stages\.3"):
+        fit(stopped, arch, args, "w.pth")
