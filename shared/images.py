@@ -242,6 +242,8 @@ def _unknown(source: bytes | str | Path) -> str:
             head = file.read(132)
     if not head:
         return "the file is empty"
+    if head[4:12] in (b"ftypavif", b"ftypavis"):
+        return "AVIF, damaged or of a kind that is not read: convert it to JPEG"
     if head[4:8] == b"ftyp":  # ISO base media file format
         return "HEIC, or a film, which is not read: convert it to JPEG"
     if head[128:] == b"DICM":

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ssld.shared.errors import UserError
 
-_SAME = 1e-6  # relative difference of two outputs that rounding explains
+_SAME = 2e-7  # relative difference of two outputs that rounding to float32 explains; of a new RetinaNet with 16 channels it is 4e-7
 _BLOCK = 8  # pixels
 
 

@@ -277,11 +277,21 @@ class _Target:
         ]
         zero = [name for name in expected if name in matrices and not bool(tensors[name].any())]
         if len(zero) > _ZERO * len(matrices):
+            new = self._zero_at_first(classes)
+            zero = [name for name in zero if name not in new]
+        if len(zero) > _ZERO * len(matrices):
             raise UserError(
                 f"{self._source}: {len(zero)} of {len(matrices)} weight matrices hold only zeros, first {zero[0]}; the file is damaged, like an "
                 "unfinished download whose space was reserved; download it again"
             )
         return Fitted({name: tensors[name] for name in expected}, classes, notes)
+
+    def _zero_at_first(self, classes: int) -> set[str]:
+        """Return the parameters that hold only zeros in a network that timm has just created, as the last ones of a branch. The state of
+        the random generators stays."""
+        with torch.random.fork_rng(devices=[]):
+            net = create(self._arch, self._source, **self._args | {"num_classes": classes})
+        return {name for name, parameter in net.named_parameters() if not bool(parameter.any())}
 
     def _in_head(self, name: str) -> bool:
         return name.startswith(f"{self._head}.")

@@ -261,6 +261,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     ("content", "reason"),
     [
         (b"", "the file is empty"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0mif1", "AVIF, damaged or of a kind that is not read: convert it to JPEG"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC, or a film, which is not read: convert it to JPEG"),
         (bytes(128) + b"DICM\x02", "DICOM, which is not read: convert it to PNG"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS: run git lfs pull"),

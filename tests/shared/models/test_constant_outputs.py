@@ -10,8 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from ssld.shared.errors import UserError
+from ssld.shared.models.backbones import input_settings
 from ssld.shared.models.constant_outputs import refuse_constant, two_images
 from ssld.shared.models.teacher import FrozenTeacher
+from ssld.stage2_detect.distillation.teacher import FrozenDetector
+from ssld.stage2_detect.distillation.teacher import _refuse_constant as refuse_constant_detector
+from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.models.build import build_detector
 
 
 def file_of(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
@@ -67,3 +72,16 @@ def test_outputs_that_differ_by_rounding_are_the_same() -> None:
     assert images.shape == (2, 3, 30, 45)
     assert images[0].unique().numel() > 20
     assert images[1].unique().tolist() == [0]
+
+
+def test_a_new_detector_whose_logits_are_nearly_its_bias_passes() -> None:
+    """RetinaNet begins with a bias of -4.6 and weights so small that two images differ by a few steps of float32 in its narrowest heads."""
+    torch.manual_seed(0)
+    body = timm.create_model("test_resnet", features_only=True)
+    config = DetectorConfig(kind="retinanet", fpn_channels=16)
+    model = build_detector(config, classes=3, body=body, arch="test_resnet", inputs=input_settings(body, {}))
+    teacher = FrozenDetector(model.eval(), {})
+    refuse_constant_detector(teacher, Path("t"), torch.device("cpu"))
+    torch.nn.init.zeros_(next(p for n, p in model.named_parameters() if "logits" in n and n.endswith("weight")))
+    with pytest.raises(UserError, match="its outputs are the same for every image"):
+        refuse_constant_detector(teacher, Path("t"), torch.device("cpu"))
