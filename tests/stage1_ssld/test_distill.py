@@ -274,6 +274,8 @@ def test_student_and_teacher_see_the_same_pixels(
         assert call(distill, arguments(distill_settings | {"data": data, "teacher": teacher, "steps": 2})) == 0
     finally:
         handle.remove()
+    drawn, *recorded = recorded  # the teacher's first pass shows that it sees something
+    assert len(drawn) == 2
     assert len(recorded) == 5  # the student's last pass looks at the last update
     assert recorded[0].dtype == torch.uint8
     assert torch.equal(recorded[0], recorded[1])
