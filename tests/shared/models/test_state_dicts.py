@@ -259,7 +259,8 @@ def test_position_embeddings_are_resampled(tmp_path: Path) -> None:
 
 def test_a_new_network_may_begin_with_zeros() -> None:
     """As the last layers of global-context attention do, in 4 of 26 matrices. Zeros elsewhere are damage, in such a network too."""
-    arch, args = "test_byobnet", {"attn_layer": "gca"}
+    arch = "test_byobnet"
+    args: dict[str, Any] = {"attn_layer": "gca"}
     torch.manual_seed(0)
     tensors = timm.create_model(arch, **args).state_dict()
     before = torch.get_rng_state()
