@@ -340,7 +340,7 @@ def _resampled(tensors: Tensors, fitted: Fitted) -> Fitted | _Fault:
 
 
 def _kind(tensor: Tensor) -> str:
-    """Name the type of a tensor's values; of one that is not a plain table of values, what it is."""
+    """Return the dtype of a tensor as text; `_EMPTY` says what a sparse tensor and one on the meta device are instead."""
     if tensor.is_meta:
         return _EMPTY[0]
     return str(tensor.dtype) if tensor.layout == torch.strided else _EMPTY[1]

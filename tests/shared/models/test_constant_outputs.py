@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ssld.shared.errors import UserError
+from ssld.shared.models import teacher
 from ssld.shared.models.backbones import input_settings
 from ssld.shared.models.constant_outputs import refuse_constant, two_images
 from ssld.shared.models.teacher import FrozenTeacher
@@ -54,9 +55,15 @@ def test_features_alone_need_no_head(tmp_path: Path) -> None:
         FrozenTeacher(blind, arch="test_resnet", classes=False)
 
 
-def test_random_weights_and_sound_ones_pass(tmp_path: Path) -> None:
+def test_sound_weights_pass_and_random_ones_are_not_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = str(file_of(tmp_path, lambda tensors: None))
+    FrozenTeacher(file, arch="test_resnet", size=64)
+    checked: list[str] = []
+    monkeypatch.setattr(teacher, "refuse_constant", lambda outputs, name: checked.append(str(name)))
     FrozenTeacher("random:test_vit")
-    FrozenTeacher(str(file_of(tmp_path, lambda tensors: None)), arch="test_resnet", size=64)
+    assert checked == []
+    FrozenTeacher(file, arch="test_resnet", size=64)
+    assert checked == [file]
 
 
 def test_outputs_that_differ_by_rounding_are_the_same() -> None:
