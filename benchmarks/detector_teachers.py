@@ -3,14 +3,15 @@ labels for Faster R-CNN.
 
     OMP_NUM_THREADS=1 python benchmarks/detector_teachers.py DATA --output runs/teachers --backbone STUDENT.safetensors --kinds gfl --seeds 0 1 2
 
-DATA holds `bccd/`, `tinyimagenet100/` and `weights/efficientnet_lite0.safetensors`. Students are the project's smallest settings (`toy_....yaml`) on
-the given backbone file. There is one teacher of each kind: the same detector on EfficientNet-Lite0 with its ImageNet weights, trained for longer. All
-rows of a kind have the same images, steps, augmentation and schedule, except where the row's name says otherwise. `--every 5` keeps the annotations
-of every fifth image, for teacher and students; the other images are unlabeled, and `pseudo` and `sad` learn from the teacher's boxes on them too,
-with as many labeled images per step as the other rows. `--set mosaics`: dogs and cats of Tiny ImageNet pasted on canvases.
+DATA holds `bccd/`, `coco-mini/`, `tinyimagenet100/` and `weights/efficientnet_lite0.safetensors`. Students are the project's smallest settings
+(`toy_....yaml`) on the given backbone file. There is one teacher of each kind: the same detector on EfficientNet-Lite0 with its ImageNet weights,
+trained for longer. All rows of a kind have the same images, steps, augmentation and schedule, except where the row's name says otherwise. `--every 5`
+keeps the annotations of every fifth image, for teacher and students; the other images are unlabeled, and `pseudo` and `sad` learn from the teacher's
+boxes on them too, with as many labeled images per step as the other rows. `--set coco-mini` has persons, animals and vehicles as its classes; `--set
+mosaics`: dogs and cats of Tiny ImageNet pasted on canvases.
 
-Finished runs are not repeated. Printed: mean AP over the seeds and each seed's, and the difference to `alone` with a 95 % interval of a paired
-bootstrap over the evaluation images (seeds averaged, so it leaves out what other seeds would change).
+Finished runs are not repeated. Printed: mean AP over the seeds and each seed's, and the difference to `alone` with 95 % intervals over the evaluation
+images and over the seeds (`paired.py`).
 """
 
 import argparse
@@ -28,6 +29,7 @@ if __name__ == "__main__":
 import yaml
 
 from benchmarks import paired
+from benchmarks.finetune import FEW, few_classes
 from benchmarks.pretrained_student import command, paste
 from ssld.shared.config.yaml_files import merge
 from ssld.stage2_detect import evaluate, predict, train
@@ -94,13 +96,17 @@ class Bench:
         self.weights = data / "weights" / "efficientnet_lite0.safetensors"
         if place == "mosaics":
             paste(data / "tinyimagenet100", output / "canvases", scale.canvases, scale.side)
-            self.images, self.val = output / "canvases", output / "canvases" / "val.json"
-            train_file = output / "canvases" / "train.json"
+            self.images = output / "canvases"
+            files = {part: self.images / f"{part}.json" for part in ("train", "val")}
         else:
-            self.images, annotations = data / place / "images", data / place / "annotations"
-            train_file, self.val = (annotations / f"instances_{part}.json" for part in ("train", "val"))
-        self.train, self.unlabeled = self.output / "train.json", self.output / "unlabeled.txt"
-        content = json.loads(train_file.read_text(encoding="utf-8"))
+            self.images = data / place / "images"
+            files = {part: data / place / "annotations" / f"instances_{part}.json" for part in ("train", "val")}
+        content, evaluated = (json.loads(files[part].read_text(encoding="utf-8")) for part in ("train", "val"))
+        if place in FEW:
+            content, evaluated = few_classes(content, FEW[place]), few_classes(evaluated, FEW[place])
+        self.train, self.val, self.unlabeled = (
+            self.output / name for name in ("train.json", "val.json", "unlabeled.txt")
+        )
         ordered = sorted(content["images"], key=lambda image: image["file_name"])
         content["images"] = ordered[:: scale.every]
         kept = {image["id"] for image in content["images"]}
@@ -108,6 +114,7 @@ class Bench:
         rest = [image["file_name"] for image in ordered if image["id"] not in kept]
         self.output.mkdir(parents=True, exist_ok=True)
         self.train.write_text(json.dumps(content), encoding="utf-8")
+        self.val.write_text(json.dumps(evaluated), encoding="utf-8")
         self.unlabeled.write_text("".join(f"{(self.images / name).resolve()}\n" for name in rest), encoding="utf-8")
 
     def settings(self, kind: str, steps: int) -> dict[str, Any]:
@@ -163,8 +170,7 @@ class Bench:
         for row, named in (names | {TEACHER: {0: run_name(kind, "teacher", self.scale.teacher_steps, 0)}}).items():
             folders = {seed: self.output / "scores" / name for seed, name in named.items()}
             drawn[row] = paired.draw(dict.fromkeys(folders, self.val), folders, self.scale.draws)
-        yield f"| {self.output.name}, {kind} | AP | each seed | to {ALONE}, 95 % interval |"
-        yield f"|{' --- |' * 4}"
+        yield from paired.columns(f"{self.output.name}, {kind}", ALONE)
         for cells in paired.rows(drawn, ALONE):
             yield f"| {' | '.join(cells)} |"
 
@@ -182,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backbone", required=True, help="file of the students' backbone, or random:NAME")
     parser.add_argument("--kinds", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="of the table; all by default")
-    parser.add_argument("--set", choices=["bccd", "mosaics"], default="bccd")
+    parser.add_argument("--set", choices=["bccd", "coco-mini", "mosaics"], default="bccd")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=Scale.steps, help="of 8 images, of a student")
     parser.add_argument("--teacher-steps", type=int, default=Scale.teacher_steps)

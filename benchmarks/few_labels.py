@@ -13,13 +13,13 @@ evaluate on.
 
 `retinanet_sad` has the detector of the row `retinanet` of its seed as its teacher, which also writes the pseudo-labels of the unlabeled photos; run
 that row before. `..._ssld` start from a backbone of the same seed: stage 1 under EfficientNet-Lite2, as `ssld init` sets it for a student with
-weights, on the training photos without their labels (nine tenths; the others tell whether it improves). `..._ssld_batch`: the same with BatchNorm
-by batch statistics. `..._ssld_features`: the teacher's pooled features and maps in place of its soft labels. `..._ssld_tiny1000`: 250 steps of
-stage 1 on 1,000 images of Tiny ImageNet, whatever their number.
+weights, on the training photos without their labels (nine tenths; the others tell whether it improves). `..._ssld_x4`: the same, four times as long.
+`..._ssld_batch`: with BatchNorm by batch statistics. `..._ssld_features`: the teacher's pooled features and maps in place of its soft labels.
+`..._ssld_tiny1000`: 250 steps of stage 1 on 1,000 images of Tiny ImageNet, whatever their number.
 
 A run is a process of its own with one thread; its time is processor time of training, without imports. Finished runs are not repeated. Printed: mean
-AP over the seeds and each seed's, the difference to `--base` with a 95 % interval of a paired bootstrap over the evaluation images (seeds averaged,
-so it leaves out what other seeds would change), and the time relative to that of `--base`.
+AP over the seeds and each seed's, the difference to `--base` with 95 % intervals over the evaluation images and over the seeds (`paired.py`), and the
+time relative to that of `--base`.
 """
 
 import argparse
@@ -57,7 +57,7 @@ _MOVING = _DOUBLED | {"moving_teacher": {"unlabeled": "{folder}/unlabeled.txt"}}
 _RETINANET = {"model": {"kind": "retinanet"}}
 # Numbers of images of Tiny ImageNet, the first ones, that stage 1 of the rows `strong_ssld_tiny...` sees.
 TINY = (1_000, 10_000, 42_500)
-BODIES = ("ssld", "ssld_batch", "ssld_features", *(f"ssld_tiny{images}" for images in TINY))
+BODIES = ("ssld", "ssld_x4", "ssld_batch", "ssld_features", *(f"ssld_tiny{images}" for images in TINY))
 
 
 def _body(kind: str) -> dict[str, Any]:
@@ -189,6 +189,8 @@ def stage1(data: Path, name: str, kind: str, output: Path, seed: int) -> None:
     for role, model in (("student", "efficientnet_lite0"), ("teacher", "efficientnet_lite2")):
         settings[role] = {"model": str(data / "weights" / f"{model}.safetensors"), "arch": f"tf_{model}"}
     settings["student"]["batchnorm"], settings["seed"] = "batch" if kind == "ssld_batch" else "eval", seed
+    if kind == "ssld_x4":
+        settings["steps"] *= 4
     if kind == "ssld_features":
         settings["losses"] = ["pooled", {"name": "spatial", "weight": 0.5}]
     if kind.startswith("ssld_tiny"):
@@ -231,8 +233,7 @@ def table(folders: dict[int, Path], options: argparse.Namespace) -> Iterator[str
         places = {seed: scored(folder, row, options) for seed, folder in folders.items()}
         drawn[row] = paired.draw(annotations, places, options.draws)
         seconds[row] = {seed: json.loads((places[seed] / "seconds.json").read_text()) for seed in drawn[row]}
-    yield f"| {options.data_set}, {options.labeled} labeled photos | AP | each seed | to {options.base}, 95 % interval | processor time |"
-    yield f"|{' --- |' * 5}"
+    yield from paired.columns(f"{options.data_set}, {options.labeled} labeled photos", options.base, "processor time")
     for cells in paired.rows(drawn, options.base):
         row, time_ratio = cells[0], "-"
         if common := sorted(drawn[row].keys() & drawn.get(options.base, {}).keys()):

@@ -12,8 +12,8 @@ made of its embeddings, or its features.
 Each backbone is measured on the 5,000 validation images of Tiny ImageNet: by the vote of the 20 nearest neighbors and by a linear probe, both from
 the 10,000 labeled images. With `--seeds` it also makes one Faster R-CNN per seed and set: `bccd`, blood cells, and `mosaics`, dogs and cats of Tiny
 ImageNet pasted on canvases; `--frozen` trains all but the backbone. Finished runs are not repeated. Tables go to standard output: mean AP over the
-seeds, and the difference to `--base` with a 95 % interval of a paired bootstrap over the evaluation images (seeds averaged). The interval leaves out
-what another seed of stage 1 would change.
+seeds, and the difference to `--base` with 95 % intervals over the evaluation images and over the seeds of the detector (`paired.py`), which both
+leave out what another seed of stage 1 would change.
 """
 
 import argparse
@@ -282,8 +282,7 @@ class Bench:
             drawn[name] = paired.draw(dict.fromkeys(seeds, self.sets[place][1][0]), folders, self.scale.draws)
         lines = [f"| {' | '.join(cells)} |" for cells in paired.rows(drawn, base)]
         if lines:
-            yield f"| {place}, {'frozen' if frozen else 'full'} | AP | each seed | to {base}, 95 % interval |"
-            yield "| --- | --- | --- | --- |"
+            yield from paired.columns(f"{place}, {'frozen' if frozen else 'full'}", base)
             yield from lines
 
 

@@ -9,8 +9,7 @@ photos of ImageNet. A row is a backbone: `start`, what a stage 1 left of it (`ST
 Each is looked at without a detector, on whole photos that stage 1 did not see (`look`). With `--seeds` it also makes one Faster R-CNN a seed with the
 settings that `ssld init` writes, smaller: 155 steps at 224 px, 128 RoIs per image. The detector finds dogs and cats of Tiny ImageNet pasted on 124
 canvases (`mosaics.py`), since so few steps on coco-mini itself end near AP 3. Finished runs are not repeated. The tables go to standard output:
-mean AP over the seeds, and the difference to `start` with a 95 % interval of a paired bootstrap over the evaluation images (seeds averaged), which
-does not tell how another seed would end.
+mean AP over the seeds, and the difference to `start` with 95 % intervals over the evaluation images and over the seeds (`paired.py`).
 """
 
 import argparse
@@ -360,8 +359,7 @@ def scores_table(photos: Photos, rows: Sequence[str], norms: str, seeds: Sequenc
     for row in rows:
         folders = {seed: scores_folder(photos, row, norms, seed) for seed in seeds}
         drawn[row] = paired.draw(dict.fromkeys(seeds, photos.output / "val.json"), folders, photos.scale.draws)
-    yield f"| row, norms {norms} | AP | each seed | to start, 95 % interval | seeds compared |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield from paired.columns(f"row, norms {norms}", "start", "seeds compared")
     for cells in paired.rows(drawn, "start"):
         common = sorted(drawn[cells[0]].keys() & drawn.get("start", {}).keys())
         compared = "-" if cells[3] == "-" else ", ".join(map(str, common))

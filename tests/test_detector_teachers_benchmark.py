@@ -102,11 +102,12 @@ def test_table_of_detector_teachers(tmp_path: Path, capsys: pytest.CaptureFixtur
     line = [str(tmp_path), "--output", str(tmp_path / "grid"), "--backbone", "random:test_resnet", "--kinds", "gfl"]
     assert benchmark.main([*line, "--seeds", "0", "1", "--draws", "20", "--table-only"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "| bccd, gfl | AP | each seed | to alone, 95 % interval |",
-        "| --- | --- | --- | --- |",
-        "| alone | 0.0 | 0.0, 0.0 | - |",
-        "| ld | 50.0 | 100.0, 0.0 | +50.0 (+50.0 to +50.0) |",
-        "| the teacher | 100.0 | 100.0 | +100.0 (+100.0 to +100.0) |",
+        "| bccd, gfl | AP | each seed | to alone, 95 % interval over the images | over the seeds |",
+        "| --- | --- | --- | --- | --- |",
+        "| alone | 0.0 | 0.0, 0.0 | - | - |",
+        # 12.706, Student's t with one degree of freedom, times the standard deviation 70.711, by the square root of two
+        "| ld | 50.0 | 100.0, 0.0 | +50.0 (+50.0 to +50.0) | -585.3 to +685.3 |",
+        "| the teacher | 100.0 | 100.0 | +100.0 (+100.0 to +100.0) | - |",
         "",
     ]
 

@@ -59,10 +59,10 @@ def test_table_of_few_labels(tmp_path: Path) -> None:
             (place / "result.json").write_text(json.dumps({"metrics": {}}))
             (place / "seconds.json").write_text("10" if row == "supervised" else "15")
     assert list(benchmark.table(folders, options)) == [
-        "| bccd, 2 labeled photos | AP | each seed | to supervised, 95 % interval | processor time |",
-        "| --- | --- | --- | --- | --- |",
-        "| supervised | 0.0 | 0.0, 0.0 | - | x 1.00 |",
-        "| strong | 100.0 | 100.0, 100.0 | +100.0 (+100.0 to +100.0) | x 1.50 |",
+        "| bccd, 2 labeled photos | AP | each seed | to supervised, 95 % interval over the images | over the seeds | processor time |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| supervised | 0.0 | 0.0, 0.0 | - | - | x 1.00 |",
+        "| strong | 100.0 | 100.0, 100.0 | +100.0 (+100.0 to +100.0) | - | x 1.50 |",
     ]
 
 

@@ -39,6 +39,7 @@ _NO_SPREAD = 1e-9  # rounding errors of equal values are smaller
 _Z = 1.96  # 97.5th percentile of the normal distribution
 # The same of Student's t with 1 to 9 degrees of freedom.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_ONE_TRAINING = "; one training of each: another seed can change it by more"
 RECORD = "pipeline.json"  # beside the run directories
 SMOKE = "smoke sizes: these numbers only show that everything runs"
 
@@ -105,7 +106,7 @@ def table_rows(table: TableConfig, output: Path) -> list[Row]:
             numbers = [value for value, _ in runs.values()]
             values.append(statistics.fmean(numbers) if numbers else None)
             intervals.append(
-                _over_seeds(numbers) if len(numbers) > 1 else _of_one_run(key, [result for _, result in runs.values()])
+                over_seeds(numbers) if len(numbers) > 1 else _of_one_run(key, [result for _, result in runs.values()])
             )
         rows.append(Row(name, tuple(values), tuple(intervals)))
     return rows
@@ -149,7 +150,7 @@ def difference(table: TableConfig, output: Path, pair: tuple[str, str]) -> Row:
             compared = [_compared(key, one[1], other[1]) for one, other in pairs]
             images = [one.images for one in compared if one and one.images is not None]
             images += [n for number in first if (n := images_of(output / stages[number])) is not None]
-            interval = _over_seeds([one[0] - other[0] for one, other in pairs], min(images, default=None))
+            interval = over_seeds([one[0] - other[0] for one, other in pairs], min(images, default=None))
             note = None if interval else "no spread over the seeds: no interval"
         elif first:
             number = next(iter(first))
@@ -323,7 +324,7 @@ def _fraction(metrics: dict[str, Any], key: str) -> float | None:
     return float(value) if 0 <= value <= _MOST else None
 
 
-def _over_seeds(values: list[float], images: int | None = None) -> Interval | None:
+def over_seeds(values: list[float], images: int | None = None) -> Interval | None:
     """Return the interval of a mean over runs with different seeds, each evaluated on `images` images.
 
     None for runs without spread, which are no sample of seeds.
@@ -369,7 +370,7 @@ def _bootstrap(key: str, better: dict[str, Any], base: dict[str, Any]) -> Interv
         return None
     images = compared.get("images")
     basis = f"paired bootstrap over {count(images, 'image')}" if isinstance(images, int) else "paired bootstrap"
-    interval = _interval([compared[key].get("low"), compared[key].get("high")], basis)
+    interval = _interval([compared[key].get("low"), compared[key].get("high")], basis + _ONE_TRAINING)
     own = better.get("outputs")
     identical = isinstance(own, dict) and own.get("detections.json") == compared["sha256"]
     return interval and replace(interval, images=images if isinstance(images, int) else None, identical=identical)
@@ -385,7 +386,7 @@ def _of_proportions(key: str, better: dict[str, Any], base: dict[str, Any]) -> I
     low = difference - math.hypot(share - first.low, second.high - base_share)
     high = difference + math.hypot(first.high - share, base_share - second.low)
     images = min(better["metrics"]["images"], base["metrics"]["images"])
-    return Interval(low, high, f"binomial, {count(images, 'image')}", images)
+    return Interval(low, high, f"binomial, {count(images, 'image')}{_ONE_TRAINING}", images)
 
 
 def _interval(bounds: list[Any], basis: str) -> Interval | None:

@@ -286,7 +286,10 @@ def test_gains_and_bars_show_their_intervals(tab: Page, report_page: Path) -> No
     assert green != soft
     assert grey == soft
     text = tab.value("document.body.innerText")
-    assert "95 % interval +2.0 to +9.0 (paired bootstrap over 40 images)" in text
+    assert (
+        "95 % interval +2.0 to +9.0 (paired bootstrap over 40 images; one training of each: another seed can change it by more)"
+        in text
+    )
     assert "AP is measured on 40 images with 42 objects: too few" in text
     boxes = tab.value(
         "[...document.querySelectorAll('.bars')[0].querySelectorAll('.track')].map(one => [one, ...one.children]"
