@@ -268,8 +268,7 @@ def test_gains() -> None:
             0.09,
             40,
             300,
-            "+5.0 points of detector AP, ap against base 95 % interval +1.0 to +9.0 (paired bootstrap over 40 images; one training of each: another "
-            "seed can change it by more)",
+            "+5.0 points of detector AP, ap against base 95 % interval +1.0 to +9.0 (paired bootstrap over 40 images; one training",
         ),
         (
             -0.02,
