@@ -18,6 +18,10 @@ def test_every_row_of_a_new_student_is_a_valid_run(tmp_path: Path, monkeypatch: 
     benchmark = script("new_student")
     monkeypatch.setattr(benchmark, "paste", lambda *_: None)
     bench = benchmark.Bench(tmp_path, tmp_path / "runs", benchmark.Scale())
+    cells = tmp_path / "bccd" / "annotations" / "instances_train.json"
+    for folder in (cells.parent, bench.output):
+        folder.mkdir(parents=True)
+    cells.write_text('{"images": [{"file_name": "b.jpg"}, {"file_name": "a.jpg"}]}')
 
     def parsed(kind: Any, settings: dict[str, Any]) -> Any:
         file = tmp_path / "settings.yaml"
@@ -28,6 +32,11 @@ def test_every_row_of_a_new_student_is_a_valid_run(tmp_path: Path, monkeypatch: 
     supervised, ssld = rows["supervised"], rows["ssld"]
     on_labels = {name for name, row in rows.items() if row.objective == "labels"}
     assert on_labels == {name for name in rows if name.startswith("supervised")}
+    own = rows.pop("own_pooled_spatial")
+    assert (own.data.image_size, own.batch_size, own.steps) == (128, 32, ssld.steps)
+    assert own.losses == rows["lite0_pooled_spatial"].losses
+    assert Path(own.data.train[0].path).read_text() == "a.jpg\nb.jpg\n"
+    assert Path(own.data.train[0].root) == cells.parents[1] / "images"
     for name, row in rows.items():
         assert row.data.model_dump(exclude={"train"}) == ssld.data.model_dump(exclude={"train"})
         assert row.optim == ssld.optim.model_copy(update={"lr": float(name.partition("_lr")[2] or 3e-3)})
