@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ssld.shared.distributed.ranks import ONE_RANK, for_sums, gather_lists, rank, share_buffers, world_size
 from ssld.shared.images import stable_seed
-from ssld.shared.run_dir import RunDir
 from ssld.shared.training.training_state import TrainingState
 from ssld.stage2_detect.data.coco import MIN_SIDE, CocoData, CocoImage, Id
 from ssld.stage2_detect.data.loaders import eval_loader, masks_of
@@ -46,15 +45,15 @@ class Validation:
         data: TrainingData,
         sizing: Sizing,
         teacher_check: TeacherCheck | None,
+        state: TrainingState,
         *,
-        run: RunDir,
         batch_size: int,
         workers: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self._trained, self._data, self._sizing, self._teacher_check = trained, data, sizing, teacher_check
-        self._run = run
+        self._state = state
         self._options: dict[str, Any] = {
             "batch_size": batch_size,
             "workers": workers,
@@ -63,19 +62,19 @@ class Validation:
         }
         self.detections: dict[Id, Detections] = {}
 
-    def measure(self, step: int, state: TrainingState) -> dict[str, Any]:
+    def measure(self, step: int) -> dict[str, Any]:
         """Evaluate after `step` steps, and log it; return the metrics of `score` and the losses, empty without evaluation images.
 
         Raises UserError if a metric is not finite; see `TrainingState.check_metrics`.
         """
-        data, run, net = self._data, self._run, self._trained.evaluated
+        data, run, net = self._data, self._state.run, self._trained.evaluated
         if data.val is None:
             return {}
         run.log(f"step {step}: evaluating {len(data.val.images)} images")
         share_buffers(net)
         metrics, self.detections = score(net, data.val, self._sizing, log=run.log, **self._options)
         losses = validation_losses(net, data.val_objects, self._sizing, **self._options) if data.val_objects else {}
-        state.check_metrics(step, metrics | losses)
+        self._state.check_metrics(step, metrics | losses)
         values = [describe(metrics), *(f"{name} {value:.4f}" for name, value in losses.items())]
         run.log(f"step {step}: {', '.join(values)}")
         if self._teacher_check:
