@@ -41,7 +41,7 @@ def is_sound(path: Path) -> bool:
 
 
 def made_again(paths: Iterable[Path]) -> list[str]:
-    """Yield a line for each file that exists and does not agree with its checksum."""
+    """Return a line for each file that exists and does not agree with its checksum."""
     return [
         f"{path}: does not match its checksum; recomputing it" for path in paths if path.exists() and not is_sound(path)
     ]

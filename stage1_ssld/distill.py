@@ -102,6 +102,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.shared.run_dir import RunDir
     from ssld.shared.training.auto_batch import find_passes
     from ssld.shared.training.batch_sheet import MOST, write_sheet
+    from ssld.shared.training.evaluations import Evaluations
     from ssld.shared.training.optim import (
         cosine_factor,
         describe_lr,
@@ -206,21 +207,13 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         )
         config = config.model_copy(update={"accumulate": passes})
     training = TrainingData(config, targets.sources, targets.train_labels, targets.store, plan)
-    if training.images is not None and config.batch_size > training.images:
-        raise UserError(
-            f"batch_size: {config.batch_size} is more than the {count(training.images, 'training image')}; set it to at most this number"
-        )
+    teacher_batchnorm = teacher is not None and teacher.batchnorm == "batch"
+    owner = "teacher" if teacher_batchnorm else "network" if student.uses_batch_statistics() else None
+    _check_batch_size(config.batch_size, ranks * config.accumulate, training.images, owner)
     steps = config.total_steps(training.images)
     config = config.in_steps(steps)
     assert config.log_every is not None
     warmup_steps = config.optim.total_warmup_steps(training.images, config.batch_size, steps)
-    teacher_batchnorm = teacher is not None and teacher.batchnorm == "batch"
-    if config.batch_size == ranks * config.accumulate and (teacher_batchnorm or student.uses_batch_statistics()):
-        owner = "teacher" if teacher_batchnorm else "network"
-        raise UserError(
-            f"batch_size: {config.batch_size} is one image per process and pass, and BatchNorm of the {owner} needs "
-            "at least two; raise batch_size, or lower accumulate or the number of processes"
-        )
     rate = config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name
     base_lr = scale_lr(*rate)
 
@@ -254,7 +247,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
             run.metric(step, **{f"val_{name}": value for name, value in metrics.items()})
         return metrics
 
-    def save_network(step: int, path: Path, metrics: dict[str, float], **facts: str) -> None:
+    def save_network(path: Path, step: int, metrics: dict[str, float], **facts: str) -> None:
         if accelerator.is_main_process:
             teacher_facts = targets.facts()
             student.save(
@@ -271,17 +264,13 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 **facts,
             )
 
-    metrics: dict[str, float] = {}
-    scored = -1  # the step that `metrics` are of; -1: none
-
-    def score_now(step: int, *, due: bool = False) -> None:
-        """Evaluate, and keep the best weights where there is more than one evaluation. A checkpoint may be `due` before."""
-        nonlocal metrics, scored
-        with state.evaluating(step, due=due):
-            metrics, scored = evaluate_now(step), step
-            if config.evaluate_every and metrics and state.improved(score_of(metrics, config.best_by)):
-                state.check(step)
-                save_network(step, state.best_file, metrics)
+    evaluations = Evaluations(
+        state,
+        evaluate_now,
+        lambda metrics: score_of(metrics, config.best_by) if metrics else None,
+        save_network,
+        keeps_best=bool(config.evaluate_every),
+    )
 
     # ---- checks before the first step, and the log of what will run
     if isinstance(config, DistillConfig) and targets.learns_from_teacher and teacher and start == 0:
@@ -322,7 +311,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         closing(training.batches(start, steps, rank=rank, ranks=ranks, pin_memory=pin_memory)) as stream,
     ):
         if state.owes_evaluation and config.evaluates_after(start, steps):
-            score_now(start)
+            evaluations.run(start)
         if 0 < start < steps and state.exhausted(config.patience):  # no step follows whose loss would show a bad update
             with state.fetching(start + 1, 0):
                 forward = forward_pass(next(stream), start + 1)
@@ -377,7 +366,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                     run.log_if(statistics_warning(means, forward.soft.logits_BM.shape[1]))
             due = step % config.save_every == 0 or step == steps
             if val_source and config.evaluates_after(step, steps):
-                score_now(step, due=due)
+                evaluations.run(step, due=due)
             last = step == steps or state.exhausted(config.patience)
             if last:
                 check_weights(step, forward)
@@ -390,8 +379,9 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     # ---- finish
     if state.exhausted(config.patience):
         run.log(f"step {step}: stopped, {state.stale} evaluations in a row without a better one (patience)")
-    if scored != step:
-        score_now(step)
+    if evaluations.step != step:
+        evaluations.run(step)
+    metrics = evaluations.metrics
     file = run.path / f"{result}.safetensors"
     if choice := validation.compare_with_start():
         if choice.which != "last":
@@ -402,12 +392,31 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         run.log(f"the initial weights: {describe(of_start)}")
         run.log_if(worse_than_start(metrics, of_start, batch_statistics=student.uses_batch_statistics()))
         metrics |= {f"start_{name}": of_start[name] for name in ("agreement", "kl")}
-    save_network(step, file, metrics, **({"kept": choice.which} if choice else {}))
+    save_network(file, step, metrics, **({"kept": choice.which} if choice else {}))
     accelerator.end_training()
     if accelerator.is_main_process:
         write_curves(run.path)
     state.finish(metrics, step, [file])
     run.log(f"wrote {file}")
+
+
+def _check_batch_size(batch_size: int, parts: int, images: int | None, batchnorm_of: str | None) -> None:
+    """Raise UserError for a batch of more images than there are, and for parts of one image where BatchNorm measures them.
+
+    Args:
+        parts: processes times passes that a batch is divided among.
+        images: number of training images; None: unknown.
+        batchnorm_of: the network whose BatchNorm uses statistics of the batch; None: no network does.
+    """
+    if images is not None and batch_size > images:
+        raise UserError(
+            f"batch_size: {batch_size} is more than the {count(images, 'training image')}; set it to at most this number"
+        )
+    if batch_size == parts and batchnorm_of:
+        raise UserError(
+            f"batch_size: {batch_size} is one image per process and pass, and BatchNorm of the {batchnorm_of} needs "
+            "at least two; raise batch_size, or lower accumulate or the number of processes"
+        )
 
 
 if __name__ == "__main__":

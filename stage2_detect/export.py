@@ -15,7 +15,7 @@ if find_spec("ssld") is None:
 
 from ssld.shared.config.command import run_command
 from ssld.shared.terminal import say
-from ssld.stage2_detect.export_config import FILES, LOWER, ExportDetectorConfig, GateFailed
+from ssld.stage2_detect.export_config import ExportDetectorConfig, GateFailed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,26 +35,16 @@ def export_detector(config: ExportDetectorConfig) -> None:
             file is left then), and an upload that fails.
         GateFailed: a lower precision loses more than `max_ap_drop`; no file is left.
     """
-    import time
-    from contextlib import ExitStack
-
     from ssld.shared.deploy.graph_files import require_onnx
     from ssld.shared.deploy.hub import check_name, push
-    from ssld.shared.files import atomically
     from ssld.shared.run_dir import RunDir
     from ssld.stage2_detect.data.coco import read_coco
     from ssld.stage2_detect.data.padding import PAD_MULTIPLE
     from ssld.stage2_detect.deploy.card import write_folder
-    from ssld.stage2_detect.deploy.check import (
-        batches_of,
-        check_outputs,
-        find_photos,
-        graph_of,
-        images_of,
-        measure_speeds,
-    )
-    from ssld.stage2_detect.deploy.gate import LowerPrecision, files_of, int8_ratios
-    from ssld.stage2_detect.deploy.writing import LEAST, openvino_runner, require_openvino, runner, write, write_runtime
+    from ssld.stage2_detect.deploy.check import find_photos, graph_of, images_of
+    from ssld.stage2_detect.deploy.checked_files import write_checked
+    from ssld.stage2_detect.deploy.gate import files_of
+    from ssld.stage2_detect.deploy.writing import LEAST, require_openvino
     from ssld.stage2_detect.detector_file import load_named
 
     if "onnx" in config.formats:
@@ -89,42 +79,7 @@ def export_detector(config: ExportDetectorConfig) -> None:
             f"their detections differ from those of ssld predict; train with resize.short_side {shortest} or more"
         )
 
-    # ---- the files, under temporary names until all of them are checked
-    files = {str(name): run.path / FILES[name] for name in config.formats}
-    files |= {name: run.path / LOWER[name] for name in LOWER if getattr(config, name)}
-    metrics: dict[str, object] = {}
-    with ExitStack() as stack:
-        temporary = {name: stack.enter_context(atomically(file)) for name, file in files.items()}
-        canvas = config.canvas
-        runs = {}
-        for name in config.formats:
-            run.log(f"{FILES[name]}: tracing the network and writing the file")
-            started = time.monotonic()
-            canvas = write(name, temporary[name], loaded, canvas, run.log)
-            run.log(f"{FILES[name]}: written after {time.monotonic() - started:.0f} s")
-        batches = batches_of(images, loaded.resize, canvas, config.batch_size)
-        for name in config.formats:
-            runs[FILES[name]] = runner(name, temporary[name])
-            metrics[name] = check_outputs(runs[FILES[name]], loaded.model, batches, config, FILES[name], run.log)
-        if config.openvino:
-            label = f"{FILES['onnx']} by OpenVINO"
-            runs[label] = openvino_runner(temporary["onnx"])
-            metrics["openvino"] = check_outputs(runs[label], loaded.model, batches, config, label, run.log)
-        int8: dict[str, object] = {}
-        if data is not None:
-            lower = LowerPrecision(config, loaded, data, canvas, temporary, run.log)
-            int8 = lower.write()
-            metrics["AP"] = lower.aps
-            runs |= lower.runs
-        if config.benchmark or int8:
-            run.log("measuring speeds")
-            seconds = measure_speeds(runs, loaded, batches, run.log)
-            metrics["seconds"] = seconds
-            if int8:
-                metrics["int8"] = int8 | {"latency_of_torch": int8_ratios(seconds["latency"], run.log)}
-    written = list(files.values())
-    if "onnx" in files:
-        written.append(write_runtime(run.path))
+    metrics, written = write_checked(config, loaded, images, data, run)
 
     # ---- the hub's folder
     folder = run.path / "hub"

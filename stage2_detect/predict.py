@@ -43,7 +43,7 @@ def _predict(config: PredictConfig) -> None:
     import json
 
     from ssld.shared.distributed.processes import describe_processes, start_processes
-    from ssld.shared.distributed.ranks import from_main_rank, on_main_rank, rank, world_size
+    from ssld.shared.distributed.ranks import from_main_rank, on_main_rank, rank, wait_for_all, world_size
     from ssld.shared.errors import UserError
     from ssld.shared.files import write_atomically
     from ssld.shared.run_dir import RunDir
@@ -77,7 +77,7 @@ def _predict(config: PredictConfig) -> None:
     # ---- detection, part by part; parts of a killed run are kept
     parts = Parts(run.path / "parts", work.records, config.batch_size)
     videos = VideoParts(run.path / "parts", work.folder, work.videos)
-    mine, my_videos = left_to_do(run, work, parts, videos, wait=accelerator.wait_for_everyone)
+    mine, my_videos = left_to_do(run, work, parts, videos)
     progress = PartProgress(run, parts, mine)
     clock = progress.clock
     runner = Runner(config, loaded, accelerator.device, progress.add)
@@ -90,7 +90,7 @@ def _predict(config: PredictConfig) -> None:
         run.log(f"{name}: {count(frames, 'frame')} done: {clock.describe()}")
     progress.close()
     run.log(*loaded.notes)
-    accelerator.wait_for_everyone()
+    wait_for_all()
     for name in work.videos:
         if reason := videos.read(name)["error"]:
             run.log(f"{name}: decoding stopped early: {reason}")
@@ -98,7 +98,7 @@ def _predict(config: PredictConfig) -> None:
     if drawer.drawing or drawer.cropping:
         for name in work.videos[rank() :: world_size()]:
             write_video(run.path, videos, name, loaded.class_names, loaded.category_ids, drawer)
-    accelerator.wait_for_everyone()
+    wait_for_all()
 
     # ---- the files
     def write() -> tuple[dict[str, int], list[Path]]:
@@ -130,7 +130,7 @@ def _predict(config: PredictConfig) -> None:
         )
         return metrics, files
 
-    metrics, files = on_main_rank(write) or ({}, [])
+    metrics, files = on_main_rank(write)
     accelerator.end_training()
     run.finish(metrics, files)
 

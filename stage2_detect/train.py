@@ -78,14 +78,15 @@ def train(config: TrainConfig) -> None:
         prepare_model,
         start_processes,
     )
-    from ssld.shared.distributed.ranks import from_main_rank, on_main_rank, share_buffers, world_size
+    from ssld.shared.distributed.ranks import from_main_rank, on_main_rank, world_size
     from ssld.shared.distributed.stop import StopRequest
-    from ssld.shared.errors import Stopped, UserError
+    from ssld.shared.errors import Stopped
     from ssld.shared.images import stable_seed
     from ssld.shared.models.backbones import check_networks
     from ssld.shared.run_dir import RunDir, read_metrics
     from ssld.shared.training.auto_batch import find_passes
     from ssld.shared.training.batch_sheet import write_sheet
+    from ssld.shared.training.evaluations import Evaluations
     from ssld.shared.training.optim import describe_lr, make_optimizer, scale_lr, set_lr
     from ssld.shared.training.quarantine import Quarantine
     from ssld.shared.training.trackers import start_trackers
@@ -98,14 +99,14 @@ def train(config: TrainConfig) -> None:
     from ssld.stage2_detect.deploy.writing import try_export
     from ssld.stage2_detect.distillation.teacher import TeacherCheck
     from ssld.stage2_detect.evaluation.files import write_evaluation
-    from ssld.stage2_detect.evaluation.scoring import compare_expected, describe, score
+    from ssld.stage2_detect.evaluation.scoring import compare_expected
     from ssld.stage2_detect.training.batch_images import first_images
     from ssld.stage2_detect.training.collapse import CollapseWatch
     from ssld.stage2_detect.training.init_weights import open_init
     from ssld.stage2_detect.training.memory_trial import whole_step
     from ssld.stage2_detect.training.schedule import Schedule
     from ssld.stage2_detect.training.trained_detector import TrainedDetector
-    from ssld.stage2_detect.training.validation_loss import validation_losses
+    from ssld.stage2_detect.training.validation import Validation
 
     # ---- backbone and data, checked before any process group exists
     check_networks(config.networks())
@@ -166,14 +167,7 @@ def train(config: TrainConfig) -> None:
     if not config.look:
         state.drop_later(last_good, start)
     if config.export_check and start == 0:
-
-        def check_export() -> None:
-            try:
-                try_export(trained.detector, config.model, config.resize, run.log)
-            except UserError as error:
-                raise UserError(f"export_check: {error}") from None
-
-        on_main_rank(check_export)
+        on_main_rank(lambda: try_export(trained.detector, config.model, config.resize, run.log), "export_check")
     if moving:
         unlabeled = config.batch_size - labeled
         lines = from_main_rank(read_metrics(run.path) if run.main else [])
@@ -192,44 +186,16 @@ def train(config: TrainConfig) -> None:
     if distill and trained.teacher and distill.check_images:
         check_data = teacher_check_images(config, data)
         teacher_check = TeacherCheck(trained.teacher, check_data, sizing, distill, **evaluation)
-    detections: dict[Any, Any] = {}  # those of the last evaluation, on the main rank
-
-    def evaluate_now(step: int) -> dict[str, Any]:
-        nonlocal detections
-        if data.val is None:
-            return {}
-        net = trained.evaluated
-        run.log(f"step {step}: evaluating {len(data.val.images)} images")
-        share_buffers(net)
-        metrics, detections = score(net, data.val, sizing, log=run.log, **evaluation)
-        losses = validation_losses(net, data.val_objects, sizing, **evaluation) if data.val_objects else {}
-        state.check_metrics(step, metrics | losses)
-        values = [describe(metrics), *(f"{name} {value:.4f}" for name, value in losses.items())]
-        run.log(f"step {step}: {', '.join(values)}")
-        if teacher_check and (warning := teacher_check.beside(detections)):
-            run.log(warning)
-        metrics |= losses
-        run.metric(
-            step, **{f"val_{name}": value for name, value in metrics.items() if not name.startswith("per_class")}
-        )
-        return metrics
+    validation = Validation(trained, data, sizing, teacher_check, state, **evaluation)
 
     def save_model(path: Path, step: int, metrics: dict[str, Any]) -> None:
         if accelerator.is_main_process:
             trained.save(path, step=step, metrics=metrics, run=str(run.path), precision=config.precision)
 
-    metrics: dict[str, Any] = {}
-    scored = -1  # the step that `metrics` are of; -1: none
-
-    def score_now(step: int, *, due: bool = False) -> None:
-        """Evaluate, and keep the best weights where there is more than one evaluation. A checkpoint may be `due` before."""
-        nonlocal metrics, scored
-        with state.evaluating(step, due=due):
-            metrics, scored = evaluate_now(step), step
-            # Evaluation images without objects give no score.
-            if config.evaluate_every and metrics.get("AP") is not None and state.improved(metrics["AP"]):
-                state.check(step)
-                save_model(state.best_file, step, metrics)
+    # Evaluation images without objects give no AP.
+    evaluations = Evaluations(
+        state, validation.measure, lambda metrics: metrics.get("AP"), save_model, keeps_best=bool(config.evaluate_every)
+    )
 
     # ---- summary of the run
     if teacher_check and start == 0:
@@ -273,7 +239,7 @@ def train(config: TrainConfig) -> None:
     step = start
     with StopRequest() as stop, state.deaths, state.progress.begin(start, steps) as progress:
         if state.owes_evaluation and config.evaluates_after(start, steps):
-            score_now(start)
+            evaluations.run(start)
         stream = iter(loader)
         if 0 < start < steps and state.exhausted(config.patience):  # no step follows whose loss would show a bad update
             with state.fetching(start + 1, 0):
@@ -315,7 +281,7 @@ def train(config: TrainConfig) -> None:
                     run.log_if(collapse.see(step, means, last=step == steps))
             due = step % config.save_every == 0 or step == steps or (moving is not None and step == burn_in)
             if data.val and config.evaluates_after(step, steps):
-                score_now(step, due=due)
+                evaluations.run(step, due=due)
             last = step == steps or state.exhausted(config.patience)
             if last:
                 check_weights(step, inputs)
@@ -323,15 +289,16 @@ def train(config: TrainConfig) -> None:
             if due or last or stopping:
                 state.save(step)
                 if collapse and collapse.healthy and burn_in <= step < steps:
-                    save_model(last_good, step, metrics if scored == step else {})
+                    save_model(last_good, step, evaluations.metrics if evaluations.step == step else {})
             if stopping:
                 raise Stopped(f"checkpoint of step {step} written to {run.checkpoints}")
 
     # ---- finish
     if state.exhausted(config.patience):
         run.log(f"step {step}: stopped after {state.stale} evaluations in a row without a better AP (patience)")
-    if scored != step:
-        score_now(step)
+    if evaluations.step != step:
+        evaluations.run(step)
+    metrics = evaluations.metrics
     if config.expected:
         measured = len(data.val.images) if data.val else 0
         metrics["expected_met"], line = compare_expected(config.expected, metrics, measured, config.precision)
@@ -345,7 +312,7 @@ def train(config: TrainConfig) -> None:
         run.log(f"warning: the moving teacher has collapsed; {last_good} is the last good file")
         files.append(last_good)
     if data.val and accelerator.is_main_process:
-        files += write_evaluation(run, data.val, detections, metrics, score_threshold=0.5)[1]
+        files += write_evaluation(run, data.val, validation.detections, metrics, score_threshold=0.5)[1]
     accelerator.end_training()
     state.finish(metrics | {"orientation": data.orientations()}, step, files)
     run.log(f"wrote {file}")

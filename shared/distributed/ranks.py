@@ -1,6 +1,7 @@
 """Communication between the processes of one run. Everything works without a process group, as one rank."""
 
 import functools
+import pickle
 import sys
 import threading
 import time
@@ -14,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ssld.shared.errors import UserError
 from ssld.shared.terminal import say
 from ssld.shared.wording import duration
 
@@ -137,11 +137,16 @@ def gather_on_main_rank(items: list[T]) -> list[T]:
     return [item for part in gathered or [] for item in part]
 
 
+def wait_for_all() -> None:
+    """Return when every rank has called this, as after work that the ranks share. A value from the main rank does not wait for the others."""
+    gather_lists([])
+
+
 def from_main_rank(value: T, work: str = "") -> T:
-    """Return the main rank's value on every rank.
+    """Return the main rank's value on every rank. The main rank itself need not wait; what it computes for the others belongs in `on_main_rank`.
 
     Args:
-        work: what the main rank computes while the others wait, for the line that they print after a minute.
+        work: what the main rank does meanwhile, for the line that the others print after a minute.
     """
     if world_size() == 1:
         return value
@@ -152,17 +157,33 @@ def from_main_rank(value: T, work: str = "") -> T:
     return received
 
 
-def on_main_rank(work: Callable[[], T]) -> T | None:
-    """Do `work` on the main rank while the others wait; return its result there, None on the others. Raises its UserError on every rank."""
-    result, mistake = None, ""
+def on_main_rank(work: Callable[[], T], name: str = "") -> T:
+    """Do `work` on the main rank while the others wait; return its result on every rank. Whatever it raises is raised on every rank.
+
+    Args:
+        work: without communication between ranks; its result is small, as it is sent to the other processes.
+        name: what `work` is, for the line that the others print after a minute.
+    """
     if rank() == 0:
         try:
             result = work()
-        except UserError as error:
-            mistake = str(error)
-    if mistake := from_main_rank(mistake):
-        raise UserError(*mistake.split("\n"))
+        except BaseException as error:
+            if world_size() > 1:
+                from_main_rank((None, _sendable(error)))
+            raise
+        return from_main_rank((result, None))[0]
+    result, error = from_main_rank((None, None), name)
+    if error is not None:
+        raise error
     return result
+
+
+def _sendable(error: BaseException) -> BaseException:
+    """Return an exception as other processes can receive it: not all of them can be made again from what pickle keeps."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"the main process failed: {type(error).__name__}: {error}")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssld.shared.checksums import remove_with_sum
 from ssld.shared.distributed.processes import load_scaler_state, optimizer_step, scaler_state
-from ssld.shared.distributed.ranks import from_main_rank, total_over_ranks, world_size
+from ssld.shared.distributed.ranks import from_main_rank, on_main_rank, total_over_ranks, world_size
 from ssld.shared.distributed.stop import WorkerDeaths
 from ssld.shared.errors import MALFORMED, UserError
 from ssld.shared.models.model_file import read_metadata
@@ -262,7 +262,7 @@ class TrainingState:
         self.quarantine.write()
         began = time.monotonic()
         with self.progress.pausing():
-            self._write(step)
+            on_main_rank(lambda: self._write(step), "checkpoint")
         self._saved, self._saved_at = step, time.monotonic()
         self._saving = self._saved_at - began
 
@@ -335,11 +335,12 @@ class TrainingState:
 
     def _go_back(self, error: UserError, step: int) -> UserError:
         """Delete the checkpoints from `step` on, which have the bad update; return the error with the remedy."""
-        newest = None
-        if self.run.main:
+
+        def drop() -> Path | None:
             drop_from(self.run.checkpoints, step)
-            newest = newest_checkpoint(self.run.checkpoints)
-        newest = from_main_rank(newest)
+            return newest_checkpoint(self.run.checkpoints)
+
+        newest = on_main_rank(drop)
         fp32 = "" if self.precision == "fp32" else " or --precision fp32"
         where = f"continues from {newest.name}" if newest else "restarts from step 0: no earlier checkpoint"
         return UserError(
@@ -347,20 +348,19 @@ class TrainingState:
         )
 
     def _write(self, step: int) -> None:
-        if self.accelerator.is_main_process:
-            # The losses have proved that earlier checkpoints are good; this one may be bad.
-            keep_newest(self.run.checkpoints, self.keep_checkpoints)
-            tensors, values = optimizer_part(self.optimizer)
-            parts = {name: network.state_dict() for name, network in self.networks.items()}
-            state: dict[str, Any] = {
-                "optimizer": values,
-                "scaler": scaler_state(self.accelerator),
-                "watch": self.watch.state(),
-                "skipped": [self.skipped, self._skipped_now],
-                "length": self.steps,
-                **self._standing(step),
-            }
-            save_checkpoint(self.run.checkpoints, step, parts | {"optimizer": tensors}, state)
+        # The losses have proved that earlier checkpoints are good; this one may be bad.
+        keep_newest(self.run.checkpoints, self.keep_checkpoints)
+        tensors, values = optimizer_part(self.optimizer)
+        parts = {name: network.state_dict() for name, network in self.networks.items()}
+        state: dict[str, Any] = {
+            "optimizer": values,
+            "scaler": scaler_state(self.accelerator),
+            "watch": self.watch.state(),
+            "skipped": [self.skipped, self._skipped_now],
+            "length": self.steps,
+            **self._standing(step),
+        }
+        save_checkpoint(self.run.checkpoints, step, parts | {"optimizer": tensors}, state)
 
     def log(self, step: int, lr: float, **values: Tensor | float | None) -> dict[str, float]:
         """Write the averages since the last line to the metrics, the trackers and the log, with further values of this step; return both.

@@ -19,7 +19,7 @@ import torch
 
 from ssld.shared.checksums import atomically_with_sum, is_sound, made_again
 from ssld.shared.distributed.processes import describe_processes, start_processes, to_device
-from ssld.shared.distributed.ranks import from_main_rank, rank
+from ssld.shared.distributed.ranks import from_main_rank, on_main_rank, rank
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.files import spread
@@ -34,7 +34,7 @@ from ssld.stage1_ssld.clustering.prototype_layer import linear_layer, perplexiti
 from ssld.stage1_ssld.config import PrototypesConfig
 from ssld.stage1_ssld.curation.output import Example, Images, Row, draw_examples, small_views
 from ssld.stage1_ssld.curation.score_files import EMBEDDED, UNREADABLE, ScoreFiles, write_shard
-from ssld.stage1_ssld.curation.shard_pass import Piece, Reading, compare_shards, open_pool, over_missing_shards
+from ssld.stage1_ssld.curation.shard_pass import Piece, Reading, Shards, compare_shards, open_pool, over_missing_shards
 
 _IMAGES_OF_EACH, _FEWEST, _MOST = 40, 16, 4096  # default number of prototypes: images per prototype, and bounds
 _SAMPLE = 1 << 23  # values (images x prototypes) that the temperature is estimated on
@@ -90,35 +90,37 @@ def _make(config: PrototypesConfig, run: RunDir, device: torch.device) -> None:
     quarantine.add(files.unreadable if run.main else [])
     quarantine.judge(len(files))
 
-    # ---- steps of the main rank
-    if run.main:
-        embeddings = Embeddings([path.with_suffix(".npy") for path in files.paths])
-        number = _count(config, len(embeddings))
-        standard, clusters = _clusters(config, run, embeddings, number)
-        sample_BD = standard(embeddings.sample(max(1024, _SAMPLE // number))).astype(np.float64)
-        score_BK = scores(sample_BD, clusters.center_KD, clusters.offset_K)
-        temperature = temperature_for(score_BK, config.perplexity)
-        perplexity = float(np.median(perplexities(score_BK / temperature)))
-        metrics = _metrics(clusters, temperature, perplexity, len(embeddings))
-        run.log(
-            f"{number} prototypes of {len(embeddings)} images: sizes from {metrics['smallest']} to {metrics['largest']}, median "
-            f"{metrics['median_size']:g}; {clusters.refilled} empty ones refilled"
-        )
-        run.log(f"soft labels: median perplexity {perplexity:.2f} at temperature {temperature:.4g}")
-        run.log(*_doubts(clusters.size_K, balanced=config.balanced))
-        teacher, plot = run.path / "teacher.safetensors", run.path / "prototypes.png"
-        encoder.save(
-            teacher,
-            *linear_layer(standard, clusters.center_KD, clusters.offset_K, temperature),
-            crop_pct=config.val_crop,
-            encoder=encoder.facts,
-            prototypes={**metrics, "balanced": config.balanced, "sources": [source.path for source in config.pool]},
-        )
-        rows = _nearest(embeddings, standard, clusters, temperature, config.examples)
-        _draw(plot, rows, clusters, Images(files, pool.shards, pool.source), config.examples)
-        run.finish(metrics, [teacher, plot])
-        run.log(f"wrote {teacher} and {plot}")
-    from_main_rank(None)
+    on_main_rank(lambda: _finish(config, run, encoder, files, pool), "prototypes")
+
+
+def _finish(config: PrototypesConfig, run: RunDir, encoder: Encoder, files: ScoreFiles, pool: Shards) -> None:
+    """Find the prototypes and write all files of the run, on the main rank."""
+    embeddings = Embeddings([path.with_suffix(".npy") for path in files.paths])
+    number = _count(config, len(embeddings))
+    standard, clusters = _clusters(config, run, embeddings, number)
+    sample_BD = standard(embeddings.sample(max(1024, _SAMPLE // number))).astype(np.float64)
+    score_BK = scores(sample_BD, clusters.center_KD, clusters.offset_K)
+    temperature = temperature_for(score_BK, config.perplexity)
+    perplexity = float(np.median(perplexities(score_BK / temperature)))
+    metrics = _metrics(clusters, temperature, perplexity, len(embeddings))
+    run.log(
+        f"{number} prototypes of {len(embeddings)} images: sizes from {metrics['smallest']} to {metrics['largest']}, median "
+        f"{metrics['median_size']:g}; {clusters.refilled} empty ones refilled"
+    )
+    run.log(f"soft labels: median perplexity {perplexity:.2f} at temperature {temperature:.4g}")
+    run.log(*_doubts(clusters.size_K, balanced=config.balanced))
+    teacher, plot = run.path / "teacher.safetensors", run.path / "prototypes.png"
+    encoder.save(
+        teacher,
+        *linear_layer(standard, clusters.center_KD, clusters.offset_K, temperature),
+        crop_pct=config.val_crop,
+        encoder=encoder.facts,
+        prototypes={**metrics, "balanced": config.balanced, "sources": [source.path for source in config.pool]},
+    )
+    rows = _nearest(embeddings, standard, clusters, temperature, config.examples)
+    _draw(plot, rows, clusters, Images(files, pool.shards, pool.source), config.examples)
+    run.finish(metrics, [teacher, plot])
+    run.log(f"wrote {teacher} and {plot}")
 
 
 def _count(config: PrototypesConfig, images: int) -> int:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ssld.shared.checksums import is_sound, made_again, write_with_sum
 from ssld.shared.distributed.processes import pins_memory, start_worker
-from ssld.shared.distributed.ranks import from_main_rank, rank, world_size
+from ssld.shared.distributed.ranks import from_main_rank, on_main_rank, rank, wait_for_all, world_size
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.images import UnreadableImage, pixels_of
@@ -90,7 +90,8 @@ def compare_shards(run: RunDir, **shards: Shards) -> None:
     """Record the shards, and raise UserError if a resumed run began with others; all ranks call it."""
     for place, path, tally in itertools.chain(*(some.tallies for some in shards.values())):
         run.tell(place, path, tally)
-    if run.main:
+
+    def compare() -> None:
         file = run.path / "pool.json"
         now = {name: some.names() for name, some in shards.items()}
         record = json.dumps(now, indent=1) + "\n"
@@ -103,7 +104,8 @@ def compare_shards(run: RunDir, **shards: Shards) -> None:
                 f"{file}: is damaged, so the files that this run began with are unknown; give another --output or delete the folder"
             )
         write_with_sum(file, record)
-    from_main_rank(None)
+
+    on_main_rank(compare)
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ def over_missing_shards(
         workers=config.workers,
         report=report,
     )
-    from_main_rank(None)
+    wait_for_all()
 
 
 def over_shards(

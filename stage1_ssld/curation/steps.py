@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ssld.shared.distributed.processes import describe_processes, start_processes, to_device
-from ssld.shared.distributed.ranks import from_main_rank, rank
+from ssld.shared.distributed.ranks import from_main_rank, on_main_rank, rank, wait_for_all
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.models.backbones import check_networks
@@ -101,17 +101,17 @@ def _curate(config: CurateConfig, run: RunDir, device: torch.device) -> None:
         held_out=held_out_files,
         val_images=int(held_out_files.starts[val_shards]),
     )
-    _on_main_rank(run, write_candidates, selection)
-    _on_main_rank(run, write_close_pairs, selection)
+    _step_of_selection(run, write_candidates, selection)
+    _step_of_selection(run, write_close_pairs, selection)
     pairs = pair_rows(run.path / "near_duplicates.parquet")
     if pairs is not None:
         _cosines(run, config, pool, held_out, scored, held_out_files, pairs, teacher)
-    _on_main_rank(run, write_outcome, selection)
+    _step_of_selection(run, write_outcome, selection)
 
     images = Images(scored, pool.shards, pool.source)
     if config.materialise:
         materialise(run, images)
-        from_main_rank(None)
+        wait_for_all()
     if run.main:
         outcome = outcome_of(run.path)
         assert outcome is not None
@@ -121,14 +121,16 @@ def _curate(config: CurateConfig, run: RunDir, device: torch.device) -> None:
         run.finish(outcome["metrics"], [*written, *plots])
 
 
-def _on_main_rank(run: RunDir, write: Callable[[Path, Selection], list[str]], selection: Selection) -> None:
-    """Run a step of the selection while the other ranks wait. Raises Stopped after it if a signal arrived."""
-    if run.main:
+def _step_of_selection(run: RunDir, write: Callable[[Path, Selection], list[str]], selection: Selection) -> None:
+    """Run a step of the selection on the main rank. Raises Stopped after it if a signal arrived."""
+
+    def step() -> None:
         with StopRequest() as stop:
             run.log(*write(run.path, selection))
             if stop.requested:
                 raise Stopped("the selection is not finished")
-    from_main_rank(None)
+
+    on_main_rank(step, "selection")
 
 
 def _open(config: CurateConfig) -> tuple[Shards, Shards, int]:
@@ -236,22 +238,26 @@ def _cosines(
     outside = pairs.left_P[pairs.held_out_P], pairs.right_P[pairs.held_out_P]
     ids = np.unique(np.concatenate([*inside, outside[0]])), np.unique(outside[1])
     reading = Reading(False, config.image_size, config.val_crop)
-    embedded = []
+    paths: list[list[Path]] = []
     for name, shards, files, chosen in zip(_EMBEDDINGS, (pool, held_out), (scored, held_out_files), ids, strict=True):
         rows = dict(files.shard_rows(chosen))
         over_missing_shards(
             run, name, shards, config, reading, teacher.embeddings, _write_embeddings, rows=rows, suffixes=(".npy",)
         )
-        paths = [shard_file(run.path / name, number).with_suffix(".npy") for number in sorted(rows)]
-        if run.main:
-            embedded.append(UnitEmbeddings(chosen, paths, run.path / name / "joined"))
-    if run.main:
-        among, between = (cosines(*inside, embedded[0], embedded[0]), cosines(*outside, embedded[0], embedded[1]))
+        paths.append([shard_file(run.path / name, number).with_suffix(".npy") for number in sorted(rows)])
+
+    def write() -> None:
+        of_pool, of_held_out = (
+            UnitEmbeddings(chosen, files, run.path / name / "joined")
+            for name, chosen, files in zip(_EMBEDDINGS, ids, paths, strict=True)
+        )
+        among, between = cosines(*inside, of_pool, of_pool), cosines(*outside, of_pool, of_held_out)
         add_cosines(run.path / "near_duplicates.parquet", np.concatenate([among, between]))
-        embedded.clear()
+
+    on_main_rank(write, "cosines of near-duplicates")
+    if run.main:
         for name in _EMBEDDINGS:
             shutil.rmtree(run.path / name, ignore_errors=True)
-    from_main_rank(None)
 
 
 def _write_embeddings(path: Path, pieces: list[Piece], embeddings: list[np.ndarray]) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from ssld.shared.checksums import is_sound, write_with_sum
 from ssld.shared.distributed.processes import describe_processes, pins_memory, start_processes, to_device
-from ssld.shared.distributed.ranks import from_main_rank, gather_lists, rank, world_size
+from ssld.shared.distributed.ranks import from_main_rank, gather_lists, on_main_rank, rank, wait_for_all, world_size
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.files import file_sha256, write_atomically
@@ -130,14 +130,13 @@ def write_store(config: SoftLabelsConfig) -> None:
     size = images * config.views * layout.itemsize
     folder = run.path / "store"
     fresh = from_main_rank(not any(folder.glob("shard-*.bin")))
-    if main:
-        _check_disk(folder, size)
+    on_main_rank(lambda: _check_disk(folder, size), "disk space")
     run.log(f"{images} images x {config.views} views x {layout.itemsize} bytes = {amount(size)} in {folder}")
     if fresh:
         run.log(try_teacher(teacher, sources, config, device=device))
     if main:
         folder.mkdir(exist_ok=True)
-    accelerator.wait_for_everyone()
+    wait_for_all()
 
     # ---- the shards
     views = AllViews(sources, config)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ssld.shared.distributed.processes import pins_memory
-from ssld.shared.distributed.ranks import from_main_rank, rank, share_buffers, world_size
+from ssld.shared.distributed.ranks import on_main_rank, rank, share_buffers, world_size
 from ssld.shared.files import spread
 from ssld.shared.run_dir import RunDir
 from ssld.shared.training.quarantine import Quarantine
@@ -78,15 +78,13 @@ class Validation:
         net = self._student.evaluated.eval()
         share_buffers(net)
         start = self._student.start()
-        choice = None
-        if self._run.main:
-            views = self._views(None)
-            order = val_batches(spread(len(views), MOST_IMAGES), self._batch_size, 0, 1)
-            keeps_better = isinstance(self._config, DistillConfig) and self._config.keep_weights == "better"
-            choice = choose_weights(net, start, teacher, partial(self._loader, views, order), better=keeps_better)
-            few = f"data.val: too few images to compare the student with its start (at least {LEAST_IMAGES})"
-            self._run.log(choice.describe() if choice else few)
-        choice = from_main_rank(choice)
+        views = self._views(None)
+        order = val_batches(spread(len(views), MOST_IMAGES), self._batch_size, 0, 1)
+        keeps_better = isinstance(self._config, DistillConfig) and self._config.keep_weights == "better"
+        batches = partial(self._loader, views, order)
+        choice = on_main_rank(lambda: choose_weights(net, start, teacher, batches, better=keeps_better), "neighbors")
+        few = f"data.val: too few images to compare the student with its start (at least {LEAST_IMAGES})"
+        self._run.log(choice.describe() if choice else few)
         if choice and choice.which != "last":
             net.net.load_state_dict(weights(choice.which, net.net.state_dict(), start))
         return choice

@@ -14,6 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,20 @@ class CocoData:
         return "; ".join([f"{self.file}: {', '.join(parts)}", *(doubt.text for doubt in self.format_doubts), *alike])
 
 
+@dataclass(frozen=True, eq=False)
+class ValidatedBoxes:
+    """Boxes of a file as training reads them."""
+
+    corners_N4: np.ndarray
+    """float64 xyxy, rounded to 3 decimals"""
+    clipped_N4: np.ndarray
+    """`corners_N4` clipped to the image"""
+    degenerate_N: np.ndarray
+    """bool: a side <= 1e-5"""
+    outside_N: np.ndarray
+    """bool: no part of the box is inside the image"""
+
+
 def read_coco(
     annotation_file: str | Path,
     image_folder: str | Path | None,
@@ -153,78 +168,101 @@ def read_coco(
         else read_table(file, segmentations=segmentations)
     )
     names, ids, label_of = _classes(file, table, class_names)
-    image_ids, annotation_ids, owners = table.image_ids, table.annotation_ids, table.owners_N
     paths = _paths(file, table.file_names, image_folder)
-    labels, file_boxes, crowd, areas = label_of[table.labels_N], table.boxes_N4, table.crowd_N, table.areas_N
-    masks = table.segmentations
-
-    unrounded = np.concatenate([file_boxes[:, :2], file_boxes[:, :2] + file_boxes[:, 2:]], 1)
-    limits = np.stack([table.widths_I, table.heights_I], 1).astype(np.float64)[owners]
-    validated = validate_boxes(file_boxes, limits)
-    corners, clipped = validated.corners_N4, validated.clipped_N4
-    degenerate, outside = validated.degenerate_N, validated.outside_N
-    keep = ~(degenerate | outside | crowd) if training else np.ones(len(crowd), dtype=bool)
-    boxes = (clipped if training else unrounded).astype(np.float32)
-
-    kept = np.flatnonzero(keep)
-    kept = kept[np.argsort(owners[kept], kind="stable")]  # grouped by image, in file order within an image
-    bounds = np.searchsorted(owners[kept], np.arange(len(image_ids) + 1))
-    widths, heights = table.widths_I.tolist(), table.heights_I.tolist()
+    labels_N = label_of[table.labels_N]
+    limits_N2 = np.stack([table.widths_I, table.heights_I], 1).astype(np.float64)[table.owners_N]
+    validated = validate_boxes(table.boxes_N4, limits_N2)
+    unusable_N = validated.degenerate_N | validated.outside_N | table.crowd_N
+    keep_N = ~unusable_N if training else np.ones_like(unusable_N)
+    rows = _rows_of_images(table, keep_N)
     orientation = Orientation()
     if image_folder is not None:
         sizes = (table.widths_I, table.heights_I)
         orientation = find_orientation(file, paths, *sizes, stated=table.orientation, cache=cache_annotations)
-    images = []
-    for index, image_id in enumerate(image_ids):
-        rows = kept[bounds[index] : bounds[index + 1]]
-        if training and not keep_empty and not len(rows):
-            continue
-        images.append(
-            CocoImage(
-                image_id=image_id,
-                path=paths[index],
-                width=widths[index],
-                height=heights[index],
-                boxes_N4=boxes[rows],
-                labels_N=labels[rows],
-                crowd_N=crowd[rows],
-                areas_N=areas[rows],
-                file_boxes_N4=file_boxes[rows],
-                annotation_ids=tuple(annotation_ids[row] for row in rows),
-                segmentations=None if masks is None else _pick(masks, rows),
-                convention=orientation.convention,
-            )
-        )
 
-    same = same_file(table.file_names)
-    counts = Counter(
-        boxes=len(kept),
-        crowd=int(crowd.sum()),
-        degenerate=int((degenerate & ~(crowd & training)).sum()),
-        outside=int((outside & ~(crowd & training)).sum()),
-        clipped=int(((clipped != corners).any(1) & keep & ~degenerate & ~outside).sum()),
-        empty=int((np.diff(bounds) == 0).sum()),
-        empty_dropped=len(image_ids) - len(images),
-        again=sum(len(group) - 1 for group in same),
-        parted=entries_with_other_boxes(same, owners, table.labels_N, file_boxes),
-    )
-    tally = Tally()
-    tally.keep("image", len(image_ids))
-    if training:
-        tally_boxes(tally, validated, crowd, labels, names, annotation_ids)
-    else:
-        tally.keep("box", len(kept) - int(crowd.sum()))
-        if crowd.any():
-            tally.keep("crowd region", int(crowd.sum()))
-    for noun, cause, number, first in table.changes:
-        tally.change(noun, cause, first, number)
+    corners_N4 = np.concatenate([table.boxes_N4[:, :2], table.boxes_N4[:, :2] + table.boxes_N4[:, 2:]], 1)
+    boxes_N4 = (validated.clipped_N4 if training else corners_N4).astype(np.float32)
+    images = [
+        _record(table, index, paths[index], image_rows, boxes_N4, labels_N, orientation.convention)
+        for index, image_rows in enumerate(rows)
+        if len(image_rows) or keep_empty or not training
+    ]
+    tally = _tally(table, validated, labels_N, names, training=training)
     if not images:
         lost = tally.bulk_loss()
-        raise UserError(
-            f"{file}: no image{' with a usable box' if image_ids else ''} in it{f': {lost}' if lost else ''}"
-        )
-    doubts = tuple(format_doubts(validated, crowd, limits))
+        raise UserError(f"{file}: no image{' with a usable box' if rows else ''} in it{f': {lost}' if lost else ''}")
+    counts = _counts(table, validated, keep_N, training=training)
+    counts |= {"empty": sum(not len(one) for one in rows), "empty_dropped": len(rows) - len(images)}
+    doubts = tuple(format_doubts(validated, table.crowd_N, limits_N2))
     return CocoData(file, training, names, ids, images, tally, counts, doubts, orientation)
+
+
+def _rows_of_images(table: CocoTable, keep_N: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of the kept objects of each image, in the order of the file."""
+    kept = np.flatnonzero(keep_N)
+    kept = kept[np.argsort(table.owners_N[kept], kind="stable")]
+    bounds = np.searchsorted(table.owners_N[kept], np.arange(len(table.image_ids) + 1))
+    return [kept[start:end] for start, end in pairwise(bounds)]
+
+
+def _record(
+    table: CocoTable,
+    index: int,
+    path: str,
+    rows: np.ndarray,
+    boxes_N4: np.ndarray,
+    labels_N: np.ndarray,
+    convention: Convention,
+) -> CocoImage:
+    """Return the image at `index` with the objects in these rows; `boxes_N4` and `labels_N` are those of all objects of the file."""
+    return CocoImage(
+        image_id=table.image_ids[index],
+        path=path,
+        width=int(table.widths_I[index]),
+        height=int(table.heights_I[index]),
+        boxes_N4=boxes_N4[rows],
+        labels_N=labels_N[rows],
+        crowd_N=table.crowd_N[rows],
+        areas_N=table.areas_N[rows],
+        file_boxes_N4=table.boxes_N4[rows],
+        annotation_ids=tuple(table.annotation_ids[row] for row in rows),
+        segmentations=None if table.segmentations is None else _pick(table.segmentations, rows),
+        convention=convention,
+    )
+
+
+def _counts(table: CocoTable, validated: ValidatedBoxes, keep_N: np.ndarray, *, training: bool) -> Counter[str]:
+    """Count the boxes and the files of `CocoData.counts`, all but the empty images."""
+    ignored_N = table.crowd_N & training
+    sound_N = ~validated.degenerate_N & ~validated.outside_N
+    same = same_file(table.file_names)
+    return Counter(
+        boxes=int(keep_N.sum()),
+        crowd=int(table.crowd_N.sum()),
+        degenerate=int((validated.degenerate_N & ~ignored_N).sum()),
+        outside=int((validated.outside_N & ~ignored_N).sum()),
+        clipped=int(((validated.clipped_N4 != validated.corners_N4).any(1) & keep_N & sound_N).sum()),
+        again=sum(len(group) - 1 for group in same),
+        parted=entries_with_other_boxes(same, table.owners_N, table.labels_N, table.boxes_N4),
+    )
+
+
+def _tally(
+    table: CocoTable, validated: ValidatedBoxes, labels_N: np.ndarray, class_names: Sequence[str], *, training: bool
+) -> Tally:
+    """Return the images, the boxes that training drops or changes, and the rows that were changed when the file was read, by cause."""
+    tally = Tally()
+    tally.keep("image", len(table.image_ids))
+    if training:
+        tally_boxes(tally, validated, table.crowd_N, labels_N, class_names, table.annotation_ids)
+    else:
+        crowd = int(table.crowd_N.sum())
+        tally.keep("box", len(labels_N) - crowd)
+        if crowd:
+            tally.keep("crowd region", crowd)
+    for noun, cause, number, first in table.changes:
+        tally.change(noun, cause, first, number)
+    return tally
 
 
 def require_boxes(data: CocoData, *, allow_loss: bool) -> CocoData:
@@ -272,20 +310,6 @@ def loss_of(tally: Tally) -> str | None:
     if tally.kept("box"):
         return lost
     return f"no box to train on{f': {lost}' if lost else ''}"
-
-
-@dataclass(frozen=True, eq=False)
-class ValidatedBoxes:
-    """Boxes of a file as training reads them."""
-
-    corners_N4: np.ndarray
-    """float64 xyxy, rounded to 3 decimals"""
-    clipped_N4: np.ndarray
-    """`corners_N4` clipped to the image"""
-    degenerate_N: np.ndarray
-    """bool: a side <= 1e-5"""
-    outside_N: np.ndarray
-    """bool: no part of the box is inside the image"""
 
 
 def validate_boxes(file_boxes_N4: np.ndarray, sizes_N2: np.ndarray) -> ValidatedBoxes:

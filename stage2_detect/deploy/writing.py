@@ -84,6 +84,13 @@ def try_export(model: Detector, config: DetectorConfig, resize: ResizeConfig, lo
 
     Raises UserError for a detector that cannot be exported.
     """
+    try:
+        _try_export(model, config, resize, log)
+    except UserError as error:
+        raise UserError(f"export_check: {error}") from None
+
+
+def _try_export(model: Detector, config: DetectorConfig, resize: ResizeConfig, log: Callable[[str], None]) -> None:
     roi_heads = getattr(model, "roi_heads", None)
     if roi_heads is not None and roi_heads.nms.kind != "hard":
         raise UserError(graph.SOFT_NMS)

@@ -9,7 +9,7 @@ Classes: by default the teacher's probabilities for these RoIs, from its own map
 later stages of a cascade learn the classes of the pseudo-boxes). Sides: of boxes whose sides are certain (`pseudo_boxes.py`). No mask is learned.
 
 GFL and RetinaNet: no pseudo-boxes, but the teacher's scores at all anchors, by quality focal loss (Dense Teacher, arXiv 2207.02541; outside of the
-learning region the target is the teacher's score too, where the paper has 0) or by ADL (`dense.py`), and its boxes at the anchors with its highest
+learning region the target is the teacher's score too, where the paper has 0) or by ADL (`adl.py`), and its boxes at the anchors with its highest
 scores, by GIoU, weighted by these scores. The sum of these scores over all ranks divides both losses, except ADL, which has its own divisor.
 
 `measured` tells how the teacher does: `pseudo_boxes`, boxes per image from the thresholds on; `certain_boxes`, those among them whose sides are
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ssld.shared.distributed.ranks import for_sums
 from ssld.stage2_detect.distill_config import ADLConfig, MovingTeacherConfig
 from ssld.stage2_detect.distillation import pseudo_boxes
-from ssld.stage2_detect.distillation.dense import adaptive_loss
+from ssld.stage2_detect.distillation.adl import adaptive_loss
 from ssld.stage2_detect.distillation.losses import roi_kd
 from ssld.stage2_detect.distillation.rcnn import count_labeled
 from ssld.stage2_detect.distillation.teacher import FrozenDetector

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssld.shared.distributed.ranks import from_main_rank, rank
+from ssld.shared.distributed.ranks import on_main_rank
 from ssld.shared.errors import UserError
 from ssld.shared.files import spread
 from ssld.shared.models.backbones import place
@@ -193,13 +193,9 @@ class TeacherCheck:
         """
         if self._warned:
             return None
-        teacher_ap, student_ap = self._ap, None
-        if rank() == 0:
-            ids = {image.image_id for image in self._part.images}
-            student_ap = coco_ap(self._part, {key: detections for key, detections in student.items() if key in ids})[
-                "AP"
-            ]
-        student_ap = from_main_rank(student_ap)
+        ids = {image.image_id for image in self._part.images}
+        chosen = {key: detections for key, detections in student.items() if key in ids}
+        teacher_ap, student_ap = self._ap, on_main_rank(lambda: coco_ap(self._part, chosen)["AP"], "COCO scores")
         if teacher_ap is None or student_ap is None or student_ap < teacher_ap:
             return None
         self._warned = True

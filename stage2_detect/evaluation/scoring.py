@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ssld.shared.distributed.ranks import from_main_rank, gather_on_main_rank, rank, world_size
+from ssld.shared.distributed.ranks import gather_on_main_rank, on_main_rank, rank, world_size
 from ssld.shared.training.progress import Clock
 from ssld.shared.wording import duration
 from ssld.stage2_detect.config import ExpectedConfig
@@ -85,14 +85,16 @@ def score(
     """
     loader = eval_loader(data, sizing, batch_size=batch_size, workers=workers, rank=rank(), ranks=world_size())
     by_image = detect(model, loader, device=device, dtype=dtype, log=log)
-    metrics: dict[str, Any] = {}
-    if rank() == 0:
+
+    def measure() -> dict[str, Any]:
         metrics = coco_ap(data, by_image, backend)
         has_masks = data.images[0].segmentations is not None
         if has_masks and any(one.masks is not None for one in by_image.values()):
             segm = coco_ap(data, by_image, backend, masks=True)
             metrics |= {f"{name}_segm": value for name, value in segm.items()}
-    return from_main_rank(metrics, "COCO scores"), by_image
+        return metrics
+
+    return on_main_rank(measure, "COCO scores"), by_image
 
 
 def describe(metrics: dict[str, Any]) -> str:

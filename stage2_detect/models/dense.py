@@ -4,7 +4,7 @@ Shapes: B images, A anchors of all levels, N candidates of an image, K classes.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,14 @@ from ssld.stage2_detect.models.retinanet import RetinaNet
 
 Outputs = tuple[Tensor, Tensor]
 """Logits [B, A, K] and box values [B, A, ...] of a head."""
+
+
+class HeadPass(NamedTuple):
+    """What a detector computes from a batch up to its head."""
+
+    features: Sequence[Tensor]
+    """maps P3..P7, [B, C, H, W] each"""
+    outputs: Outputs
 
 
 class DenseDetector(nn.Module):

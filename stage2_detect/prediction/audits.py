@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssld.shared.distributed.processes import DTYPES, describe_processes, start_processes
-from ssld.shared.distributed.ranks import from_main_rank, on_main_rank, rank, world_size
+from ssld.shared.distributed.ranks import from_main_rank, on_main_rank, rank, wait_for_all, world_size
 from ssld.shared.errors import UserError
 from ssld.shared.run_dir import RunDir
 from ssld.shared.wording import count
@@ -52,12 +52,12 @@ def list_next(config: AuditConfig, loaded: "LoadedDetector") -> None:
 
     # ---- doubts, part by part; parts of a killed run are kept
     parts = Parts(run.path / "parts", work.records, config.batch_size)
-    mine, _ = left_to_do(run, work, parts, wait=accelerator.wait_for_everyone)
+    mine, _ = left_to_do(run, work, parts)
     progress = PartProgress(run, parts, mine)
     progress.follow(doubt_parts(config, loaded, accelerator.device, parts, mine, work, progress.add))
     progress.close()
     run.log(*loaded.notes)
-    accelerator.wait_for_everyone()
+    wait_for_all()
 
     # ---- the files
     def write() -> tuple[dict[str, Any], list[Path]]:
@@ -82,7 +82,7 @@ def list_next(config: AuditConfig, loaded: "LoadedDetector") -> None:
         }
         return metrics, files
 
-    metrics, files = on_main_rank(write) or ({}, [])
+    metrics, files = on_main_rank(write)
     accelerator.end_training()
     run.finish(metrics, files)
 

@@ -1,10 +1,10 @@
 """Runs that work through their images in parts, as a prediction and a search for photos to annotate: what a killed run has left to do, the progress
 of this rank, and the account of what was read."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from ssld.shared.checksums import made_again
-from ssld.shared.distributed.ranks import rank, world_size
+from ssld.shared.distributed.ranks import rank, wait_for_all, world_size
 from ssld.shared.run_dir import RunDir
 from ssld.shared.tally import Tally
 from ssld.shared.training.progress import Bar, Clock
@@ -13,18 +13,12 @@ from ssld.stage2_detect.prediction.steps import Work
 from ssld.stage2_detect.prediction.video import VideoParts
 
 
-def left_to_do(
-    run: RunDir, work: Work, parts: Parts, videos: VideoParts | None = None, *, wait: Callable[[], None]
-) -> tuple[list[int], list[str]]:
-    """Return (numbers of the parts, names of the videos) that this rank has to do; logs how many images and videos are left on all ranks.
-
-    Args:
-        wait: returns when all ranks have called it: no rank may write a part before the others have seen which are missing.
-    """
+def left_to_do(run: RunDir, work: Work, parts: Parts, videos: VideoParts | None = None) -> tuple[list[int], list[str]]:
+    """Return (numbers of the parts, names of the videos) that this rank has to do; logs how many images and videos are left on all ranks."""
     files = [*parts.files(), *(videos.files() if videos else [])]
     run.log(*made_again(files) if run.main else [])
     part_numbers, video_names = parts.left(), videos.left() if videos else []
-    wait()
+    wait_for_all()  # no rank may write a part before the others have seen which are missing
     left = sum(len(parts.records[number]) for number in part_numbers) + len(video_names)
     run.log(f"{work.describe()}; {left} left to do")
     mine = slice(rank(), None, world_size())

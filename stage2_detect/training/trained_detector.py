@@ -9,7 +9,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ssld.shared.distributed.ranks import all_ranks, from_main_rank, rank
+from ssld.shared.distributed.ranks import all_ranks, on_main_rank
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import place
 from ssld.shared.training.optim import parameter_groups
@@ -109,11 +109,13 @@ class TrainedDetector:
 
     def _to_unit_scale(self, device: torch.device) -> list[float]:
         """Divide the first convolutions by the scale of the backbone's maps; return the scales, equal on every rank."""
-        config, scales = self._config, []
-        if rank() == 0:
+        config = self._config
+
+        def measure() -> list[float]:
             images = unit_scale.sample_images(self._data, config.resize, config.augment, config.seed)
-            scales = unit_scale.measure(self.detector, images.to(device), self.arch)
-        scales = from_main_rank(scales)
+            return unit_scale.measure(self.detector, images.to(device), self.arch)
+
+        scales = on_main_rank(measure)
         self.detector.pyramid.divide_inputs(scales)
         return scales
 

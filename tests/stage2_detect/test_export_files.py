@@ -22,7 +22,7 @@ def test_what_a_killed_export_leaves_goes(
         begun.append(path)
         raise UserError("stopped")
 
-    monkeypatch.setattr("ssld.stage2_detect.deploy.writing.write", killed)
+    monkeypatch.setattr("ssld.stage2_detect.deploy.checked_files.write", killed)
     argv = ["--model", str(detector_file), "--output", str(tmp_path / "run"), "--threads", "1", "--check_images", "1"]
     user_error(main, argv)
     clean = files_below(tmp_path / "run")

@@ -23,7 +23,7 @@ from ssld.stage2_detect.evaluation import scoring
 from ssld.stage2_detect.evaluation.scoring import compare_expected
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.rcnn import RCNN
-from ssld.stage2_detect.training.validation_loss import validation_losses
+from ssld.stage2_detect.training.validation import validation_losses
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]

@@ -1,6 +1,9 @@
 """Communication between ranks, with torch's calls replaced: what is printed while a process waits, and the time limit of the host group."""
 
+import errno
+import pickle
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 
 from ssld.shared.distributed import ranks
-from ssld.shared.errors import UserError
+from ssld.shared.errors import Stopped, UserError
 
 
 @pytest.fixture
@@ -87,19 +90,87 @@ def test_sums_are_exact() -> None:
     assert ranks.for_sums(value).dtype == torch.float64
 
 
-def test_a_mistake_on_the_main_rank_ends_every_rank(second_of_two: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def broadcast(box: list[Any], src: int) -> None:
-        box[0] = "a: unknown key\nb: unknown key"
+def test_ranks_that_share_work_wait_for_all(second_of_two: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for a broadcast, whose sender goes on before all have received it."""
+    called: list[str] = []
 
+    def gathered(parts: list[Any], items: list[int]) -> None:
+        parts[:] = [[], items]
+        called.append("gathered")
+
+    monkeypatch.setattr(ranks.dist, "all_gather_object", gathered)
+    ranks.wait_for_all()
+    assert called == ["gathered"]
+
+
+class Unpicklable(Exception):
+    """Cannot be made again from its arguments."""
+
+    def __init__(self, file: str, line: int) -> None:
+        super().__init__(f"{file}: line {line}")
+
+
+def raised_on_two(
+    work: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> tuple[BaseException | None, BaseException | None]:
+    """What `on_main_rank` raises on the main rank, and on the second one."""
+    sent: list[Any] = []
+
+    def run() -> BaseException | None:
+        try:
+            assert ranks.on_main_rank(work) == "result"
+        except BaseException as error:
+            return error
+        return None
+
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
+    monkeypatch.setattr(ranks.dist, "broadcast_object_list", lambda box, src: sent.append(pickle.dumps(box[0])))
+    of_the_main = run()
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    monkeypatch.setattr(
+        ranks.dist, "broadcast_object_list", lambda box, src: box.__setitem__(0, pickle.loads(sent.pop()))
+    )
+    of_the_second = run()
+    assert sent == []  # one message for each work
+    return of_the_main, of_the_second
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("a: unknown key", "b: unknown key"),
+        Stopped("the selection is not finished"),
+        KeyboardInterrupt(),
+        OSError(errno.ENOSPC, "No space left on device", "runs/a"),
+        ZeroDivisionError("division by zero"),
+    ],
+)
+def test_what_ends_the_work_of_the_main_rank_ends_every_rank(
+    error: BaseException, second_of_two: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail() -> None:
-        raise UserError("a: unknown key", "b: unknown key")
+        raise error
 
-    monkeypatch.setattr(ranks.dist, "broadcast_object_list", broadcast)
-    with pytest.raises(UserError) as of_the_second:
-        ranks.on_main_rank(fail)
+    of_the_main, of_the_second = raised_on_two(fail, monkeypatch)
+    assert of_the_main is error
+    assert type(of_the_second) is type(error)
+    assert str(of_the_second) == str(error)
+
+
+def test_an_error_that_cannot_be_sent_is_described(second_of_two: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise Unpicklable("a.json", 3)
+
+    of_the_main, of_the_second = raised_on_two(fail, monkeypatch)
+    assert type(of_the_main) is Unpicklable
+    assert type(of_the_second) is RuntimeError
+    assert str(of_the_second) == "the main process failed: Unpicklable: a.json: line 3"
+
+
+def test_the_result_of_the_main_rank_is_on_every_rank(
+    second_of_two: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert raised_on_two(lambda: "result", monkeypatch) == (None, None)
     monkeypatch.setattr(ranks, "world_size", lambda: 1)
     monkeypatch.setattr(ranks, "rank", lambda: 0)
-    with pytest.raises(UserError) as of_the_main:
-        ranks.on_main_rank(fail)
-    assert str(of_the_second.value) == str(of_the_main.value) == "a: unknown key\nb: unknown key"
     assert ranks.on_main_rank(lambda: 3) == 3

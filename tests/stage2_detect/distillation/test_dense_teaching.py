@@ -10,7 +10,8 @@ from tiny_dense import K, batch, detector
 from ssld.shared.distributed.ranks import Ranks
 from ssld.stage2_detect.distill_config import ADLConfig, LDConfig
 from ssld.stage2_detect.distillation import regions
-from ssld.stage2_detect.distillation.dense import DistilledDense, losses_under_adl
+from ssld.stage2_detect.distillation.adl import ADL
+from ssld.stage2_detect.distillation.dense import DistilledDense
 from ssld.stage2_detect.distillation.losses import (
     adaptive_distillation,
     localization_distillation,
@@ -18,7 +19,7 @@ from ssld.stage2_detect.distillation.losses import (
 )
 from ssld.stage2_detect.distillation.teacher import FrozenDetector
 from ssld.stage2_detect.models.batch import Targets
-from ssld.stage2_detect.models.dense import grids_of
+from ssld.stage2_detect.models.dense import HeadPass, grids_of
 from ssld.stage2_detect.models.gfl import GFL
 from ssld.stage2_detect.models.retinanet import RetinaNet
 
@@ -195,10 +196,11 @@ def test_the_adaptive_loss_on_two_ranks(normalization: str) -> None:
     teacher[0, :3, 0] = 100.0
     student = torch.full((1, anchors, K), -100.0)
     student[0, :3, 0] = 2.0
-    outputs, teacher_outputs = (student, torch.zeros(1, anchors, 4)), (teacher, torch.zeros(1, anchors, 4))
+    features = [torch.empty(1, 1, *grid) for grid in grids]
+    passes = (HeadPass(features, (logits, torch.zeros(1, anchors, 4))) for logits in (student, teacher))
     nothing = Targets(torch.zeros(1, 0, 4), torch.zeros(1, 0).long(), torch.zeros(1).long())
     term = ADLConfig(weight=0.5, normalization=normalization)
-    losses = losses_under_adl(term, head, outputs, teacher_outputs, grids, torch.tensor([[16, 16]]), nothing, ranks)
+    losses = ADL(term, head, ranks).losses(*passes, torch.tensor([[16, 16]]), nothing)
     # A sure teacher leaves the focal loss, (1 - p)^2 * -log p, p = sigmoid(2), for three classes.
     p = 1 / (1 + math.exp(-2))
     one = 3 * (1 - p) ** 2 * -math.log(p)

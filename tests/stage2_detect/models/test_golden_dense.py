@@ -19,9 +19,9 @@ from torch import Tensor
 from ssld.stage2_detect.convert_paddle import module_of
 from ssld.stage2_detect.distill_config import LDConfig
 from ssld.stage2_detect.distillation import regions
-from ssld.stage2_detect.distillation.dense import losses_under_ld
+from ssld.stage2_detect.distillation.ld import LD
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
-from ssld.stage2_detect.models.dense import DenseDetector, grids_of
+from ssld.stage2_detect.models.dense import DenseDetector, HeadPass, grids_of
 from ssld.stage2_detect.models.gfl import GFL
 from ssld.stage2_detect.models.pyramid import TimmPyramid
 from ssld.stage2_detect.models.retinanet import RetinaNet
@@ -219,8 +219,9 @@ def test_localization_distillation_on_given_logits() -> None:
     assert ((region_BA > 0).sum(dim=1).tolist(), (paper_BA > 0).sum(dim=1).tolist()) == ([332, 330], [296, 269])
 
     terms = LDConfig(normalization="reference")
-    student, teacher = (logits_BAK, bins_BA4E), (teacher_BAK, teacher_BA4E)
-    losses = losses_under_ld(terms, gfl, student, teacher, grids, sizes_B2, targets)
+    features = [torch.empty(images, 1, *grid) for grid in grids]
+    student, teacher = HeadPass(features, (logits_BAK, bins_BA4E)), HeadPass(features, (teacher_BAK, teacher_BA4E))
+    losses = LD(terms, gfl).losses(student, teacher, sizes_B2, targets)
     assert set(losses) == {"loss_cls", "loss_box", "loss_dfl", "loss_ld", "loss_ld_vlr", "loss_kd"}
     reference = {"loss_cls": "loss_qfl", "loss_box": "loss_bbox"}
     for name, loss in losses.items():
