@@ -66,6 +66,18 @@ def ends_of(path: str) -> list[str]:
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """Return the names of files in lists and pictures: the file name alone, or with its folders where several of the paths end in it."""
+    different = dict.fromkeys(paths)
+    times = Counter(map(os.path.basename, different))
+    alike = [os.path.dirname(path) for path in different if times[os.path.basename(path)] > 1]
+    folder = os.path.commonpath(alike) if alike else ""
+    return {
+        path: os.path.relpath(path, folder) if times[name] > 1 else name
+        for path, name in ((one, os.path.basename(one)) for one in different)
+    }
+
+
 def is_hidden(path: str) -> bool:
     """Whether a posix path has a part that is hidden, or that file managers and operating systems create for themselves."""
     return any(

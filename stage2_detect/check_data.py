@@ -27,6 +27,7 @@ from ssld.shared.config.command import exit_code
 from ssld.shared.config.settings import Parser
 from ssld.shared.config.words import underscored
 from ssld.shared.errors import UserError
+from ssld.shared.files import short_names
 from ssld.shared.terminal import say
 from ssld.shared.wording import count, printable, some
 from ssld.stage2_detect.data.check.findings import LEVELS, Finding
@@ -57,8 +58,9 @@ def check_data(arguments: Namespace) -> int:
     for note in data.notes:
         say(printable(note))
     places = _places(data, arguments)
+    labels = short_names(str(file) for _, file, _ in places)
     checks = [
-        check_rows(name, file, folder, masks=arguments.masks, allow_loss=arguments.allow_loss)
+        check_rows(name, file, folder, label=labels[str(file)], masks=arguments.masks, allow_loss=arguments.allow_loss)
         for name, file, folder in places
     ]
     facts = [check_images(check, quick=arguments.quick) for check in checks]
@@ -218,7 +220,7 @@ def _compare_classes(train: "FileCheck", val: "FileCheck") -> None:
     plain = {plain_name(name): name for name in missing}
     renamed = {name: plain[plain_name(name)] for name in extra if plain_name(name) in plain}
     stuck = [name for name in extra if name not in renamed and val.boxes_of[name]]
-    words = [f"{name!r} is {other!r} in {train.file.name}" for name, other in list(renamed.items())[:3]]
+    words = [f"{name!r} is {other!r} in {train.label}" for name, other in list(renamed.items())[:3]]
     for title, names in (
         ("missing", [name for name in missing if name not in renamed.values()]),
         ("unknown", [name for name in extra if name not in renamed]),
@@ -226,7 +228,7 @@ def _compare_classes(train: "FileCheck", val: "FileCheck") -> None:
         words += [f"{title}: {some(names, 5)}"] if names else []
     val.add(
         "fault",
-        f"its classes are not those of {train.file.name} ({'; '.join(words)}): training stops",
+        f"its classes are not those of {train.label} ({'; '.join(words)}): training stops",
         None if stuck else "gives it the same classes",
     )
     if stuck:
@@ -274,10 +276,10 @@ def _compare_images(
         )
         train.add(
             "fault",
-            f"{count(len(pairs), 'image')} also in {val.file.name} ({examples}): scores would be too good",
-            f"removes them from {train.file.name}",
+            f"{count(len(pairs), 'image')} also in {val.label} ({examples}): scores would be too good",
+            f"removes them from {train.label}",
         )
-        train.repair.drop_images |= {index: f"also in {val.file.name}" for index, _ in pairs}
+        train.repair.drop_images |= {index: f"also in {val.label}" for index, _ in pairs}
     _compare_photos(train, val, names[0], names[1])
     if near:
         first, second = list(train_facts), list(val_facts)
@@ -287,7 +289,7 @@ def _compare_images(
             examples = some([f"{names[0][a]} ~ {names[1][b]}" for a, b in sorted(near_pairs)])
             train.add(
                 "warning",
-                f"{count(len(near_pairs), 'pair')} of near-duplicates in {train.file.name} and {val.file.name} ({examples}): look at them",
+                f"{count(len(near_pairs), 'pair')} of near-duplicates in {train.label} and {val.label} ({examples}): look at them",
             )
 
 
@@ -302,7 +304,7 @@ def _compare_photos(
     if pairs:
         train.add(
             "warning",
-            f"{count(len(pairs), 'image')} of which {val.file.name} has an augmented copy by its name ({some(pairs, 2)}): scores "
+            f"{count(len(pairs), 'image')} of which {val.label} has an augmented copy by its name ({some(pairs, 2)}): scores "
             "would be too good; split the photos before augmenting them",
         )
 

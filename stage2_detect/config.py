@@ -414,7 +414,7 @@ class ConvertDataConfig(CommandConfig):
     box_format: Literal["xywh", "xyxy", "xyxy_relative", "cxcywh_relative"] = "xywh"
     """box format in data of Hugging Face: xywh or xyxy in pixels, xyxy_relative or cxcywh_relative in shares of the image size"""
     voc_inclusive: bool = True
-    """read VOC corners as first and last pixel counted from 1, as in Pascal VOC; false: as edges counted from 0"""
+    """read VOC corners as first and last pixel counted from 1, as in Pascal VOC; false, and where most have fractions: as edges counted from 0"""
     voc_difficult: Literal["ignore", "keep"] = "ignore"
     """treatment of VOC objects marked difficult: ignore, as iscrowd, neither trained on nor counted in evaluation; keep, as other objects"""
     allow_loss: bool = False

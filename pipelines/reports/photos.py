@@ -19,6 +19,7 @@ import numpy as np
 from ssld.pipelines.reports.budget import Budget
 from ssld.shared.config.yaml_files import read_yaml
 from ssld.shared.errors import MALFORMED, UserError
+from ssld.shared.files import short_names
 from ssld.shared.wording import count
 
 IOU = 0.5
@@ -301,7 +302,10 @@ def _triple(
     sign = "smaller" if difference > 0 else "larger"
     caption = f"error {abs(difference):.2f} {sign} with {names[0]}"
     return Drawn(
-        Path(truth.name).name, caption, panels, _classes(better, truth, base.of(image_id), better.of(image_id))
+        short_names(one.name for one in better.images.values())[truth.name],
+        caption,
+        panels,
+        _classes(better, truth, base.of(image_id), better.of(image_id)),
     )
 
 

@@ -22,7 +22,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from ssld.shared.config.annotations import kinds_in
+from ssld.shared.config.annotations import fields_at, kinds_in, models_in
 from ssld.shared.config.bounds import Processes
 from ssld.shared.config.flag_values import read_flags
 from ssld.shared.config.help import HelpAction, settings_help
@@ -212,9 +212,20 @@ class Parser(ArgumentParser):
         known = [flag for flag in self._option_string_actions if flag.startswith("--")]
         names = self.config_type.other_names if self.config_type else {}
         others = {f"--{name}": f"--{key}" for name, key in names.items()}
-        hints = {flag: did_you_mean(flag, known, others) for flag in flags}
+        hints = {flag: self._in_a_list(flag) or did_you_mean(flag, known, others) for flag in flags}
         more = "; --help all lists them" if self.config_type else ""
         return UserError(*(f"{flag}: unknown flag{hint}{more * (' of ' in hint)}" for flag, hint in hints.items()))
+
+    def _in_a_list(self, flag: str) -> str:
+        """Return the hint on a flag for a setting of the groups in a list, which has no flag of its own; empty for another flag."""
+        *outer, inner = flag.removeprefix("--").split(".")
+        if not outer or not self.config_type or not fields_at(self.config_type, [*outer, inner]):
+            return ""
+        models = [model for field in fields_at(self.config_type, outer) for model in models_in(field.annotation)]
+        needed = [name for model in models for name, field in model.model_fields.items() if field.is_required()]
+        keys = ", ".join(f'"{name}": ...' for name in dict.fromkeys([*needed, inner]))
+        name = ".".join(outer)
+        return f"; {name} is a list, whose groups are given whole: --{name} '[{{{keys}}}]'"
 
     def error(self, message: str) -> typing.NoReturn:
         """Raise UserError for a mistake that argparse has found; its text is all that argparse gives of it."""

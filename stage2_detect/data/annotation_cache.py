@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from ssld.shared.files import atomically, user_cache
 from ssld.stage2_detect.data.coco_json import CocoTable, read_table
 
-VERSION = 2
+VERSION = 3
 """format of an entry; increase it whenever `CocoTable` or the checks of `read_table` change"""
 LEAST_BYTES = 8 << 20
 """size from which a file is cached; smaller files are parsed in less than a second"""

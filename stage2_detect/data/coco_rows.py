@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ssld.stage2_detect.data.segmentations import shape_box
+from ssld.stage2_detect.data.segmentations import shape_box, turned_box
 
 Id = int | str
 Kind = Literal["image", "annotation", "category"]
@@ -60,6 +60,7 @@ UNUSED = "with the name of another one, but not used"
 WHOLE_SIZE = "with a size like 640.0 for 640"
 TEXT = "with numbers written as text"
 NESTED = "with a list inside the bbox"
+TURNED = "turned by a rotation in the attributes"
 SHAPE_BOX = "with a segmentation, but without a bbox"
 EMPTY_CROWD = "with an iscrowd of NaN"
 ODD_AREA = "with an area that is no number above 0"
@@ -132,7 +133,7 @@ def validate_rows(content: Mapping[str, list[dict[str, Any]]]) -> ValidatedRows:
     owners_N = _look_up(notes, annotations, "image", image_ids, NO_IMAGE, IMAGE_TYPE)
     labels_N = _look_up(notes, annotations, "category", category_ids, NO_CATEGORY, CATEGORY_TYPE)
     unused = _unused(notes, categories, class_names, set(labels_N.tolist()))
-    boxes_N4 = _boxes(notes, annotations, owners_N, sizes_I2)
+    boxes_N4 = _around_turned(notes, annotations, _boxes(notes, annotations, owners_N, sizes_I2))
     crowd_N = _crowd_flags(notes, annotations)
     areas_N = _areas(notes, annotations, boxes_N4)
     return ValidatedRows(
@@ -394,6 +395,18 @@ def _boxes(notes: _Notes, rows: list[dict[str, Any]], owners_N: np.ndarray, size
         if cause:
             notes.change("annotation", rows, index, cause, {"bbox": box})
     return table
+
+
+def _around_turned(notes: _Notes, rows: list[dict[str, Any]], boxes_N4: np.ndarray) -> np.ndarray:
+    """Return the boxes, with the box around each turned rectangle: CVAT writes the rectangle before the turn, and the angle in degrees."""
+    for index, row in enumerate(rows):
+        attributes = given if isinstance(given := row.get("attributes"), dict) else {}
+        degrees = _number(attributes.get("rotation"))
+        if degrees and degrees % 180 and (boxes_N4[index, 2:] > 0).all() and not row.get("segmentation"):
+            boxes_N4[index] = box = turned_box(boxes_N4[index].tolist(), degrees)
+            unturned = {**attributes, "rotation": 0}  # so that a corrected copy is not turned again
+            notes.change("annotation", rows, index, TURNED, {"bbox": box, "attributes": unturned})
+    return boxes_N4
 
 
 def _box(row: dict[str, Any], width: float, height: float) -> tuple[list[float] | None, str]:

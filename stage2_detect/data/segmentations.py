@@ -1,6 +1,7 @@
-"""Validation and bounding boxes of COCO segmentations: polygons, or run-length encoded masks (RLE)."""
+"""Validation and bounding boxes of COCO segmentations, which are polygons or run-length encoded masks (RLE), and of turned rectangles."""
 
 import math
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -58,6 +59,14 @@ def _run_lengths(code: str) -> list[int]:
             value -= 1 << shift
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
     return runs
+
+
+def turned_box(box: Sequence[float], degrees: float) -> list[float]:
+    """Return x, y, width, height of the smallest box around a rectangle, given like it, that is turned about its center."""
+    x, y, width, height = box
+    cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    wide, high = width * cos + height * sin, width * sin + height * cos
+    return [round(value, 3) for value in (x + (width - wide) / 2, y + (height - high) / 2, wide, high)]
 
 
 def shape_box(segmentation: Any, height: int, width: int) -> list[float] | None:

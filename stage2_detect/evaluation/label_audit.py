@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ssld.shared.files import write_atomically
+from ssld.shared.files import short_names, write_atomically
 from ssld.shared.run_dir import RunDir
 from ssld.shared.training.batch_sheet import sheet_of
 from ssld.shared.wording import count, weakness
@@ -291,6 +291,7 @@ def describe(audit: Mapping[str, Any], file: Path) -> str:
 def drawn_findings(data: CocoData, findings: Sequence[Mapping[str, Any]]) -> list[tuple[Image.Image, str]]:
     """Draw the detection and the label of each finding on the part of its image around them; the caption is file name and reason."""
     records = {record.image_id: record for record in data.images}
+    file_names = short_names(record.path for record in data.images)
     names = [*data.class_names, *(f"label: {name}" for name in data.class_names)]
     images = []
     for one in findings:
@@ -311,7 +312,7 @@ def drawn_findings(data: CocoData, findings: Sequence[Mapping[str, Any]]) -> lis
         boxes_N4 = torch.from_numpy((table_N6[:, :4] - [*area[:2], *area[:2]]) * factor)
         objects = Detections(boxes_N4, torch.from_numpy(table_N6[:, 4]), torch.from_numpy(table_N6[:, 5]).long())
         images.append(
-            (draw_objects(part, objects, names, legend=True), f"{Path(record.path).name}: {REASONS[one['reason']]}")
+            (draw_objects(part, objects, names, legend=True), f"{file_names[record.path]}: {REASONS[one['reason']]}")
         )
     return images
 

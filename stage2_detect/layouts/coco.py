@@ -139,7 +139,7 @@ def _images_of(file: Path) -> Path:
     name = _first_name(file)
     if name is None:  # a file without images, which its reader reports
         return file.parent
-    own = file.stem.lower().removeprefix("instances_").removesuffix("_annotations")
+    own = re.sub("^(instances|person_keypoints)_", "", file.stem.lower()).removesuffix("_annotations")
     part = _part_of(file)
     names = list(dict.fromkeys([own, *([part] if part else [])]))
     roots = [file.parent, file.parent.parent]

@@ -1,7 +1,8 @@
 """Data sets of other tools that are not read, recognized by their content to say which export to choose. Does not import torch.
 
 Sources: labelstud.io/guide/export, docs.cvat.ai/docs/dataset_management/formats, github.com/wkentaro/labelme, robots.ox.ac.uk/~vgg/software/via,
-docs.supervisely.com, docs.voxel51.com.
+docs.supervisely.com, docs.voxel51.com, github.com/microsoft/VoTT, docs.labelbox.com, docs.aws.amazon.com/sagemaker,
+open-edge-platform.github.io/datumaro.
 """
 
 from collections.abc import Iterator
@@ -28,6 +29,11 @@ _TOOLS = (
     ((b'"rectanglelabels"',), "Label Studio's JSON; export it as COCO or YOLO with images"),
     ((b'"polygonlabels"',), "Label Studio's JSON; export it as COCO with images"),
     ((b'"sample_fields"',), "FiftyOne's own format; export it as COCODetectionDataset"),
+    ((b'"coordinates"', b'"annotations"', b'"label"'), "CreateML's JSON; export the annotations as COCO"),
+    ((b'"asset"', b'"regions"', b'"boundingBox"'), "VoTT's JSON; export the annotations as Pascal VOC"),
+    ((b'"items"', b'"label_id"'), "Datumaro's own JSON; export it as COCO"),
+    ((b'"source-ref"',), "a manifest of SageMaker Ground Truth; write COCO JSON from it"),
+    ((b'"data_row"',), "Labelbox's export; write COCO JSON from it"),
     ((b"<annotations>", b"<image "), "CVAT's own XML; export it as COCO 1.0"),
 )
 """texts in the beginning of a file, and what it is"""
@@ -46,6 +52,8 @@ def other_tool(path: Path) -> str | None:
             return f"{name} is packed; unpack it"
         if file.name.lower() in IMAGE_FOLDER_FILES:
             return f"{name} is of an image folder of Hugging Face; give its folder by --data, or convert it by `ssld convert-data`"
+        if file.name.lower().startswith("person_keypoints"):
+            return f"{name} is COCO's file of keypoints, which are not read; give the file itself to read its boxes"
         for texts, what in _TOOLS:
             if all(text in head for text in texts):
                 return f"{name} is {what}"
@@ -59,7 +67,7 @@ def _files(path: Path) -> Iterator[Path]:
     if not path.is_dir():
         yield path
         return
-    suffixes = (".json", ".jsonl", ".xml", ".csv", ".tsv", ".zip", ".gz", ".7z", ".rar")
+    suffixes = (".json", ".jsonl", ".ndjson", ".manifest", ".xml", ".csv", ".tsv", ".zip", ".gz", ".7z", ".rar")
     left = _MOST
     for pattern in ("*", "*/*", "*/*/*"):
         for file in sorted(path.glob(pattern)):

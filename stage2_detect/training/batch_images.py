@@ -3,12 +3,14 @@
 Makes them with a loader of its own in the calling process: a batch is a function of (seed, step), so the training's batches stay what they are.
 """
 
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from ssld.shared.files import short_names
 from ssld.shared.training.batch_sheet import FEWEST, MOST
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.loaders import TrainBatch
@@ -24,18 +26,21 @@ def first_images(config: TrainConfig, data: TrainingData, *, steps: int, ranks: 
 
     Raises UserError as the training does.
     """
+    names = short_names(record.path for record in data.train.images)
     alone = config.model_copy(update={"workers": 0})
     images: list[tuple[Image.Image, str]] = []
     batches = training_loader(alone, data, start=0, stop=min(steps, FEWEST), rank=0, ranks=ranks, steps=steps)
     for batch in islice(batches, FEWEST):
-        images += drawn_images(batch, data.train.class_names)
+        images += drawn_images(batch, data.train.class_names, names)
         if len(images) >= FEWEST:
             break
     return images[:MOST]
 
 
-def drawn_images(batch: TrainBatch, class_names: tuple[str, ...]) -> list[tuple[Image.Image, str]]:
-    """Draw the images of a micro-batch without their padding, and the boxes and names of their objects."""
+def drawn_images(
+    batch: TrainBatch, class_names: tuple[str, ...], names: Mapping[str, str]
+) -> list[tuple[Image.Image, str]]:
+    """Draw the images of a micro-batch without their padding, and the boxes and names of their objects; `names`: captions by path."""
     images = []
     for number, record in enumerate(batch.records):
         height, width = batch.images.sizes_B2[number].tolist()
@@ -50,5 +55,5 @@ def drawn_images(batch: TrainBatch, class_names: tuple[str, ...]) -> list[tuple[
             [image.width / width, image.height / height] * 2
         )
         objects = Detections(boxes_N4, torch.full((len(boxes_N4),), float("nan")), labels_G[inside_G])
-        images.append((draw_objects(image, objects, class_names), Path(record.path).name))
+        images.append((draw_objects(image, objects, class_names), names.get(record.path, Path(record.path).name)))
     return images

@@ -17,6 +17,7 @@ from ssld.shared.files import (
     list_folders,
     list_images,
     require_images,
+    short_names,
     spread,
     unescaped,
 )
@@ -200,3 +201,13 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert escaped(name) == "caf\\udce9.jpg"
     assert unescaped(escaped(name)) == name
     assert unescaped(escaped("chérry/\\u00e9.jpg")) == "chérry/\\u00e9.jpg"
+
+
+def test_names_of_files_have_their_folders_where_they_are_needed() -> None:
+    paths = ["/x/set/train/a.json", "/x/set/valid/a.json", "/x/set/b.json", "/x/set/valid/a.json"]
+    assert short_names(paths) == dict(
+        zip(paths, ["train/a.json", "valid/a.json", "b.json", "valid/a.json"], strict=True)
+    )
+    assert short_names(["a/1.jpg", "1.jpg"]) == {"a/1.jpg": "a/1.jpg", "1.jpg": "1.jpg"}
+    assert short_names(["set/1.jpg"]) == {"set/1.jpg": "1.jpg"}
+    assert short_names([]) == {}

@@ -117,7 +117,7 @@ def test_segmentations_are_checked_as_in_training_with_masks(data: DataSet, shap
     message = f"1 box without a usable segmentation (id {rows[2]['id']}): training a detector with masks stops"
     code, findings, _ = data.check()
     assert code == 0
-    assert f"{message}; other kinds do not read it" in texts(findings, "warning")
+    assert f"{message}; other kinds do not read it" in texts(findings, "note")
     code, findings, _ = data.check("--masks")
     assert code == 1
     assert message in texts(findings, "fault")
@@ -328,3 +328,29 @@ def test_a_missing_size_follows_the_orientation_of_the_other_images(data: DataSe
     assert data.check("--fix", str(data.folder / "clean"))[0] == 1
     images = json.loads((data.folder / "clean" / "train.json").read_text())["images"]
     assert [(row["width"], row["height"]) for row in images] == [(48, 32)] * 4
+
+
+def test_files_of_one_name_are_named_with_their_folders(data: DataSet, tmp_path: Path) -> None:
+    """As Roboflow's `_annotations.coco.json` of every part."""
+    content = data.read()
+    content["categories"].append({"id": 99, "name": "unused"})
+    places = []
+    for part, flag in (("train", ""), ("val", "val_")):
+        file = data.folder / part / "_annotations.coco.json"
+        file.write_text(json.dumps(content))
+        places += [f"--{flag}annotations", str(file), f"--{flag}images", str(data.folder / "train")]
+    report = tmp_path / "report.json"
+    main([*places, "--report", str(report)])
+    findings = json.loads(report.read_text())["findings"]
+    assert {one["file"] for one in findings} == {f"{part}/_annotations.coco.json" for part in ("train", "val")}
+    assert any("also in val/_annotations.coco.json" in one["text"] for one in findings)
+
+
+def test_segmentations_that_no_detector_can_use_are_no_finding_for_boxes(data: DataSet) -> None:
+    """Some tools write a list of empty lists for every box."""
+    content = data.read()
+    for row in content["annotations"]:
+        row["segmentation"] = [[]]
+    data.write(content)
+    assert "segmentation" not in str(data.check()[1])
+    assert "without a usable segmentation" in str(texts(data.check("--masks")[1], "fault"))

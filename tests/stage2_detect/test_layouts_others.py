@@ -23,6 +23,11 @@ FILES: dict[str, tuple[str, Any, str]] = {
     "label studio": ("project.json", [{"image": "/data/upload/1/a.png", "label": [RESULT]}], "Label Studio's JSON; export"),
     "fiftyone": ("metadata.json", {"name": "pets", "sample_fields": []}, "FiftyOne's own format; export it as COCO"),
     "cvat": ("annotations.xml", "<annotations><image id='0' name='a.png'/></annotations>", "CVAT's own XML; export it as COCO 1.0"),
+    "createml": ("_annotations.createml.json", [{"image": "a.png", "annotations": [{"label": "cat", "coordinates": {"x": 1}}]}], "CreateML's JSON"),
+    "vott": ("a-asset.json", {"asset": {"name": "a.png"}, "regions": [{"tags": ["cat"], "boundingBox": {"left": 1}}]}, "VoTT's JSON"),
+    "datumaro": ("default.json", {"categories": {"label": {}}, "items": [{"annotations": [{"label_id": 0}]}]}, "Datumaro's own JSON"),
+    "sagemaker": ("output.manifest", '{"source-ref": "s3://b/a.png"}\n{"source-ref": "s3://b/b.png"}\n', "a manifest of SageMaker"),
+    "labelbox": ("export.ndjson", '{"data_row": {"id": "x"}}\n{"data_row": {"id": "y"}}\n', "Labelbox's export"),
     "table": ("train.csv", "image_id,bbox\na,[1 2 3 4]\n", "is a table, whose columns have no fixed meaning; write COCO JSON"),
 }  # fmt: skip
 
@@ -45,6 +50,21 @@ def test_the_tool_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=r"export.*(is not JSON|is not a COCO data set)") as caught:
         read_coco(root / file, root, training=True)
     assert expected in str(caught.value)
+
+
+def test_a_file_of_keypoints_is_read_only_if_it_is_named(tmp_path: Path) -> None:
+    """CVAT's COCO Keypoints: the keypoints that were asked for are not read, the boxes are."""
+    save(tmp_path / "images" / "default" / "a.png")
+    row = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "keypoints": [1, 2, 2], "num_keypoints": 1}
+    image = {"id": 1, "file_name": "a.png", "width": 40, "height": 20}
+    file = tmp_path / "annotations" / "person_keypoints_default.json"
+    write(file, text_of({"images": [image], "annotations": [row], "categories": [{"id": 1, "name": "cat"}]}))
+    with pytest.raises(
+        UserError, match=r"person_keypoints_default\.json is COCO's file of keypoints.* give the file itself"
+    ):
+        find_data(DetectionDataConfig(source=str(tmp_path)))
+    part = find_data(DetectionDataConfig(source=str(file))).train
+    assert (part.annotations, part.images) == (file, tmp_path / "images" / "default")
 
 
 def test_packed_files_and_other_texts(tmp_path: Path) -> None:

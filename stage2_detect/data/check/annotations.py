@@ -41,6 +41,7 @@ from ssld.stage2_detect.data.coco_rows import (
     ODD_NAME,
     SHAPE_BOX,
     TEXT,
+    TURNED,
     TWICE,
     UNUSED,
     WHOLE_ID,
@@ -75,6 +76,7 @@ _READ_AS = {
     WHOLE_SIZE: "reads it as an integer",
     TEXT: "reads it as numbers",
     NESTED: "reads its four numbers",
+    TURNED: "uses the box around the turned rectangle",
     SHAPE_BOX: "uses the box around it",
     EMPTY_CROWD: "sets it to 0",
     ODD_AREA: "uses width x height",
@@ -93,6 +95,8 @@ class FileCheck:
     """folder of its images"""
     content: dict[str, Any]
     rows: ValidatedRows
+    label: str
+    """name of the file in findings"""
     findings: list[Finding] = field(default_factory=list)
     repair: Repair = field(default_factory=Repair)
     image_of: dict[Any, int] = field(default_factory=dict)
@@ -109,7 +113,7 @@ class FileCheck:
     """numbers for choosing settings: see `_measure`"""
 
     def add(self, level: Level, text: str, fix: str | None = None) -> None:
-        self.findings.append(Finding(level, self.file.name, text, fix))
+        self.findings.append(Finding(level, self.label, text, fix))
 
     def left_out(self) -> Tally:
         """Return a tally of the rows that a cleaned copy leaves out."""
@@ -140,14 +144,16 @@ class FileCheck:
         return tally
 
 
-def check_rows(name: str, file: Path, folder: Path, *, masks: bool = False, allow_loss: bool = False) -> FileCheck:
+def check_rows(
+    name: str, file: Path, folder: Path, *, label: str | None = None, masks: bool = False, allow_loss: bool = False
+) -> FileCheck:
     """Check everything about a file that needs no image, for a detector with `masks` or without.
 
-    Raises UserError for a file that is not COCO JSON.
+    `label` names the file in findings; None: its own name. Raises UserError for a file that is not COCO JSON.
     """
     content = load_content(file)
     rows = validate_rows(content)
-    check = FileCheck(name, file, folder, content, rows)
+    check = FileCheck(name, file, folder, content, rows, label or file.name)
     for index, (image_id, file_name) in enumerate(zip(rows.image_ids, rows.file_names, strict=True)):
         if image_id is not None and file_name is not None:
             check.image_of[image_id] = index
@@ -313,7 +319,8 @@ def _check_boxes(check: FileCheck, first_of: dict[int, int], *, masks: bool, all
         scored_N = usable_N if check.name == "train" or not masks else np.ones(len(rows), dtype=bool)
         shapeless_N = scored_N & np.array(bad, dtype=bool)
         effect = "training a detector with masks stops" + ("" if masks else "; other kinds do not read it")
-        report(shapeless_N, "fault" if masks else "warning", "without a usable segmentation", effect, None)
+        if masks or not shapeless_N.all():  # a file without any usable one is of boxes alone
+            report(shapeless_N, "fault" if masks else "note", "without a usable segmentation", effect, None)
     if not doubts:
         _drop_boxes(check.repair, rows[validated.degenerate_N & ~crowd_N], FLAT)
         _drop_boxes(check.repair, rows[validated.outside_N & ~crowd_N], OUTSIDE)

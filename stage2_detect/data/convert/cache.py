@@ -18,9 +18,10 @@ from typing import Any
 from ssld.shared.errors import UserError
 from ssld.shared.files import file_sha256, list_files, user_cache, write_atomically
 
-VERSION = 2
+VERSION = 3
 """version of the written files; increase it whenever a reader or the conversion changes its result"""
-_RECORD = "data.json"
+_RECORD = ".record.json"
+"""hidden, so that no split, whose file has its name, can be called like it"""
 
 
 def cache_folder() -> Path:

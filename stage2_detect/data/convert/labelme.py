@@ -37,6 +37,7 @@ from ssld.stage2_detect.layouts.others import LABELME_KEYS
 _SPLITS = (*TRAIN, *VAL, *TEST)
 _LOOKED_AT = 20
 """JSON files of a folder that are looked at to recognize the format"""
+_WITHOUT_AREA = ("point", "points", "line", "linestrip")
 Points = list[tuple[float, float]]
 
 
@@ -169,7 +170,8 @@ def _object(shape: dict[str, Any], label: int, place: str, names: list[str], tal
     kind = shape.get("shape_type") or "polygon"  # the oldest files have polygons alone
     read = _SHAPES.get(kind)
     if read is None:
-        tally.drop("box", f"of the kind {kind!r}, which has no area", place, group=names[label])
+        why = "has no area" if kind in _WITHOUT_AREA else "is not read"
+        tally.drop("box", f"of the kind {kind!r}, which {why}", place, group=names[label])
         return None
     given = shape.get("points")
     if not isinstance(given, list) or not all(isinstance(point, list) and len(point) == 2 for point in given):
@@ -199,7 +201,9 @@ def _circle(points: Points) -> tuple[Corners, None]:
 _SHAPES: dict[str, Callable[[Points], tuple[Corners, list[list[float]] | None]]] = {
     "rectangle": _around,
     "polygon": _polygon,
+    "oriented_rectangle": _polygon,
     "rotation": _polygon,  # X-AnyLabeling's turned rectangle
+    "quadrilateral": _polygon,
     "circle": _circle,
     "mask": _around,  # its points are the corners of the box
 }

@@ -1,10 +1,14 @@
 """Reader of detection data in the layout of Pascal VOC: one XML file per image.
 
 Layout: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/devkit_doc.pdf, and its variants (`voc_layout.py`). Corners are the first and the last pixel
-of an object, counted from 1: [xmin - 1, ymin - 1, xmax, ymax] as edges. Some tools write edges counted from 0 in the same XML; they need
-`voc_inclusive=False`, and a corner of 0 reveals them. Deliberately absent: parts, poses, segmentation images, rotated boxes.
+of an object, counted from 1: [xmin - 1, ymin - 1, xmax, ymax] as edges. Some tools write edges counted from 0 in the same XML: fractions of pixels
+in most boxes show it, else they need `voc_inclusive=False`, and a corner of 0 reveals them. Rectangles that CVAT has turned are read as the boxes
+around them. Deliberately absent: parts, poses, segmentation images.
 """
 
+import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +17,7 @@ from ssld.shared.files import IMAGE_SUFFIXES
 from ssld.shared.images import UnreadableImage
 from ssld.shared.tally import Tally
 from ssld.shared.wording import count
+from ssld.stage2_detect.data.coco_rows import TURNED
 from ssld.stage2_detect.data.convert.file_index import FileIndex
 from ssld.stage2_detect.data.convert.records import (
     LISTED_AGAIN,
@@ -29,9 +34,11 @@ from ssld.stage2_detect.data.convert.records import (
 )
 from ssld.stage2_detect.data.convert.voc_layout import Entry, Unit, find_voc
 from ssld.stage2_detect.data.convert.voc_xml import Element, read_annotation
+from ssld.stage2_detect.data.segmentations import turned_box
 
 Difficult = Literal["ignore", "keep"]
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_FRACTION = re.compile(r"\d*\.0*[1-9]\d*")
 _NO_IMAGES = (".xml", ".txt", ".json", ".csv", ".yaml", ".yml")
 
 
@@ -62,6 +69,11 @@ def read_voc(
     data = SourceData("Pascal VOC", names, notes=layout.notes)
     data.crowd = "marked difficult, which makes them iscrowd (--voc_difficult keep trains on them)"
     data.hint = "another --voc_inclusive, or the images of another size?"
+    if voc_inclusive and _have_fractions(trees.values()):
+        voc_inclusive = False
+        data.notes.append(
+            f"{folder}: most boxes have fractions of pixels, so their corners are read as edges counted from 0"
+        )
     for split, entries in layout.splits.items():
         tally = data.tallies[split] = Tally()
         for place in layout.repeated.get(split, []):
@@ -73,6 +85,12 @@ def read_voc(
         if not layout.listed:
             reader.count_images_without_xml()
     return data
+
+
+def _have_fractions(roots: Iterable[Element]) -> bool:
+    """Whether most boxes have corners with fractions, which numbers of pixels have not. VOC's own files have a few."""
+    boxes = [box for root in roots for one in root.all("object") if (box := one.find("bndbox"))]
+    return 2 * sum(any(_FRACTION.fullmatch(box.text_of(key)) for key in _CORNERS) for box in boxes) > len(boxes)
 
 
 def _names(file: Path, root: Element) -> dict[str, str]:
@@ -184,7 +202,8 @@ class _Reader:
         place = f"{xml}, line {one.line}"
         box = one.find("bndbox")
         if box is None:
-            raise UserError(f"{place}: the object has no bndbox")
+            other = ", but a polygon, as in LabelMe's XML; export it as COCO" if one.find("polygon") else ""
+            raise UserError(f"{place}: the object has no bndbox{other}")
         x1, y1, x2, y2 = (finite_number(box.text_of(key), place, key) for key in _CORNERS)
         if x2 < x1 or y2 < y1:
             raise UserError(f"{place}: xmax or ymax lies before xmin or ymin")
@@ -194,5 +213,21 @@ class _Reader:
                 "counted from 0"
             )
         corners = (x1 - 1, y1 - 1, x2, y2) if self._inclusive else (x1, y1, x2, y2)
+        if degrees := _rotation(one):
+            left, top, width, height = turned_box(
+                (corners[0], corners[1], corners[2] - corners[0], corners[3] - corners[1]), degrees
+            )
+            corners = (left, top, left + width, top + height)
+            self._tally.change("box", TURNED, place)
         difficult = is_marked(one.text_of("difficult"), place, "difficult")
         return SourceObject(label, corners, place, crowd=difficult and self._difficult == "ignore")
+
+
+def _rotation(one: Element) -> float:
+    """Return the degrees by which CVAT's rectangle is turned about its center; 0 without such an attribute."""
+    attributes = one.find("attributes")
+    for each in attributes.all("attribute") if attributes else ():
+        if each.text_of("name") == "rotation":
+            with suppress(ValueError):
+                return float(each.text_of("value"))
+    return 0.0

@@ -162,8 +162,9 @@ def _rows(label: Path, names: list[str]) -> list[_Row]:
 
 def _row(words: list[str], place: str, names: list[str]) -> _Row:
     if len(words) != 5 and (len(words) < 7 or len(words) % 2 == 0):
+        more = "; a confidence, angle or track behind the box is not read" if len(words) == 6 else ""
         raise UserError(
-            f"{place}: has {len(words)} values; expected a class and a box (5), or a class and three points or more (7, 9, ...)"
+            f"{place}: has {len(words)} values; expected a class and a box (5), or a class and three points or more (7, 9, ...){more}"
         )
     label = finite_number(words[0], place, "the class")
     if label != int(label) or not 0 <= label < len(names):
@@ -171,8 +172,9 @@ def _row(words: list[str], place: str, names: list[str]) -> _Row:
     values = [finite_number(word, place, f"value {index}") for index, word in enumerate(words[1:], 2)]
     wrong = [value for value in values if not -_SLACK <= value <= 1 + _SLACK]
     if wrong:
+        more = ", and keypoints are not read" if wrong[0] == 2 and len(values) > 4 else ""
         raise UserError(
-            f"{place}: {wrong[0]:g} is outside 0..1; coordinates are shares of the image's width and height"
+            f"{place}: {wrong[0]:g} is outside 0..1; coordinates are shares of the image's width and height{more}"
         )
     return _Row(int(label), values, place)
 

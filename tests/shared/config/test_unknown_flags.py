@@ -44,6 +44,13 @@ def test_names_of_other_programs_lead_to_the_flag() -> None:
         parse_config(TrainConfig, ["--anotations", "boxes.json"], program="test.py")
 
 
+def test_a_setting_of_a_group_in_a_list_names_the_form_of_the_list() -> None:
+    with pytest.raises(UserError) as error:
+        parse_config(DistillConfig, ["--data.train", "a", "--data.train.labels", "none"], program="test.py")
+    form = """data.train is a list, whose groups are given whole: --data.train '[{"path": ..., "labels": ...}]'"""
+    assert str(error.value) == f"--data.train.labels: unknown flag; {form}"
+
+
 def test_words_without_a_flag_and_numbers_that_are_none() -> None:
     parser = Parser(prog="test.py")
     parser.add_argument("--minutes", type=float)

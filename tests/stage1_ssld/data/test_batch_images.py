@@ -23,5 +23,7 @@ def test_views_become_images_with_their_names() -> None:
     expected = (pixels_BCHW[3].double() * 0.5 + 0.2).round().permute(1, 2, 0).numpy()
     assert (np.asarray(mixed[3][0])[::4, ::4] == expected).all()
     assert mixed[0][1] == "0.jpg"
+    two = view_images(pixels_BCHW[:2], Batch(pixels_BCHW[:2], labels_B[:2], ["0:a/1.jpg", "0:b/1.jpg"], []), None)
+    assert [name for _, name in two] == ["0:a/1.jpg", "0:b/1.jpg"]
     large = view_images(torch.zeros(1, 3, 224, 200, dtype=torch.uint8), batch, None)
     assert large[0][0].size == (200, 224)

@@ -1,6 +1,7 @@
 """Boxes on `batches.jpg` lie on the objects of the training images, whatever the augmentation; the loader's draws stay what they are."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_a_box_is_drawn_around_its_object(tmp_path: Path, augment: dict[str, Any
     outline = np.array(class_color(0))
     compared = 0
     for batch in training_loader(config, data, start=0, stop=6, rank=0, ranks=1):
-        for image, _ in drawn_images(batch, data.train.class_names):
+        for image, _ in drawn_images(batch, data.train.class_names, {}):
             pixels_HWC = np.asarray(image).astype(int)
             drawn_HW = (pixels_HWC == outline).all(-1)
             green_HW = (pixels_HWC[..., 1] > 128) & (pixels_HWC[..., 0] < 64)
@@ -90,6 +91,19 @@ def test_eight_to_sixteen_images_with_their_names_and_the_draws_of_the_training(
     large = config.model_copy(update={"batch_size": 20})
     assert len(first_images(large, data, steps=20, ranks=1)) == 16
     assert len(first_images(config, data, steps=3, ranks=1)) == 6  # a run of three steps of two images
+
+
+def test_images_of_one_name_have_their_folder_in_the_caption(tmp_path: Path) -> None:
+    config, data = opened(tmp_path, count=2)
+    first, second = data.train.images
+    one, other = ((tmp_path / part / Path(first.path).name) for part in ("a", "b"))
+    for record, path in ((first, one), (second, other)):
+        path.parent.mkdir()
+        Path(record.path).rename(path)
+    images = [replace(record, path=str(path)) for record, path in ((first, one), (second, other))]
+    data.train.images[:] = images
+    captions = {name for _, name in first_images(config, data, steps=1, ranks=1)}
+    assert captions == {f"a/{one.name}", f"b/{one.name}"}
 
 
 def test_the_sheet_has_every_image_at_its_place(tmp_path: Path) -> None:

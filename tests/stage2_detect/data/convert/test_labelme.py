@@ -41,21 +41,25 @@ def test_shapes(tmp_path: Path) -> None:
         shape("dog", [[10, 10], [13, 14]], "circle"),
         shape("dog", [[1, 1], [39, 19]], "mask"),
         shape("dog", SQUARE, "rotation"),
+        shape("dog", SQUARE, "oriented_rectangle"),
         shape("cat", [[3, 4]], "point"),
+        shape("cat", SQUARE, "cuboid"),
     )
     assert main(line(root, tmp_path / "out")) == 0
     data = read_coco(tmp_path / "out" / "train.json", root, training=False, segmentations=True)
     (record,) = data.images
     assert data.class_names == ("cat", "dog")
-    assert record.labels_N.tolist() == [1, 1, 0, 0, 1, 1, 1]
+    assert record.labels_N.tolist() == [1, 1, 0, 0, 1, 1, 1, 1]
     square, triangle = [10, 4, 10, 10], [10, 4, 20, 4, 15, 14]
-    boxes = [[10, 5, 20, 10], square, square, square, [5, 5, 10, 10], [1, 1, 38, 18], square]
+    boxes = [[10, 5, 20, 10], square, square, square, [5, 5, 10, 10], [1, 1, 38, 18], square, square]
     np.testing.assert_allclose(record.file_boxes_N4, boxes)
-    outlines = [None, None, [triangle], [triangle], None, None, [[value for point in SQUARE for value in point]]]
+    outlines = [None, None, [triangle], [triangle], None, None, *[[[value for point in SQUARE for value in point]]] * 2]
     assert record.segmentations is not None
     assert list(record.segmentations) == outlines
-    entry = {"count": 1, "first": f"{root}/a.json, shape 8"}
-    assert counted(tmp_path / "out")["box"]["dropped"] == {"of the kind 'point', which has no area": entry}
+    assert counted(tmp_path / "out")["box"]["dropped"] == {
+        "of the kind 'point', which has no area": {"count": 1, "first": f"{root}/a.json, shape 9"},
+        "of the kind 'cuboid', which is not read": {"count": 1, "first": f"{root}/a.json, shape 10"},
+    }
 
 
 def test_where_images_are(tmp_path: Path) -> None:

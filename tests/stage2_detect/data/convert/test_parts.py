@@ -241,3 +241,15 @@ def test_names_of_another_machine_lead_to_their_folder(tmp_path: Path, prefix: s
         UserError, match=r"4 of the 4 images .*did you mean '(images/)?0.png'\?; `ssld doctor --fix DIR`"
     ):
         read_coco(part.annotations, part.images, training=True)
+
+
+def test_a_part_may_be_called_data(tmp_path: Path) -> None:
+    """As FiftyOne's folder of images and labels is: its file must not be that of the cache's own record."""
+    folder = tmp_path / "set" / "data"
+    folder.mkdir(parents=True)
+    picture("train", 0).save(folder / "a.png")
+    write(folder / "a.txt", "0 0.5 0.5 0.25 0.5\n")
+    write(tmp_path / "set" / "obj.names", "cat\n")
+    for _ in range(2):
+        train = found(tmp_path / "set").train
+        assert (train.split, len(read_coco(train.annotations, train.images, training=True).images)) == ("data", 1)

@@ -9,10 +9,11 @@ from typing import Any
 import hotcoco
 import numpy as np
 import pytest
-from converted_data import by_name, equal_objects, line, numbered, read, save, voc_xml, write
+from converted_data import by_name, counted, equal_objects, line, numbered, read, save, voc_xml, write
 
 from ssld.stage2_detect.convert_data import main
 from ssld.stage2_detect.data.coco import read_coco
+from ssld.stage2_detect.data.coco_rows import TURNED
 
 
 @pytest.fixture
@@ -47,6 +48,33 @@ def test_voc_by_hand(voc: Path, tmp_path: Path) -> None:
     assert not record.crowd_N.any()
     record = by_name(read(tmp_path / "edges", "trainval"))["b"]
     np.testing.assert_array_equal(record.file_boxes_N4, [[5, 5, 4, 4]])
+
+
+def test_corners_with_fractions_are_edges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No pixel has the number 4.5. A few of them, as in VOC2011, change nothing."""
+    for name, corners, expected in (
+        ("few", [(4.5, 3, 9, 9), (1, 1, 4, 4), (2, 2, 5, 5)], [[3.5, 2, 5.5, 7], [0, 0, 4, 4], [1, 1, 4, 4]]),
+        ("most", [(4.5, 3, 9, 9), (0, 0.25, 4, 4), (2, 2, 5, 5)], [[4.5, 3, 4.5, 6], [0, 0.25, 4, 3.75], [2, 2, 3, 3]]),
+    ):
+        save(tmp_path / name / "a.png")
+        write(tmp_path / name / "a.xml", voc_xml(*(("wide", 0, box) for box in corners)))
+        assert main(line(tmp_path / name, tmp_path / f"{name}_out")) == 0
+        np.testing.assert_allclose(read(tmp_path / f"{name}_out").images[0].file_boxes_N4, expected)
+        assert ("most boxes have fractions of pixels" in capsys.readouterr().out) == (name == "most")
+
+
+def test_rectangles_that_cvat_has_turned(tmp_path: Path) -> None:
+    """Written before the turn: 11..20 x 6..9 is, turned by 90 degrees about its center (15, 7), the box from 13, 2 to 17, 12."""
+    save(tmp_path / "set" / "a.png")
+    turned = "<attributes><attribute><name>rotation</name><value>{}</value></attribute></attributes></object>"
+    text = voc_xml(("wide", 0, (11, 6, 20, 9)), ("wide", 0, (11, 6, 20, 9)), ("wide", 0, (11, 6, 20, 9)))
+    for degrees in ("90.0", "0.0", "left"):
+        text = text.replace("</bndbox></object>", f"</bndbox>{turned.format(degrees)}", 1)
+    write(tmp_path / "set" / "a.xml", text)
+    assert main(line(tmp_path / "set", tmp_path / "out")) == 0
+    boxes_N4 = read(tmp_path / "out").images[0].file_boxes_N4
+    np.testing.assert_allclose(boxes_N4, [[13, 2, 4, 10], [10, 5, 10, 4], [10, 5, 10, 4]])
+    assert counted(tmp_path / "out")["box"]["changed"][TURNED]["count"] == 1
 
 
 def test_voc_from_an_independent_writer(tiny_coco: Any, tmp_path: Path) -> None:

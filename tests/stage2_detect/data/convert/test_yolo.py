@@ -132,7 +132,16 @@ def test_boxes_refer_to_the_upright_image(yolo: Path, tmp_path: Path) -> None:
         ),
         ("labels/train/a.txt", "0 20 10 5 5", "a.txt, line 1: 20 is outside 0..1; coordinates are shares"),
         ("labels/train/a.txt", "0 .5 .5 .2", "a.txt, line 1: has 4 values"),
-        ("labels/train/a.txt", "0 .5 .5 .2 .2 .97", "a.txt, line 1: has 6 values"),
+        (
+            "labels/train/a.txt",
+            "0 .5 .5 .2 .2 .97",
+            "a.txt, line 1: has 6 values; expected a class and a box (5), or a class and three points or more (7, 9, ...); a confidence",
+        ),
+        (
+            "labels/train/a.txt",
+            "0 .5 .5 .2 .2 .5 .5 2 .4 .4 2",
+            "a.txt, line 1: 2 is outside 0..1; coordinates are shares of the image's width and height, and keypoints",
+        ),
         ("labels/train/a.txt", "0 .5 nan .2 .2", "a.txt, line 1: value 3 is 'nan', not a number"),
         ("labels/train/a.txt", "wide .5 .5 .2 .2", "a.txt, line 1: the class is 'wide', not a number"),
         ("labels/train/c.txt", "0 .5 .5 .2 .2", "c.txt: no image in"),
