@@ -11,7 +11,7 @@ from ssld.shared.machine import installed_version
 from tests.docs_sandbox import ROOT
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-CI = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+CI = [line.strip() for line in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -29,7 +29,7 @@ def test_the_workflow_runs_what_ci_runs() -> None:
         " && "
     )
     assert lines(jobs["tests"]) == [install, tests]
-    checks = [line for line in CI.splitlines() if line.startswith(("ruff ", "mypy "))]
+    checks = [line for line in CI if line.startswith(("ruff ", "mypy "))]
     assert lines(jobs["lint"]) == [install, *checks]
     supported = {re.sub(".*:: ", "", text) for text in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d+", text)}
     assert set(jobs["tests"]["strategy"]["matrix"]["python-version"]) == supported
@@ -47,7 +47,7 @@ def test_every_dependency_has_an_oldest_version() -> None:
 def test_hooks_run_the_commands_of_ci() -> None:
     (repo,) = read(".pre-commit-config.yaml")["repos"]
     assert repo["repo"] == "local"
-    assert all(hook["entry"] in CI.splitlines() for hook in repo["hooks"])
+    assert all(hook["entry"] in CI for hook in repo["hooks"])
     assert all(hook["language"] == "system" and not hook["pass_filenames"] for hook in repo["hooks"])
 
 
