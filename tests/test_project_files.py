@@ -1,10 +1,15 @@
 """CI, container, hooks, citation and changelog say the same as README, pyproject.toml and `.ci/run`."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
+from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from ssld.shared.machine import installed_version
@@ -36,6 +41,28 @@ def test_the_workflow_runs_what_ci_runs() -> None:
     oldest = jobs["oldest"]["steps"][1]["with"]["python-version"]
     assert PROJECT["requires-python"] == f">={oldest}"
     assert any("--resolution lowest-direct" in line for line in lines(jobs["oldest"]))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("failing", ["", "pip", "ruff", "mypy", "pytest"])
+def test_ci_fails_with_each_of_its_steps(failing: str, tmp_path: Path) -> None:
+    """Stand-ins for the environment's commands write their words; one of them fails."""
+    (tmp_path / ".ci").mkdir()
+    for name in (".ci/run", "README.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    commands, words = tmp_path / "commands", tmp_path / "words.txt"
+    commands.mkdir()
+    scripts = {name: f'echo {name} "$@" >> {words}' for name in ("pip", "ruff", "mypy", "pytest")}
+    scripts |= {"python": "cat > /dev/null", "chromium": "", "python3": f'mkdir "$3/bin"; cp {commands}/* "$3/bin"'}
+    for name, script in scripts.items():
+        last = "exit 1" if name == failing else ""
+        (commands / name).write_text(f"#!/bin/sh\n{script}\n{last}\n")
+        (commands / name).chmod(0o755)
+    path = f"{commands}:/usr/bin:/bin"
+    process = subprocess.run([tmp_path / ".ci" / "run"], env=os.environ | {"PATH": path}, stdin=subprocess.DEVNULL)
+    assert process.returncode == (1 if failing else 0)
+    done = ["pip install -e .[test]", "ruff check .", "ruff format --check .", "mypy ssld tests", "pytest -n logical"]
+    assert set(words.read_text().splitlines()) == set({"pip": done[:1], "ruff": done[:2]}.get(failing, done))
 
 
 def test_every_dependency_has_an_oldest_version() -> None:
