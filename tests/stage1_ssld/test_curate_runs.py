@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from ssld.stage1_ssld.curate import main as curate
 from ssld.stage1_ssld.curation import selection_files, shard_pass, steps
@@ -19,6 +20,10 @@ from ssld.stage1_ssld.data.shards import RowShard
 
 @pytest.fixture
 def settings(tiny: Any, teacher_file: Path) -> dict[str, Any]:
+    return small_curation(tiny, teacher_file)
+
+
+def small_curation(tiny: Any, teacher_file: Path) -> dict[str, Any]:
     """Three sources make three shards; the second holds the first again, so that there are duplicates."""
     return {
         "threads": 1,
@@ -40,6 +45,16 @@ def contents(run: Path) -> dict[str, Any]:
     result = json.loads((run / "result.json").read_text())
     files = {name: digest for name, digest in result["outputs"].items() if name != "examples.png"}
     return {"metrics": result["metrics"], "files": files, "rows": pq.read_table(run / "selected.parquet").to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Any, teacher_file: Path, call: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Contents of a run in one go that copies the chosen images."""
+    folder = tmp_path_factory.mktemp("whole")
+    settings = small_curation(tiny, teacher_file) | {"materialise": True, "output": str(folder / "run")}
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert call(curate, ["--config", str(folder / "run.yaml")]) == 0
+    return contents(folder / "run")
 
 
 @pytest.mark.slow
@@ -86,13 +101,13 @@ def test_goes_on_where_it_was_killed(
     name: str,
     arguments: Any,
     settings: dict[str, Any],
+    whole: dict[str, Any],
     call: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each part fails once; what was done before is not done again, and the result is that of a run in one go."""
     settings |= {"materialise": True}
-    assert call(curate, arguments(settings, "whole")) == 0
 
     def fails(*_: Any, **__: Any) -> None:
         raise SystemExit
@@ -107,7 +122,7 @@ def test_goes_on_where_it_was_killed(
     assert not (run / "result.json").exists()
     assert call(curate, arguments(settings)) == 0
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("0*.parquet")}
-    assert contents(run) == contents(tmp_path / "whole")
+    assert contents(run) == whole
 
 
 def flip(file: Path) -> None:
@@ -188,9 +203,9 @@ def test_sigterm_leaves_whole_shards(
     assert "this run is finished; nothing to do" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_mistakes_cost_one_line(arguments: Any, settings: dict[str, Any], user_error: Any, call: Any) -> None:
+    """And leave nothing behind: the corrected command writes to the same folder."""
+    mistakes: list[tuple[dict[str, Any], str]] = [
         ({"keep": 75}, "keep: 75 images per class are more than the 74 of the whole pool; give a smaller keep"),
         ({"pool": ["no/such"]}, "pool.0: no/such: no such file or folder"),
         ({"pool": []}, "pool: needs at least 1"),
@@ -199,12 +214,9 @@ def test_sigterm_leaves_whole_shards(
         ({"streaming": True}, "materialise: streaming: its images cannot be read one by one later; set materialise: true"),
         ({"pool": ["memory://nowhere/x"], "materialise": True}, "pool.0: memory://nowhere/x: no such file or folder"),
         ({"teacher": "gone.safetensors"}, "teacher.model: gone.safetensors: no such file"),
-    ],
-)  # fmt: skip
-def test_mistakes_cost_one_line(
-    change: dict[str, Any], message: str, arguments: Any, settings: dict[str, Any], user_error: Any, call: Any
-) -> None:
-    assert message in user_error(curate, arguments(settings | change))
+    ]  # fmt: skip
+    for change, message in mistakes:
+        assert message in user_error(curate, arguments(settings | change))
     assert call(curate, arguments(settings)) == 0
 
 
