@@ -70,11 +70,12 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
     """Return the names of files in lists and pictures: the file name alone, or with its folders where several of the paths end in it."""
     different = dict.fromkeys(paths)
     times = Counter(map(os.path.basename, different))
-    alike = [os.path.dirname(path) for path in different if times[os.path.basename(path)] > 1]
-    folder = os.path.commonpath(alike) if alike else ""
+    folders = [os.path.dirname(path) for path in different if times[os.path.basename(path)] > 1]
+    mixed = len({os.path.isabs(path) for path in folders}) > 1
+    common = os.path.commonpath(folders) if folders and not mixed else ""
+    names = ((path, os.path.basename(path)) for path in different)
     return {
-        path: os.path.relpath(path, folder) if times[name] > 1 else name
-        for path, name in ((one, os.path.basename(one)) for one in different)
+        path: name if times[name] == 1 else os.path.relpath(path, common) if common else path for path, name in names
     }
 
 

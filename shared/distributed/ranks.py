@@ -172,9 +172,9 @@ def on_main_rank(work: Callable[[], T], name: str = "") -> T:
                 from_main_rank((None, _sendable(error)))
             raise
         return from_main_rank((result, None))[0]
-    result, error = from_main_rank((None, None), name)
-    if error is not None:
-        raise error
+    result, raised = from_main_rank((None, None), name)
+    if raised is not None:
+        raise raised
     return result
 
 

@@ -209,5 +209,6 @@ def test_names_of_files_have_their_folders_where_they_are_needed() -> None:
         zip(paths, ["train/a.json", "valid/a.json", "b.json", "valid/a.json"], strict=True)
     )
     assert short_names(["a/1.jpg", "1.jpg"]) == {"a/1.jpg": "a/1.jpg", "1.jpg": "1.jpg"}
+    assert short_names(["/x/1.jpg", "y/1.jpg"]) == {"/x/1.jpg": "/x/1.jpg", "y/1.jpg": "y/1.jpg"}
     assert short_names(["set/1.jpg"]) == {"set/1.jpg": "1.jpg"}
     assert short_names([]) == {}

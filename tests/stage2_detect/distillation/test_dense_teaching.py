@@ -197,10 +197,10 @@ def test_the_adaptive_loss_on_two_ranks(normalization: str) -> None:
     student = torch.full((1, anchors, K), -100.0)
     student[0, :3, 0] = 2.0
     features = [torch.empty(1, 1, *grid) for grid in grids]
-    passes = (HeadPass(features, (logits, torch.zeros(1, anchors, 4))) for logits in (student, teacher))
+    learns, teaches = (HeadPass(features, (logits, torch.zeros(1, anchors, 4))) for logits in (student, teacher))
     nothing = Targets(torch.zeros(1, 0, 4), torch.zeros(1, 0).long(), torch.zeros(1).long())
     term = ADLConfig(weight=0.5, normalization=normalization)
-    losses = ADL(term, head, ranks).losses(*passes, torch.tensor([[16, 16]]), nothing)
+    losses = ADL(term, head, ranks).losses(learns, teaches, torch.tensor([[16, 16]]), nothing)
     # A sure teacher leaves the focal loss, (1 - p)^2 * -log p, p = sigmoid(2), for three classes.
     p = 1 / (1 + math.exp(-2))
     one = 3 * (1 - p) ** 2 * -math.log(p)
