@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -172,10 +172,11 @@ def on_main_rank(work: Callable[[], T], name: str = "") -> T:
                 from_main_rank((None, _sendable(error)))
             raise
         return from_main_rank((result, None))[0]
-    result, raised = from_main_rank((None, None), name)
+    received: tuple[Any, BaseException | None] = from_main_rank((None, None), name)
+    done, raised = received
     if raised is not None:
         raise raised
-    return result
+    return cast(T, done)
 
 
 def _sendable(error: BaseException) -> BaseException:
