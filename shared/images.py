@@ -244,8 +244,10 @@ def _unknown(source: bytes | str | Path) -> str:
         return "the file is empty"
     if head[4:12] in (b"ftypavif", b"ftypavis"):
         return "AVIF, damaged or of a kind that is not read: convert it to JPEG"
-    if head[4:8] == b"ftyp":  # ISO base media file format
-        return "HEIC, or a film, which is not read: convert it to JPEG"
+    if head[4:8] == b"ftyp":  # ISO base media file format; the brands are of ISO/IEC 23008-12
+        if head[8:12] in (b"mif1", b"msf1") or head[8:11] in (b"hei", b"hev"):
+            return "HEIC, which is not read: convert it to JPEG"
+        return "a film, or a raw photo of a camera, which is not read: write its pictures as JPEG"
     if head[128:] == b"DICM":
         return "DICOM, which is not read: convert it to PNG"
     if head.startswith(b"version https://git-lfs"):
