@@ -192,11 +192,11 @@ def _of_yaml(file: Path) -> YoloLayout:
 def _leave_out_missing(file: Path, root: Path, places: dict[str, list[str]]) -> list[str]:
     """Take out the splits of which nothing exists, which templates of tools name in any case, and return a note on each.
 
-    What the split for training names has to exist: without it, the rest would be another data set.
+    What the split for training names has to exist: without it, the rest would be another data set. One split of all has to exist in any case.
     """
     missing = [key for key, several in places.items() if not any(located(root, one).exists() for one in several)]
-    if any(key.lower() == "train" for key in missing):
-        return []
+    if len(missing) == len(places) or any(key.lower() == "train" for key in missing):
+        return []  # the reader names what is missing
     return [f"{file}: {key}: {located(root, places.pop(key)[0])} does not exist; {key} is not read" for key in missing]
 
 

@@ -391,7 +391,12 @@ def test_a_split_that_is_not_there(
     assert "test/images does not exist; test is not read" in capsys.readouterr().out
     assert "has no split 'test'" in user_error(main, line(root, tmp_path / "no", "--splits", '["test"]'))
     (root / form).unlink()
-    for places in ("train: trian/images\nval: val/images", "train: train/images\nval: [val/images, more/images]"):
+    for places in (
+        "train: trian/images\nval: val/images",
+        "train: train/images\nval: [val/images, more/images]",
+        "val: vla/images",
+        "val: vla/images\ntest: test/images",
+    ):
         write(root / "data.yaml", f"{places}\nnames: [wide, tall]\n")
         assert "/images is neither a folder nor a .txt list" in user_error(main, line(root, tmp_path / "no"))
 

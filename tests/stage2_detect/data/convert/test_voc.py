@@ -67,13 +67,14 @@ def test_rectangles_that_cvat_has_turned(tmp_path: Path) -> None:
     """Written before the turn: 11..20 x 6..9 is, turned by 90 degrees about its center (15, 7), the box from 13, 2 to 17, 12."""
     save(tmp_path / "set" / "a.png")
     turned = "<attributes><attribute><name>rotation</name><value>{}</value></attribute></attributes></object>"
-    text = voc_xml(("wide", 0, (11, 6, 20, 9)), ("wide", 0, (11, 6, 20, 9)), ("wide", 0, (11, 6, 20, 9)))
-    for degrees in ("90.0", "0.0", "left"):
+    rotations = ("90.0", "0.0", "left", "180.0", "nan", "inf")
+    text = voc_xml(*(("wide", 0, (11, 6, 20, 9)) for _ in rotations))
+    for degrees in rotations:
         text = text.replace("</bndbox></object>", f"</bndbox>{turned.format(degrees)}", 1)
     write(tmp_path / "set" / "a.xml", text)
     assert main(line(tmp_path / "set", tmp_path / "out")) == 0
     boxes_N4 = read(tmp_path / "out").images[0].file_boxes_N4
-    np.testing.assert_allclose(boxes_N4, [[13, 2, 4, 10], [10, 5, 10, 4], [10, 5, 10, 4]])
+    np.testing.assert_allclose(boxes_N4, [[13, 2, 4, 10], *[[10, 5, 10, 4]] * 5])
     assert counted(tmp_path / "out")["box"]["changed"][TURNED]["count"] == 1
 
 
