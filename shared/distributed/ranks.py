@@ -174,7 +174,8 @@ def on_main_rank(work: Callable[[], T], name: str = "") -> T:
                 from_main_rank((None, _sendable(error)))
             raise
         return from_main_rank((result, None))[0]
-    result, raised = from_main_rank((None, None), name)
+    replaced: Any = (None, None)
+    result, raised = from_main_rank(replaced, name)
     if raised is not None:
         raise raised
     return result

@@ -102,12 +102,8 @@ def test_a_turned_rectangle_is_read_as_the_box_around_it(read: Callable[..., Coc
     rows = whole["annotations"]
     rows[0] |= {"bbox": [20, 14, 24, 10], "segmentation": [], "attributes": {"occluded": False, "rotation": 330.0}}
     rows[1]["attributes"] = {"occluded": False, "rotation": 30.0}
-    for row, attributes in zip(
-        rows[2:6],
-        ({"rotation": 0.0}, {"rotation": "left"}, {"rotation": float("inf")}, {"rotation": 180.0}),
-        strict=True,
-    ):
-        row |= {"segmentation": [], "attributes": {"occluded": False, **attributes}}
+    for row, rotation in zip(rows[2:6], (0.0, "left", float("inf"), 180.0), strict=True):
+        row |= {"segmentation": [], "attributes": {"occluded": False, "rotation": rotation}}
     rows[6] |= {"segmentation": [], "attributes": {"rotation": 90}}
     width, height = 24 * 3**0.5 / 2 + 5, 12 + 10 * 3**0.5 / 2
     expected = [32 - width / 2, 19 - height / 2, width, height]

@@ -52,10 +52,11 @@ def test_voc_by_hand(voc: Path, tmp_path: Path) -> None:
 
 def test_corners_with_fractions_are_edges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No pixel has the number 4.5. A few of them, as in VOC2011, change nothing."""
-    for name, corners, expected in (
+    cases: list[tuple[str, list[tuple[float, ...]], list[list[float]]]] = [
         ("few", [(4.5, 3, 9, 9), (1, 1, 4, 4), (2, 2, 5, 5)], [[3.5, 2, 5.5, 7], [0, 0, 4, 4], [1, 1, 4, 4]]),
         ("most", [(4.5, 3, 9, 9), (0, 0.25, 4, 4), (2, 2, 5, 5)], [[4.5, 3, 4.5, 6], [0, 0.25, 4, 3.75], [2, 2, 3, 3]]),
-    ):
+    ]
+    for name, corners, expected in cases:
         save(tmp_path / name / "a.png")
         write(tmp_path / name / "a.xml", voc_xml(*(("wide", 0, box) for box in corners)))
         assert main(line(tmp_path / name, tmp_path / f"{name}_out")) == 0
