@@ -169,6 +169,8 @@ def on_main_rank(work: Callable[[], T], name: str = "") -> T:
     if rank() == 0:
         try:
             result = work()
+            if world_size() > 1:
+                pickle.dumps(result)  # the others wait: a result that cannot be sent must end them too
         except BaseException as error:
             if world_size() > 1:
                 from_main_rank((None, _sendable(error)))
