@@ -13,7 +13,7 @@ class Evaluations:
     Args:
         state: state of the run.
         measure: evaluates the network after a number of steps and returns its metrics.
-        score: the metric, higher is better, that chooses the best weights; None where it was not measured.
+        score: returns the metric, higher is better, that chooses the best weights; None where it was not measured. Not called if none are kept.
         save: writes the network's file: path, step, metrics.
         keeps_best: whether the best weights are kept: where there is more than one evaluation.
 
@@ -41,7 +41,7 @@ class Evaluations:
         state = self._state
         with state.evaluating(step, due=due):
             self.metrics, self.step = self._measure(step), step
-            score = self._score(self.metrics)
-            if self._keeps_best and score is not None and state.improved(score):
+            score = self._score(self.metrics) if self._keeps_best else None
+            if score is not None and state.improved(score):
                 state.check(step)
                 self._save(state.best_file, step, self.metrics)

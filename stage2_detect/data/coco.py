@@ -192,7 +192,7 @@ def read_coco(
         lost = tally.bulk_loss()
         raise UserError(f"{file}: no image{' with a usable box' if rows else ''} in it{f': {lost}' if lost else ''}")
     counts = _counts(table, validated, keep_N, training=training)
-    counts |= {"empty": sum(not len(one) for one in rows), "empty_dropped": len(rows) - len(images)}
+    counts.update(empty=sum(not len(one) for one in rows), empty_dropped=len(rows) - len(images))
     doubts = tuple(format_doubts(validated, table.crowd_N, limits_N2))
     return CocoData(file, training, names, ids, images, tally, counts, doubts, orientation)
 

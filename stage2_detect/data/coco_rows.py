@@ -398,10 +398,10 @@ def _boxes(notes: _Notes, rows: list[dict[str, Any]], owners_N: np.ndarray, size
 
 
 def _around_turned(notes: _Notes, rows: list[dict[str, Any]], boxes_N4: np.ndarray) -> np.ndarray:
-    """Return the boxes, with the box around each turned rectangle: CVAT writes the rectangle before the turn, and the angle in degrees."""
+    """Return the boxes, with the box around each turned rectangle: CVAT writes it before the turn, and `rotation` in degrees beside `occluded`."""
     for index, row in enumerate(rows):
         attributes = given if isinstance(given := row.get("attributes"), dict) else {}
-        degrees = _number(attributes.get("rotation"))
+        degrees = _number(attributes.get("rotation")) if "occluded" in attributes else None
         if degrees and degrees % 180 and (boxes_N4[index, 2:] > 0).all() and not row.get("segmentation"):
             boxes_N4[index] = box = turned_box(boxes_N4[index].tolist(), degrees)
             unturned = {**attributes, "rotation": 0}  # so that a corrected copy is not turned again

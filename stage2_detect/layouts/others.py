@@ -40,7 +40,10 @@ _TOOLS = (
 
 
 def other_tool(path: Path) -> str | None:
-    """Return what a file, or a file in a folder, is, with the advice for it: `zip/a.json is LabelMe's JSON, ...`; None for anything unknown."""
+    """Return what a file, or a file in a folder, is, with the advice for it: `zip/a.json is LabelMe's JSON, ...`; None for anything unknown.
+
+    COCO's file of keypoints is named in a folder alone: given itself, its boxes are read, and its mistakes are those of any COCO file.
+    """
     for file in _files(path):
         try:
             with file.open("rb") as opened:
@@ -52,7 +55,7 @@ def other_tool(path: Path) -> str | None:
             return f"{name} is packed; unpack it"
         if file.name.lower() in IMAGE_FOLDER_FILES:
             return f"{name} is of an image folder of Hugging Face; give its folder by --data, or convert it by `ssld convert-data`"
-        if file.name.lower().startswith("person_keypoints"):
+        if file != path and file.name.lower().startswith("person_keypoints"):
             return f"{name} is COCO's file of keypoints, which are not read; give the file itself to read its boxes"
         for texts, what in _TOOLS:
             if all(text in head for text in texts):

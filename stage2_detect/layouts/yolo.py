@@ -182,22 +182,22 @@ def _of_yaml(file: Path) -> YoloLayout:
             f"{file}: {key}: {place} does not exist; {root / here[place]} is read" for place in several if place in here
         ]
         places[key] = [here.get(place, place) for place in several]
-    notes += _leave_out_missing(file, root, places)
+    notes += _without_missing_test(file, root, places)
     for key, value in content.items():
         if key not in places and key != "path" and isinstance(value, str) and value and located(root, value).is_dir():
             notes.append(f"{file}: {key}: is no split ({', '.join(SPLITS)}) and is not read")
     return YoloLayout(file, root, _names(content, file, root), places, notes)
 
 
-def _leave_out_missing(file: Path, root: Path, places: dict[str, list[str]]) -> list[str]:
-    """Take out the splits of which nothing exists, which templates of tools name in any case, and return a note on each.
+def _without_missing_test(file: Path, root: Path, places: dict[str, list[str]]) -> list[str]:
+    """Take out the split for tests if nothing of it exists, which Roboflow names in any case, and return a note on it.
 
-    What the split for training names has to exist: without it, the rest would be another data set.
+    Another split has to exist: without the images that it names, training or evaluation would be of another data set.
     """
-    missing = [key for key, several in places.items() if not any(located(root, one).exists() for one in several)]
-    if any(key.lower() == "train" for key in missing):
+    missing = not any(located(root, one).exists() for one in places.get("test", ()))
+    if "test" not in places or not missing or len(places) == 1:
         return []
-    return [f"{file}: {key}: {located(root, places.pop(key)[0])} does not exist; {key} is not read" for key in missing]
+    return [f"{file}: test: {located(root, places.pop('test')[0])} does not exist; test is not read"]
 
 
 def _found_here(root: Path, places: dict[str, list[str]]) -> dict[str, str]:
@@ -258,7 +258,7 @@ def _of_darknet(file: Path) -> YoloLayout:
     places = {key: [value] for key, value in content.items() if key in SPLITS}
     if not places:
         raise UserError(f"{file}: has none of the keys {', '.join(SPLITS)}")
-    notes = _leave_out_missing(file, root, places)
+    notes = _without_missing_test(file, root, places)
     names = located(root, content["names"]) if content.get("names") else None
     return YoloLayout(file, root, read_names(names) if names else [], places, notes)
 

@@ -11,6 +11,7 @@ from converted_data import save, write
 
 from ssld.shared.errors import UserError
 from ssld.stage2_detect.data.coco import read_coco
+from ssld.stage2_detect.data.coco_json import load_content
 from ssld.stage2_detect.data.convert.parts import find_data
 from ssld.stage2_detect.data_config import DetectionDataConfig
 
@@ -65,6 +66,11 @@ def test_a_file_of_keypoints_is_read_only_if_it_is_named(tmp_path: Path) -> None
         find_data(DetectionDataConfig(source=str(tmp_path)))
     part = find_data(DetectionDataConfig(source=str(file))).train
     assert (part.annotations, part.images) == (file, tmp_path / "images" / "default")
+    write(file, "{")
+    with pytest.raises(UserError) as damaged:
+        load_content(file)
+    assert "is not JSON" in str(damaged.value)
+    assert "give the file itself" not in str(damaged.value)
 
 
 def test_packed_files_and_other_texts(tmp_path: Path) -> None:

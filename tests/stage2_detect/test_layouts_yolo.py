@@ -279,27 +279,20 @@ def test_folders_of_another_machine(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "does not exist; " in capsys.readouterr().out
 
 
-def test_folders_of_another_machine_that_may_be_one_are_not_read(
-    tmp_path: Path, user_error: Callable[..., str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folders_of_another_machine_that_may_be_one_are_refused(tmp_path: Path, user_error: Callable[..., str]) -> None:
     build(tmp_path / "set", "images", "labels")
-    file = tmp_path / "set" / "data.yaml"
-    write(file, "train: /a/train/images\nval: /a/val/images\nnames: [wide, tall]\n")
-    message = user_error(main, line(tmp_path / "set", tmp_path / "out"))
-    assert "/images is neither a folder nor a .txt list of images; correct it, or take " in message
-    write(file, "train: images\nval: /a/val/images\nnames: [wide, tall]\n")
-    assert main(line(tmp_path / "set", tmp_path / "out")) == 0
-    assert splits_of(tmp_path / "out").keys() == {"train"}
-    assert "val: /a/val/images does not exist; val is not read" in capsys.readouterr().out
+    for number, (train, val) in enumerate((("/a/train/images", "/a/val/images"), ("images", "/a/val/images"))):
+        write(tmp_path / "set" / "data.yaml", f"train: {train}\nval: {val}\nnames: [wide, tall]\n")
+        message = user_error(main, line(tmp_path / "set", tmp_path / str(number)))
+        assert "/images is neither a folder nor a .txt list of images; correct it, or take " in message
 
 
-def test_no_folder_above_another_split_is_taken_for_a_lost_one(tmp_path: Path) -> None:
+def test_no_folder_above_another_split_is_taken_for_a_lost_one(tmp_path: Path, user_error: Callable[..., str]) -> None:
     """Its images would be the training images too."""
     root = tmp_path / "set"
     build(root, "images/{}", "labels/{}")
     write(root / "data.yaml", "train: images/train\nval: /content/set/valid/images\nnames: [wide, tall]\n")
-    assert main(line(root, tmp_path / "out")) == 0
-    assert splits_of(tmp_path / "out").keys() == {"train"}
+    assert "val: /content/set/valid/images is neither a folder" in user_error(main, line(root, tmp_path / "out"))
 
 
 def test_images_listed_twice_or_in_two_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -391,7 +384,13 @@ def test_a_split_that_is_not_there(
     assert "test/images does not exist; test is not read" in capsys.readouterr().out
     assert "has no split 'test'" in user_error(main, line(root, tmp_path / "no", "--splits", '["test"]'))
     (root / form).unlink()
-    for places in ("train: trian/images\nval: val/images", "train: train/images\nval: [val/images, more/images]"):
+    for places in (
+        "train: trian/images\nval: val/images",
+        "train: train/images\nval: [val/images, more/images]",
+        "val: vla/images",
+        "train: train/images\nval: vla/images",
+        "val: vla/images\ntest: test/images",
+    ):
         write(root / "data.yaml", f"{places}\nnames: [wide, tall]\n")
         assert "/images is neither a folder nor a .txt list" in user_error(main, line(root, tmp_path / "no"))
 

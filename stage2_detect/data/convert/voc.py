@@ -6,6 +6,7 @@ in most boxes show it, else they need `voc_inclusive=False`, and a corner of 0 r
 around them. Deliberately absent: parts, poses, segmentation images.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -224,10 +225,11 @@ class _Reader:
 
 
 def _rotation(one: Element) -> float:
-    """Return the degrees by which CVAT's rectangle is turned about its center; 0 without such an attribute."""
+    """Return the degrees by which CVAT's rectangle is turned about its center; 0 without such an attribute, and for half a turn."""
     attributes = one.find("attributes")
     for each in attributes.all("attribute") if attributes else ():
         if each.text_of("name") == "rotation":
             with suppress(ValueError):
-                return float(each.text_of("value"))
+                degrees = float(each.text_of("value")) % 180
+                return degrees if math.isfinite(degrees) else 0.0
     return 0.0

@@ -167,6 +167,14 @@ def test_an_error_that_cannot_be_sent_is_described(second_of_two: list[str], mon
     assert str(of_the_second) == "the main process failed: Unpicklable: a.json: line 3"
 
 
+def test_a_result_that_cannot_be_sent_ends_every_rank(
+    second_of_two: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_the_main, of_the_second = raised_on_two(threading.Lock, monkeypatch)
+    assert "cannot pickle" in str(of_the_main)
+    assert str(of_the_second) == str(of_the_main)
+
+
 def test_the_result_of_the_main_rank_is_on_every_rank(
     second_of_two: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

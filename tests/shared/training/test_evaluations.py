@@ -35,10 +35,15 @@ def run(scores: list[float | None], *, keeps_best: bool = True) -> tuple[Evaluat
     def save(path: Path, step: int, metrics: dict[str, Any]) -> None:
         state.calls.append(f"{path} of {step}: {metrics['AP']}")
 
+    def score(metrics: dict[str, Any]) -> float | None:
+        assert keeps_best
+        value: float | None = metrics["AP"]
+        return value
+
     evaluations = Evaluations(
         state,
         lambda step: {"AP": scores[step - 1]},
-        lambda metrics: metrics["AP"],
+        score,
         save,
         keeps_best=keeps_best,
     )
@@ -59,5 +64,6 @@ def test_the_best_weights_are_checked_and_kept() -> None:
 
 
 def test_one_evaluation_alone_or_without_a_score_keeps_none() -> None:
+    """A score that was not measured, such as `best_by: agreement` without a teacher, is then not asked for at the end of a training."""
     assert run([0.2], keeps_best=False)[1] == ["no checkpoint", "evaluated"]
     assert run([None])[1] == ["no checkpoint", "evaluated"]

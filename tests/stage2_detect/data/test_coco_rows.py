@@ -17,6 +17,7 @@ from ssld.stage2_detect.data.coco_rows import ODD_NAME, TURNED, clean_name
 from tests.stage2_detect.six_images import Content, content
 
 NAN = float("nan")
+RIGHT_ANGLE = {"occluded": False, "rotation": 90.0}
 
 
 def floats(data: Content) -> None:
@@ -42,7 +43,7 @@ ONE_ANSWER: list[tuple[str, Callable[[Content], Any], dict[str, dict[str, int]]]
     ("number for text", lambda d: d["categories"][0].update(id="1"), {"box": {f"with a category_id {TYPES}": 7}}),
     ("float sizes", lambda d: d["images"][0].update(width=64.0, height=48.0), {"image": {"with a size like 640.0 for 640": 1}}),
     ("sizes as text", lambda d: d["images"][0].update(width="64"), {"image": {"with numbers written as text": 1}}),
-    ("turned", lambda d: d["annotations"][0].update(bbox=[9, 0, 20, 30], segmentation=[], attributes={"rotation": 90.0}), {"box": {TURNED: 1}}),
+    ("turned", lambda d: d["annotations"][0].update(bbox=[9, 0, 20, 30], segmentation=[], attributes=RIGHT_ANGLE), {"box": {TURNED: 1}}),
     ("no boxes", without_boxes, {"box": {"with a segmentation, but without a bbox": 10}}),
     ("nested", lambda d: d["annotations"][0].update(bbox=[[4, 5, 30, 20]]), {"box": {"with a list inside the bbox": 1}}),
     ("pairs", lambda d: d["annotations"][0].update(bbox=[[4, 5], [30, 20]]), {"box": {"with a list inside the bbox": 1}}),
@@ -93,13 +94,17 @@ def test_values_with_one_correct_reading_are_read_and_counted(
 
 
 def test_a_turned_rectangle_is_read_as_the_box_around_it(read: Callable[..., CocoData], folder: Path) -> None:
-    """CVAT writes the rectangle before its turn. A corrected copy is not turned again, a segmentation fits its bbox as it is."""
+    """CVAT writes the rectangle before its turn. A corrected copy is not turned again, a segmentation fits its bbox as it is.
+
+    An attribute of another tool may have this name too: the page of a document that is to be turned, for example.
+    """
     whole = content()
     rows = whole["annotations"]
     rows[0] |= {"bbox": [20, 14, 24, 10], "segmentation": [], "attributes": {"occluded": False, "rotation": 330.0}}
-    rows[1]["attributes"] = {"rotation": 30.0}
-    rows[2] |= {"segmentation": [], "attributes": {"rotation": 0.0}}
-    rows[3] |= {"segmentation": [], "attributes": {"rotation": "left"}}
+    rows[1]["attributes"] = {"occluded": False, "rotation": 30.0}
+    for row, rotation in zip(rows[2:6], (0.0, "left", float("inf"), 180.0), strict=True):
+        row |= {"segmentation": [], "attributes": {"occluded": False, "rotation": rotation}}
+    rows[6] |= {"segmentation": [], "attributes": {"rotation": 90}}
     width, height = 24 * 3**0.5 / 2 + 5, 12 + 10 * 3**0.5 / 2
     expected = [32 - width / 2, 19 - height / 2, width, height]
     first = read(whole)
@@ -107,7 +112,7 @@ def test_a_turned_rectangle_is_read_as_the_box_around_it(read: Callable[..., Coc
         one: box for image in first.images for one, box in zip(image.annotation_ids, image.file_boxes_N4, strict=True)
     }
     assert boxes[1].tolist() == pytest.approx(expected, abs=1e-3)
-    assert all(boxes[one].tolist() == [4, 5, 30, 20] for one in (2, 3, 4))
+    assert all(boxes[one].tolist() == [4, 5, 30, 20] for one in range(2, 8))
     assert first.tally.changed("box", TURNED) == first.tally.changed("box") == 1
     copy_of_it = read(check_rows("train", folder / "data.json", folder).repair.apply(whole))
     (copied,) = (image for image in copy_of_it.images if 1 in image.annotation_ids)
