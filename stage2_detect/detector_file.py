@@ -120,7 +120,10 @@ def load_detector(path: str | Path) -> LoadedDetector:
     path = Path(path)
     metadata = read_metadata(path, kind="detector")
     if metadata.get("kind") != "detector":
-        raise UserError(f"{path}: not a detector file: it has no metadata of this project")
+        raise UserError(
+            f"{path}: not a detector file of this project; give the detector.safetensors of a training, or convert another project's "
+            "file with ssld convert-detector"
+        )
     names, arch = tuple(metadata["class_names"]), known_arch(metadata["arch"], path)
     inputs = InputSettings.of_detector(metadata["mean"], metadata["std"])
     config = settings_of(metadata, "model", DetectorConfig, path)

@@ -8,6 +8,8 @@ Distill = Literal["auto", "yes", "no"]
 MANY = 5000
 """photos from which stage 1 is proposed for a pretrained student, with a second detector for comparison; a guess:
 the largest measured pool of own photos has 989; 42,500 foreign ones, seen for a third of a pass, gained nothing"""
+MEASURED = 42_500
+"""photos of the measurement for students without weights (docs/benchmarks/new_student_cpu_2026-12-01.md); with fewer nothing is known"""
 
 
 def proposes_stage_1(asked: Distill, backbone: str, photos: int, *, detector: bool) -> tuple[bool, str]:
@@ -15,7 +17,7 @@ def proposes_stage_1(asked: Distill, backbone: str, photos: int, *, detector: bo
 
     Args:
         backbone: reference of the student; `random:NAME` has no weights of its own.
-        photos: number of photos for stage 1, labeled ones included.
+        photos: number of unlabeled photos for stage 1, which also takes the annotated ones.
         detector: whether a detector follows.
     """
     if not detector:
@@ -25,14 +27,14 @@ def proposes_stage_1(asked: Distill, backbone: str, photos: int, *, detector: bo
     if asked == "no":
         return False, "no stage 1: left out by --distill no"
     if backbone.startswith("random:"):
-        return (
-            True,
-            f"stage 1 on {count(photos, 'photo')}: the student has no pretrained weights. Measured for two networks and one pass over 42,500 photos, "
-            "under a teacher's features: a detector of blood cells had 5 to 8 AP more than from random weights",
+        unknown = "" if photos >= MEASURED else f". What {count(photos, 'photo')} bring is not measured: compare the AP of the two detectors"
+        return True, (
+            f"stage 1 on {count(photos, 'unlabeled photo')}: the student has no pretrained weights. Measured for two networks and one pass over "
+            f"{MEASURED:,} photos, under a teacher's features: a detector of blood cells had 5 to 8 AP more than from random weights{unknown}"
         )
     if photos >= MANY:
         return True, (
-            f"stage 1 on {count(photos, 'photo')}: its gain for a pretrained student is not measured at this size; "
+            f"stage 1 on {count(photos, 'unlabeled photo')}: its gain for a pretrained student is not measured at this size; "
             "compare the AP of the two detectors"
         )
     return False, (

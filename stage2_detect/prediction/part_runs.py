@@ -26,7 +26,8 @@ def left_to_do(run: RunDir, work: Work, parts: Parts, videos: VideoParts | None 
 
 
 class PartProgress:
-    """Progress of this rank: a bar, and a line of the log after each part. The number of frames of videos is unknown before.
+    """Progress of this rank: a bar, and lines of the log, after each part and at least every 20 seconds. The number of frames of videos is
+    unknown before.
 
     Attributes:
         clock: of images and frames.
@@ -42,12 +43,19 @@ class PartProgress:
         """Count an image or a frame as done."""
         self.clock.add()
         self._bar.add()
+        if self.clock.due():
+            self._run.log(self._describe())
 
     def follow(self, done: Iterable[int]) -> None:
         """Work through an iterator over the numbers of finished parts, and log each of them."""
         for finished, number in enumerate(done, 1):
             left = len(self._numbers) - finished
-            self._run.log(f"part {number + 1} of {len(self._parts.records)} done, {left} left: {self.clock.describe()}")
+            self._run.log(f"part {number + 1} of {len(self._parts.records)} done, {left} left: {self._describe()}")
+
+    def _describe(self) -> str:
+        clock = self.clock
+        known = f"{clock.done} of {clock.total} images" if clock.done <= clock.total else f"{clock.done} images and frames"
+        return f"{known}, {clock.describe()}"
 
     def close(self) -> None:
         """Remove the bar."""

@@ -89,3 +89,11 @@ def test_metadata_that_would_do_harm(
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_another_program_says_what_to_give(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(1)}, tmp_path / "theirs.safetensors")
+    with pytest.raises(
+        UserError, match=r"give the detector\.safetensors of a training, or convert .* with ssld convert-detector$"
+    ):
+        load_detector(tmp_path / "theirs.safetensors")

@@ -49,7 +49,7 @@ def find_data(data: DetectionDataConfig) -> DataSet:
         source = _open(data.source)
         train, val = choose(data.source, source.splits)
         kind, parts, notes = _read(source, [train, *([val] if val else [])], allow_loss=data.allow_loss)
-        evaluated = f"evaluated on {val}" if val in parts else "no evaluation: it has no part called val, valid or test"
+        evaluated = f"evaluated on {val}" if val in parts else "without a part called val, valid or test to evaluate on"
         chosen = _chosen(source, kind, f"trained on {train}, {evaluated}", list(parts))
         return DataSet(kind, parts[train], parts.get(val or ""), [chosen, *notes], source.coco is None)
     train_part, notes = read_as_one("train", data.pairs("train"))

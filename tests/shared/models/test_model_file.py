@@ -85,7 +85,9 @@ def test_refusals(tmp_path: Path) -> None:
     save_file(TENSORS, path)
     assert read_metadata(path, kind="backbone") == {}  # by another program
     path.write_bytes(b"\x8d" + b"\x7f" * 30)  # as a pickle it would claim a text of exabytes
-    with pytest.raises(UserError, match="not a safetensors file"):
+    with pytest.raises(
+        UserError, match=r"not a safetensors file; give a file of weights, such as student\.safetensors"
+    ):
         read_metadata(path)
     path.write_bytes(b"\x01\x00")
     with pytest.raises(UserError, match=r"damaged or not complete .2 bytes.; download it again"):

@@ -173,7 +173,7 @@ def test_words_of_parts() -> None:
 def test_without_a_part_to_evaluate_on(tmp_path: Path) -> None:
     data = found(roboflow_coco(tmp_path / "set") / "train")
     assert data.val is None
-    assert "no evaluation: it has no part called val, valid or test" in data.notes[0]
+    assert "trained on train, without a part called val, valid or test to evaluate on" in data.notes[0]
 
 
 def test_a_test_part_without_objects_is_no_evaluation(tmp_path: Path) -> None:
