@@ -27,7 +27,11 @@ def proposes_stage_1(asked: Distill, backbone: str, photos: int, *, detector: bo
     if asked == "no":
         return False, "no stage 1: left out by --distill no"
     if backbone.startswith("random:"):
-        unknown = "" if photos >= MEASURED else f". What {count(photos, 'photo')} bring is not measured: compare the AP of the two detectors"
+        unknown = (
+            ""
+            if photos >= MEASURED
+            else f". What {count(photos, 'photo')} bring is not measured: compare the AP of the two detectors"
+        )
         return True, (
             f"stage 1 on {count(photos, 'unlabeled photo')}: the student has no pretrained weights. Measured for two networks and one pass over "
             f"{MEASURED:,} photos, under a teacher's features: a detector of blood cells had 5 to 8 AP more than from random weights{unknown}"

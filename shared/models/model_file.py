@@ -144,7 +144,9 @@ def _open(path: Path) -> Any:
             ) from None
         if begins_as_safetensors(path):
             raise UserError(f"{incomplete(path)} ({error})") from None
-        raise UserError(f"{path}: not a safetensors file; give a file of weights, such as student.safetensors or detector.safetensors ({error})") from None
+        raise UserError(
+            f"{path}: not a safetensors file; give a file of weights, such as student.safetensors or detector.safetensors ({error})"
+        ) from None
 
 
 def begins_as_safetensors(path: Path) -> bool:

@@ -54,7 +54,9 @@ class PartProgress:
 
     def _describe(self) -> str:
         clock = self.clock
-        known = f"{clock.done} of {clock.total} images" if clock.done <= clock.total else f"{clock.done} images and frames"
+        known = (
+            f"{clock.done} of {clock.total} images" if clock.done <= clock.total else f"{clock.done} images and frames"
+        )
         return f"{known}, {clock.describe()}"
 
     def close(self) -> None:

@@ -19,10 +19,10 @@ from ssld.stage2_detect.config import ExpectedConfig
 from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.data.sizing import Sizing
 from ssld.stage2_detect.detector_file import load_detector
-from ssld.stage2_detect.evaluation import scoring
 from ssld.stage2_detect.evaluation.scoring import compare_expected
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.rcnn import RCNN
+from ssld.stage2_detect.training import validation
 from ssld.stage2_detect.training.validation import validation_losses
 
 Settings = dict[str, Any]
@@ -108,7 +108,7 @@ def test_patience_ends_a_run_by_a_repeated_evaluation_after_the_same_check(
     """The second evaluation dies; the next start repeats it, and then refuses the last update, whose losses are not finite."""
     settings = train_settings | {"steps": 40, "evaluate_every": 2, "patience": 1}
     settings["optim"] = train_settings["optim"] | {"lr": 1e-30, "warmup_steps": 0}
-    score, calls = scoring.score, [0]
+    score, calls = validation.score, [0]
 
     def dying(*args: Any, **options: Any) -> Any:
         calls[0] += 1
@@ -117,7 +117,7 @@ def test_patience_ends_a_run_by_a_repeated_evaluation_after_the_same_check(
         return score(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "score", dying)
+        patch.setattr(validation, "score", dying)
         assert call(train.main, arguments(settings)) == 2
     losses = RCNN.losses
 
