@@ -263,7 +263,7 @@ def _unmeasured(
         None,
         seconds,
         f"the cheapest that is proposed: in {duration(seconds)} of trial not one step of {what} ended",
-        f"a longer --minutes, of which a trial gets {TRIAL_SHARE:.0%}; or smaller networks, by --backbone",
+        f"a machine on which nothing else runs; a longer --minutes, of which a trial gets {TRIAL_SHARE:.0%}; or smaller networks, by --backbone",
         tuple(notes),
     )
 

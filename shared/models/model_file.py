@@ -130,8 +130,8 @@ def content_hash(tensors: dict[str, Tensor]) -> str:
 
 def _open(path: Path) -> Any:
     if path.is_dir():
-        files = sorted(file.name for file in path.glob("*.safetensors"))
-        raise UserError(f"{path}: is a folder; give a file{f' in it: {files[0]}' if files else ''}")
+        files = [file for pattern in ("*.safetensors", "*/*.safetensors") for file in sorted(path.glob(pattern))]
+        raise UserError(f"{path}: is a folder; give a file{f' in it: {files[0].relative_to(path)}' if files else ''}")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     refuse_damaged(path)

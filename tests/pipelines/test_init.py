@@ -249,8 +249,8 @@ def test_stage_1_is_left_out_where_nothing_says_that_it_helps(photos: Path, capf
     assert "--distill yes adds it" in out
     assert init.main([*line, "--output", "new.yaml", "--backbone", "random:resnet18"]) == 0
     out = capfd.readouterr().out
-    assert "stage 1 on 3 unlabeled photos: the student has no pretrained weights. " in out
-    assert "What 3 photos bring is not measured: compare the AP of the two detectors\n" in out
+    assert "stage 1 on 3 unlabeled photos and the annotated ones: the student has no pretrained weights. " in out
+    assert "Compare the AP of the two detectors\n" in out
     stages = yaml.safe_load(Path("new.yaml").read_text())["stages"]
     assert list(stages)[:3] == ["ssld", "detector_random", "detector_ssld"]
     assert stages["ssld"]["set"]["optim"]["lr"] == LR_OF_RANDOM

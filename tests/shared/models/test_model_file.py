@@ -71,6 +71,10 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match=r"run: is a folder; give a file$"):
         read_metadata(tmp_path / "run")
+    (tmp_path / "run" / "a").mkdir()
+    (tmp_path / "run" / "a" / "detector.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"run: is a folder; give a file in it: a.detector\.safetensors$"):
+        read_metadata(tmp_path / "run")
     (tmp_path / "run" / "student.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"run: is a folder; give a file in it: student\.safetensors$"):
         read_metadata(tmp_path / "run")
