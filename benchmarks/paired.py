@@ -1,7 +1,7 @@
 """AP of runs over seeds, and its difference to another row; for the tables of several scripts here.
 
 A difference has two 95 % intervals. That over the images is a paired bootstrap, seeds averaged, and leaves out what another seed would change. That
-over the seeds is Student's t on the differences of equal seeds, and leaves out the choice of the images.
+over the seeds is Student's t on the differences of equal seeds, of at most ten, and leaves out the choice of the images.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ssld.pipelines.config import MOST_SEEDS
 from ssld.pipelines.reports.table import over_seeds
 from ssld.shared.run_dir import read_result
 from ssld.stage2_detect.data.coco import read_coco
@@ -49,6 +50,6 @@ def rows(drawn: Mapping[str, Drawn], base: str) -> Iterator[list[str]]:
             mean = np.mean(differences, axis=0)
             low, high = interval(mean)
             cells[3] = f"{mean[0]:+.1f} ({low:+.1f} to {high:+.1f})"
-            if len(common) > 1 and (spread := over_seeds([float(difference[0]) for difference in differences])):
+            if 1 < len(common) <= MOST_SEEDS and (spread := over_seeds([float(difference[0]) for difference in differences])):
                 cells[4] = f"{spread.low:+.1f} to {spread.high:+.1f}"
         yield cells
