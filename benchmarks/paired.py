@@ -50,6 +50,8 @@ def rows(drawn: Mapping[str, Drawn], base: str) -> Iterator[list[str]]:
             mean = np.mean(differences, axis=0)
             low, high = interval(mean)
             cells[3] = f"{mean[0]:+.1f} ({low:+.1f} to {high:+.1f})"
-            if 1 < len(common) <= MOST_SEEDS and (spread := over_seeds([float(difference[0]) for difference in differences])):
+            if 1 < len(common) <= MOST_SEEDS and (
+                spread := over_seeds([float(difference[0]) for difference in differences])
+            ):
                 cells[4] = f"{spread.low:+.1f} to {spread.high:+.1f}"
         yield cells
