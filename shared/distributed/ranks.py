@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -138,12 +138,14 @@ def gather_on_main_rank(items: list[T]) -> list[T]:
 
 
 def wait_for_all() -> None:
-    """Return when every rank has called this, as after work that the ranks share. A value from the main rank does not wait for the others."""
+    """Return when every rank has called this, as after work that the ranks share. `from_main_rank` does not wait like this: see there."""
     gather_lists([])
 
 
 def from_main_rank(value: T, work: str = "") -> T:
-    """Return the main rank's value on every rank. The main rank itself need not wait; what it computes for the others belongs in `on_main_rank`.
+    """Return the main rank's value on every rank. The main rank may go on before the others have it.
+
+    A value whose computation may fail, or takes long, belongs in `on_main_rank`.
 
     Args:
         work: what the main rank does meanwhile, for the line that the others print after a minute.
@@ -161,22 +163,24 @@ def on_main_rank(work: Callable[[], T], name: str = "") -> T:
     """Do `work` on the main rank while the others wait; return its result on every rank. Whatever it raises is raised on every rank.
 
     Args:
-        work: without communication between ranks; its result is small, as it is sent to the other processes.
+        work: without communication between ranks; its result is small and can be pickled, as it is sent to the other processes.
         name: what `work` is, for the line that the others print after a minute.
     """
     if rank() == 0:
         try:
             result = work()
+            if world_size() > 1:
+                pickle.dumps(result)  # the others wait: a result that cannot be sent must end them too
         except BaseException as error:
             if world_size() > 1:
                 from_main_rank((None, _sendable(error)))
             raise
         return from_main_rank((result, None))[0]
-    received: tuple[Any, BaseException | None] = from_main_rank((None, None), name)
-    done, raised = received
+    replaced: Any = (None, None)
+    result, raised = from_main_rank(replaced, name)
     if raised is not None:
         raise raised
-    return cast(T, done)
+    return result
 
 
 def _sendable(error: BaseException) -> BaseException:

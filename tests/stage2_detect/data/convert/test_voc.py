@@ -52,10 +52,10 @@ def test_voc_by_hand(voc: Path, tmp_path: Path) -> None:
 
 def test_corners_with_fractions_are_edges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No pixel has the number 4.5. A few of them, as in VOC2011, change nothing."""
-    cases: tuple[tuple[str, list[Any], list[Any]], ...] = (
+    cases: list[tuple[str, list[tuple[float, ...]], list[list[float]]]] = [
         ("few", [(4.5, 3, 9, 9), (1, 1, 4, 4), (2, 2, 5, 5)], [[3.5, 2, 5.5, 7], [0, 0, 4, 4], [1, 1, 4, 4]]),
         ("most", [(4.5, 3, 9, 9), (0, 0.25, 4, 4), (2, 2, 5, 5)], [[4.5, 3, 4.5, 6], [0, 0.25, 4, 3.75], [2, 2, 3, 3]]),
-    )
+    ]
     for name, corners, expected in cases:
         save(tmp_path / name / "a.png")
         write(tmp_path / name / "a.xml", voc_xml(*(("wide", 0, box) for box in corners)))
@@ -68,13 +68,14 @@ def test_rectangles_that_cvat_has_turned(tmp_path: Path) -> None:
     """Written before the turn: 11..20 x 6..9 is, turned by 90 degrees about its center (15, 7), the box from 13, 2 to 17, 12."""
     save(tmp_path / "set" / "a.png")
     turned = "<attributes><attribute><name>rotation</name><value>{}</value></attribute></attributes></object>"
-    text = voc_xml(("wide", 0, (11, 6, 20, 9)), ("wide", 0, (11, 6, 20, 9)), ("wide", 0, (11, 6, 20, 9)))
-    for degrees in ("90.0", "0.0", "left"):
+    rotations = ("90.0", "0.0", "left", "180.0", "nan", "inf")
+    text = voc_xml(*(("wide", 0, (11, 6, 20, 9)) for _ in rotations))
+    for degrees in rotations:
         text = text.replace("</bndbox></object>", f"</bndbox>{turned.format(degrees)}", 1)
     write(tmp_path / "set" / "a.xml", text)
     assert main(line(tmp_path / "set", tmp_path / "out")) == 0
     boxes_N4 = read(tmp_path / "out").images[0].file_boxes_N4
-    np.testing.assert_allclose(boxes_N4, [[13, 2, 4, 10], [10, 5, 10, 4], [10, 5, 10, 4]])
+    np.testing.assert_allclose(boxes_N4, [[13, 2, 4, 10], *[[10, 5, 10, 4]] * 5])
     assert counted(tmp_path / "out")["box"]["changed"][TURNED]["count"] == 1
 
 
