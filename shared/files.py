@@ -67,7 +67,7 @@ def ends_of(path: str) -> list[str]:
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """Return the names of files in lists and pictures: the file name alone, or with its folders where several of the paths end in it."""
+    """Return a short name of each path: its file name, or its path below their common folder where several paths have this file name."""
     different = dict.fromkeys(paths)
     times = Counter(map(os.path.basename, different))
     folders = [os.path.dirname(path) for path in different if times[os.path.basename(path)] > 1]

@@ -247,7 +247,7 @@ def _unknown(source: bytes | str | Path) -> str:
     if head[4:8] == b"ftyp":  # ISO base media file format; the brands are of ISO/IEC 23008-12
         if head[8:12] in (b"mif1", b"msf1") or head[8:11] in (b"hei", b"hev"):
             return "HEIC, which is not read: convert it to JPEG"
-        return "a film, or a raw photo of a camera, which is not read: write its pictures as JPEG"
+        return "a video, or a raw photo of a camera, which is not read: export it as JPEG"
     if head[128:] == b"DICM":
         return "DICOM, which is not read: convert it to PNG"
     if head.startswith(b"version https://git-lfs"):

@@ -28,7 +28,7 @@ QUIET = {
     "PYTHONDONTWRITEBYTECODE": "1",
 }
 os.environ.update(QUIET)
-# What is imported stays: Python's collector would look through all of it again and again, a fifth of the time that collecting the tests takes.
+# Imported modules stay in memory to the end. Python's garbage collector would search them repeatedly, in a fifth of the time of collecting the tests.
 gc.disable()
 
 

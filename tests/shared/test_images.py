@@ -265,7 +265,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC, which is not read: convert it to JPEG"),
         (
             b"\0\0\0\x18ftypisom\0\0\0\0mp42isom",
-            "a film, or a raw photo of a camera, which is not read: write its pictures as JPEG",
+            "a video, or a raw photo of a camera, which is not read: export it as JPEG",
         ),
         (bytes(128) + b"DICM\x02", "DICOM, which is not read: convert it to PNG"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS: run git lfs pull"),
