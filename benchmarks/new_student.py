@@ -251,7 +251,7 @@ class Bench:
 
     def scores(self, name: str, place: str, frozen: bool, seed: int) -> Path:
         """Folder of a detector's detections."""
-        kind = f"{'-frozen' if frozen else ''}-{self.scale.norms}"
+        kind = f"{'-frozen' if frozen else ''}-{self.scale.norms}-{self.scale.detector_steps}"
         return self.output / "scores" / place / f"{self.named(name)}{kind}-{seed}"
 
     def detector(self, name: str, place: str, frozen: bool, seed: int) -> None:

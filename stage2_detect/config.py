@@ -413,8 +413,9 @@ class ConvertDataConfig(CommandConfig):
     """text file with one class name per line, in order of class number; null: names from the data"""
     box_format: Literal["xywh", "xyxy", "xyxy_relative", "cxcywh_relative"] = "xywh"
     """box format in data of Hugging Face: xywh or xyxy in pixels, xyxy_relative or cxcywh_relative in shares of the image size"""
-    voc_inclusive: bool = True
-    """read VOC corners as first and last pixel counted from 1, as in Pascal VOC; false, and where most have fractions: as edges counted from 0"""
+    voc_inclusive: bool | None = None
+    """reading of VOC corners: true, as first and last pixel counted from 1, as in Pascal VOC; false, as edges counted from 0;
+    null: true, unless most boxes have fractions of pixels"""
     voc_difficult: Literal["ignore", "keep"] = "ignore"
     """treatment of VOC objects marked difficult: ignore, as iscrowd, neither trained on nor counted in evaluation; keep, as other objects"""
     allow_loss: bool = False

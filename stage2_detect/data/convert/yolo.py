@@ -2,7 +2,7 @@
 
 Layout: https://docs.ultralytics.com/datasets/detect/, and its variants (`stage2_detect/layouts/yolo.py`). An image without a label file has no
 objects. Rows: `class x_center y_center width height`, or `class x y x y ...` for a polygon (three points or more), as shares of the upright image.
-Deliberately absent: keypoints, confidences; oriented boxes are read as polygons of four points.
+Deliberately absent: keypoints (an error), confidences; oriented boxes are read as polygons of four points.
 """
 
 from pathlib import Path
@@ -77,9 +77,11 @@ def _read_split(layout: YoloLayout, split: str, names: list[str], tally: Tally) 
     labels = {image: label_files.of(image) for image in images}
     _refuse_shared(labels)
     _drop_unread(folders, label_files, labels, names, tally)
+    rows_of = {image: _rows(label, names) if label else [] for image, label in labels.items()}
+    _refuse_keypoints([row for rows in rows_of.values() for row in rows])
     source_images = []
     for image, label in labels.items():
-        rows = _rows(label, names) if label else []
+        rows = rows_of[image]
         if not label:
             tally.change("image", NO_LABELS, image)
         kind = unread_kind(image)
@@ -177,6 +179,35 @@ def _row(words: list[str], place: str, names: list[str]) -> _Row:
             f"{place}: {wrong[0]:g} is outside 0..1; coordinates are shares of the image's width and height{more}"
         )
     return _Row(int(label), values, place)
+
+
+def _refuse_keypoints(rows: list[_Row]) -> None:
+    """Raise UserError for rows of a box and keypoints: read as polygons they would be accepted, and wrong.
+
+    Pose data whose data.yaml says so is refused before. Else it is known by this: all rows have the same number of values, and behind the box are
+    points of two values that lie in it, at least three, or of three values of which the last is 0, 1 or 2; a keypoint at 0, 0 is one that is not
+    there. A polygon begins on its own outline, so its points rarely lie in the box around its first point, and seldom all polygons have as many.
+    """
+    lengths = {len(row.values) for row in rows}
+    if len(rows) < 3 or len(lengths) != 1:
+        return
+    (length,) = lengths
+    for size in (2, 3):
+        points, rest = divmod(length - 4, size)
+        if not rest and points >= (3 if size == 2 else 1) and all(_is_pose(row.values, size) for row in rows):
+            raise UserError(
+                f"{rows[0].place}: all {len(rows)} rows look like a box and {count(points, 'keypoint')}; keypoints are not "
+                "supported: keep the first five values of each row"
+            )
+
+
+def _is_pose(values: list[float], size: int) -> bool:
+    """Whether the values behind the first four can be keypoints of `size` values in their box."""
+    x, y, w, h = values[:4]
+    points = [values[at : at + size] for at in range(4, len(values), size)]
+    seen = [point for point in points if point[:2] != [0.0, 0.0]]
+    inside = all(abs(point[0] - x) <= w / 2 + _SLACK and abs(point[1] - y) <= h / 2 + _SLACK for point in seen)
+    return inside and (size == 2 or all(point[2] in (0.0, 1.0, 2.0) for point in points))
 
 
 def _object(row: _Row, width: int, height: int) -> SourceObject:

@@ -165,6 +165,28 @@ def test_yolo_faults(
     assert left <= {".lock", "config.yaml", "environment.json", "error.json"}
 
 
+@pytest.mark.parametrize("visibility", ["", " 1"], ids=["two values", "three values"])
+def test_keypoints_without_kpt_shape(
+    yolo: Path, tmp_path: Path, user_error: Callable[..., str], visibility: str
+) -> None:
+    """Boxes with four keypoints, one of them not there, are as long as polygons. Polygons of as many points are read."""
+    points = [(-0.05, -0.1), (0.05, -0.1), (0.0, 0.1)]
+    rows = []
+    for x, y in ((0.2, 0.3), (0.5, 0.5), (0.8, 0.6)):
+        seen = "".join(f" {x + dx:.3f} {y + dy:.3f}{visibility}" for dx, dy in points)
+        rows.append(f"0 {x} {y} 0.2 0.3{seen} 0 0{visibility and ' 0'}")
+    write(yolo / "labels/train/a.txt", "\n".join(rows))
+    message = user_error(main, line(yolo, tmp_path / "out"))
+    assert "a.txt, line 1: all 3 rows look like a box and 4 keypoints; keypoints are not supported: keep the" in message
+    rows = []
+    for x, y in ((0.2, 0.3), (0.5, 0.5), (0.8, 0.6)):  # seven points around x, y, from the lower right
+        around = [(0.1, 0.1), (0.0, 0.12), (-0.1, 0.1), (-0.12, 0.0), (-0.1, -0.1), (0.1, -0.1), (0.12, 0.0)]
+        rows.append("0" + "".join(f" {x + dx:.3f} {y + dy:.3f}" for dx, dy in around))
+    write(yolo / "labels/train/a.txt", "\n".join(rows))
+    assert main(line(yolo, tmp_path / "polygons")) == 0
+    assert len(by_name(read(tmp_path / "polygons"))["a"].labels_N) == 3
+
+
 def test_rows_of_another_format(
     yolo: Path, tmp_path: Path, user_error: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
