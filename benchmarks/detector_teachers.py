@@ -6,8 +6,8 @@ labels for Faster R-CNN.
 DATA holds `bccd/`, `coco-mini/`, `tinyimagenet100/` and `weights/efficientnet_lite0.safetensors`. Students are the project's smallest settings
 (`toy_....yaml`) on the given backbone file. There is one teacher of each kind: the same detector on EfficientNet-Lite0 with its ImageNet weights,
 trained for longer. All rows of a kind have the same images, steps, augmentation and schedule, except where the row's name says otherwise. `--every 5`
-keeps the annotations of every fifth image, for teacher and students; the other images are unlabeled, and `pseudo` and `sad` learn from the teacher's
-boxes on them too, with as many labeled images per step as the other rows. `--set coco-mini` has persons, animals and vehicles as its classes; `--set
+keeps the annotations of every fifth image, for teacher and students; the other images are unlabeled. `pseudo` and `sad` learn from the teacher's boxes
+on them too, `pkd+roi, unlabeled images too` from its features and class probabilities there, with as many labeled images per step as the other rows. `--set coco-mini` has persons, animals and vehicles as its classes; `--set
 mosaics`: dogs and cats of Tiny ImageNet pasted on canvases.
 
 Finished runs are not repeated. Printed: mean AP over the seeds and each seed's, and the difference to `alone` with 95 % intervals over the evaluation
@@ -38,6 +38,7 @@ from ssld.stage2_detect import evaluate, predict, train
 LD_TERMS = {"ld": 0.25, "ld_vlr": 0.25, "kd": 10.0, "kd_vlr": 10.0, "imitation": 2.0}
 ALONE, LONGER, TEACHER = "alone", "alone, twice the steps", "the teacher"
 PSEUDO = ("pseudo", "sad")
+MORE_IMAGES = "pkd+roi, unlabeled images too"
 
 
 def _ld(*terms: str, temperature: float = 10.0) -> dict[str, Any]:
@@ -70,6 +71,7 @@ ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
         "pkd": {"roi_weight": 0.0},
         "roi": {"pkd_weight": 0.0},
         "pkd+roi (the default)": {},
+        MORE_IMAGES: {},
     },
 }
 
@@ -148,6 +150,9 @@ class Bench:
             settings["distill"] = {"teacher": str(self.teacher(kind)), "check_images": 0} | distill
         if row in PSEUDO:
             settings |= {"unlabeled": str(self.images), "pseudo": str(self.pseudo(kind))}
+        if row == MORE_IMAGES:
+            settings["unlabeled"] = str(self.unlabeled)
+        if "unlabeled" in settings:
             batch = 2 * settings["batch_size"]
             settings = merge(settings, {"batch_size": batch, "optim": {"reference_batch": batch}})
         return self.evaluated(settings, run_name(kind, row, self.scale.steps, seed))
@@ -206,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = Bench(options.data, options.output, options.set, options.backbone, scale)
     chosen: dict[str, list[str]] = {}
     for kind in options.kinds:
-        fits = [row for row in ROWS[kind] if scale.every > 1 or row not in PSEUDO]
+        fits = [row for row in ROWS[kind] if scale.every > 1 or row not in (*PSEUDO, MORE_IMAGES)]
         chosen[kind] = [row for row in fits if row in (options.rows or fits)]
     if not options.table_only:
         for kind, rows in chosen.items():

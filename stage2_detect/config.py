@@ -21,6 +21,7 @@ from ssld.stage2_detect.data_config import (
     listed_inputs,
     one_or_list,
     require_pairs,
+    source_files,
     source_inputs,
 )
 from ssld.stage2_detect.distill_config import DistillConfig, MovingTeacherConfig
@@ -147,8 +148,9 @@ class TrainConfig(TrainingConfig):
     unit_scale: bool = False
     """divide the initial weights of the FPN's lateral convolutions by the scale (root mean square) of the backbone's feature maps, measured on eight
     training images, and their learning rate accordingly; false: as in published recipes; unused if `init` is given"""
-    unlabeled: Path | None = None
-    """folder of unlabeled images, for distillation or with `pseudo`"""
+    unlabeled: Path | list[Path] | None = None
+    """unlabeled images, for distillation: a folder, a quoted pattern, a text file with one path per line, or a COCO JSON file, whose annotations
+    are not read; or a list of these. With `pseudo`: the folder that its file names are relative to"""
     pseudo: Path | None = None
     """pseudo_labels.json for `unlabeled`, from ssld predict --pseudo_labels: boxes to train on; images without boxes are left out"""
     labeled_ratio: float = Field(0.5, gt=0, le=1)
@@ -173,6 +175,11 @@ class TrainConfig(TrainingConfig):
     expected: ExpectedConfig | None = None
     export_check: bool = False
     """try an export to ONNX before the first step, so that a detector that cannot be exported costs no training"""
+
+    @field_validator("unlabeled", mode="before")
+    @classmethod
+    def _one_is_no_list(cls, value: Any) -> Any:
+        return one_or_list(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -219,6 +226,10 @@ class TrainConfig(TrainingConfig):
             raise ValueError("patience counts evaluations: give evaluate_every and data.val_annotations too")
         if self.pseudo is not None and self.unlabeled is None:
             raise ValueError("pseudo: has boxes of unlabeled images; give their folder as unlabeled")
+        if self.pseudo is not None and isinstance(self.unlabeled, list):
+            raise ValueError(
+                "unlabeled: with pseudo, give the one folder that the file names in pseudo are relative to"
+            )
         if self.moving_teacher is not None and (fault := self._moving_fault(self.moving_teacher)):
             raise ValueError(fault)
         if self.unlabeled is not None and self.distill is None and self.pseudo is None:
@@ -280,11 +291,12 @@ class TrainConfig(TrainingConfig):
         files = self.data.inputs("data")
         if self.moving_teacher:
             files |= self.moving_teacher.inputs("moving_teacher")
+        if self.unlabeled is not None:
+            files |= source_files("unlabeled", self.unlabeled)
         if self.backbone and self.reads_backbone and kind_of(self.backbone) in ("file", "folder", "path"):
             files["backbone"] = Path(self.backbone)
         others = {
             "init": None if self.init_is_published else self.init,
-            "unlabeled": self.unlabeled,
             "pseudo": self.pseudo,
             "distill.teacher": self.distill.teacher if self.distill else None,
         }

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import field_validator, model_validator
 
 from ssld.shared.config.settings import Config
-from ssld.shared.files import ImageFolder
+from ssld.shared.files import ImageFolder, is_pattern
 from ssld.stage2_detect.layouts.coco import find_coco
 from ssld.stage2_detect.layouts.yolo import find_yolo, input_places
 from ssld.stage2_detect.model_config import Fraction
@@ -113,6 +113,20 @@ def listed_inputs(key: str, value: Path | list[Path] | None) -> dict[str, Path]:
     if isinstance(value, list):
         return {f"{key}.{number}": path for number, path in enumerate(value)}
     return {} if value is None else {key: value}
+
+
+def as_list(value: Path | list[Path]) -> list[Path]:
+    """Return the paths of a setting that takes one or several."""
+    return value if isinstance(value, list) else [value]
+
+
+def source_files(key: str, sources: Path | list[Path]) -> dict[str, Path]:
+    """Return the files and folders of unlabeled images by their keys; the files of a pattern are known when it is read."""
+    return {
+        name: ImageFolder(path) if path.is_dir() else path
+        for name, path in listed_inputs(key, sources).items()
+        if path.exists() or not is_pattern(str(path))
+    }
 
 
 def source_inputs(key: str, source: str) -> dict[str, Path]:

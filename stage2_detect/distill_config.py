@@ -12,9 +12,9 @@ from pydantic import Field, field_validator, model_validator
 
 from ssld.shared.config.bounds import Position, Positive, Weight
 from ssld.shared.config.settings import Config
-from ssld.shared.files import ImageFolder, is_pattern
+from ssld.shared.files import ImageFolder
 from ssld.stage2_detect.augment_config import StrongViewConfig
-from ssld.stage2_detect.data_config import listed_inputs, one_or_list
+from ssld.stage2_detect.data_config import as_list, one_or_list, source_files
 from ssld.stage2_detect.model_config import DetectorConfig, Fraction
 
 # Steps below which the log doubts LD's temperature: it is published for 90,000, and harmed in 100; in 400 it neither harmed nor helped.
@@ -207,16 +207,11 @@ class MovingTeacherConfig(Config):
     @property
     def sources(self) -> list[Path]:
         """Return the sources of unlabeled images."""
-        return self.unlabeled if isinstance(self.unlabeled, list) else [self.unlabeled]
+        return as_list(self.unlabeled)
 
     def inputs(self, key: str) -> dict[str, Path]:
         """Return files and folders by their keys; the files of a pattern are known when it is read."""
-        given = listed_inputs(f"{key}.unlabeled", self.unlabeled)
-        files = {
-            name: ImageFolder(path) if path.is_dir() else path
-            for name, path in given.items()
-            if path.exists() or not is_pattern(str(path))
-        }
+        files = source_files(f"{key}.unlabeled", self.unlabeled)
         return files | ({f"{key}.images": ImageFolder(self.images)} if self.images else {})
 
     def unlabeled_weight(self, *, dense: bool) -> float:

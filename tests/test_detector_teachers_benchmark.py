@@ -65,7 +65,9 @@ def test_every_row_of_detector_teachers_is_a_valid_run(tmp_path: Path, monkeypat
             )
             assert run.steps == alone.steps * (2 if "twice" in row else 1)
             pseudo = row in ("pseudo", "sad")
-            assert run.batch_size * (0.5 if pseudo else 1) == alone.batch_size
+            more_images = pseudo or "unlabeled" in row
+            assert run.batch_size * (0.5 if more_images else 1) == alone.batch_size
+            assert (run.unlabeled is not None) == more_images
             assert (run.pseudo is not None) == pseudo
             with_teacher = not row.startswith("alone") and row != "pseudo"
             assert (run.distill is not None) == with_teacher
@@ -78,7 +80,7 @@ def test_every_row_of_detector_teachers_is_a_valid_run(tmp_path: Path, monkeypat
 
     ran.clear()
     assert benchmark.main([*arguments, "--kinds", "retinanet"]) == 0
-    assert not [name for name in ran if "-pseudo-" in name or "-sad-" in name]  # no image is unlabeled
+    assert not [name for name in ran if "-pseudo-" in name or "-sad-" in name or "unlabeled" in name]  # no image is unlabeled
 
 
 def test_a_row_of_detector_teachers_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ from ssld.shared.wording import count
 from ssld.stage1_ssld.config import CurateConfig, PrototypesConfig, SoftLabelsConfig, Stage1Config
 from ssld.stage1_ssld.data_config import SourceConfig
 from ssld.stage2_detect.config import TrainConfig
+from ssld.stage2_detect.data_config import as_list
 
 DataSet = tuple[str, ...]
 """words of the command line of `check_data.py` that name the files of a data set"""
@@ -87,7 +88,7 @@ def folders_of(config: CommandConfig) -> list[Path]:
     elif isinstance(config, PrototypesConfig):
         sources = config.pool
     elif isinstance(config, TrainConfig) and config.unlabeled:
-        paths = [config.unlabeled]
+        paths = as_list(config.unlabeled)
     elif isinstance(config, TrainConfig) and config.moving_teacher:
         paths = config.moving_teacher.sources
     return list(dict.fromkeys(path for path in [*(Path(source.path) for source in sources), *paths] if path.is_dir()))

@@ -1,24 +1,26 @@
 """Data of a training run: labeled images, unlabeled images with or without pseudo-labels, evaluation images."""
 
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ssld.shared.config.training import in_steps
 from ssld.shared.errors import UserError
-from ssld.shared.files import require_images
 from ssld.shared.tally import Tally
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.batch_order import labeled_images, repeat_factors
 from ssld.stage2_detect.data.coco import CocoData, CocoImage, read_coco, require_boxes, require_format, require_masks
 from ssld.stage2_detect.data.convert.parts import DataSet, find_data
-from ssld.stage2_detect.data.image_files import ImageFiles, records_of
 from ssld.stage2_detect.data.loaders import TrainLoader
-from ssld.stage2_detect.data.unlabeled_images import UnlabeledImages, check_unreadable, unlabeled_images
+from ssld.stage2_detect.data.unlabeled_images import (
+    LabeledImages,
+    UnlabeledImages,
+    pseudo_labeled_images,
+    unlabeled_images,
+)
+from ssld.stage2_detect.data_config import as_list
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,7 @@ class TrainingData:
         train: labeled images.
         val: evaluation images as the scorer needs them, if given.
         val_objects: evaluation images as training reads them, for the validation loss, if requested.
-        unlabeled: unlabeled images, with pseudo-labels if given.
-        unreadable: names of unreadable unlabeled images.
-        pseudo: line for the log on the pseudo-labels; None without.
-        moving: the unlabeled images of a moving teacher; None without.
+        more: unlabeled images, with pseudo-labels if given; None without.
         repeats: repeat factor of each labeled image; None without.
         files: files that the labeled and the evaluation images come from.
     """
@@ -40,12 +39,14 @@ class TrainingData:
     train: CocoData
     val: CocoData | None = None
     val_objects: CocoData | None = None
-    unlabeled: list[CocoImage] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
-    pseudo: str | None = None
-    moving: UnlabeledImages | None = None
+    more: UnlabeledImages | None = None
     repeats: np.ndarray | None = None
     files: DataSet | None = None
+
+    @property
+    def unlabeled(self) -> list[CocoImage]:
+        """Records of the unlabeled images."""
+        return self.more.records if self.more else []
 
     @property
     def images(self) -> int:
@@ -67,8 +68,8 @@ class TrainingData:
         yield "data.train_annotations", self.train.file, self.train.tally
         if self.val:
             yield "data.val_annotations", self.val.file, self.val.tally
-        if self.moving:
-            yield "moving_teacher.unlabeled", self.moving.sources, self.moving.tally
+        if self.more:
+            yield self.more.setting, self.more.sources, self.more.tally
 
     def describe(self, config: TrainConfig) -> Iterator[str]:
         """Yield lines for the log."""
@@ -79,13 +80,7 @@ class TrainingData:
         if self.repeats is not None:
             repeated = int((self.repeats > 1).sum())
             yield f"repeat factors: {repeated} images are repeated, up to {self.repeats.max():.2f} times per pass"
-        if self.pseudo:
-            yield self.pseudo
-        elif self.moving:
-            yield from self.moving.lines
-        elif self.unlabeled:
-            bad = f"; {len(self.unreadable)} unreadable, first {self.unreadable[0]}" if self.unreadable else ""
-            yield f"{len(self.unlabeled)} unlabeled images{bad}"
+        yield from self.more.lines if self.more else ()
         if self.unlabeled and config.labeled_share < 1:
             labeled = labeled_images(config.batch_size, config.labeled_share)
             unlabeled = config.batch_size - labeled
@@ -130,86 +125,30 @@ def read_training_data(config: TrainConfig) -> TrainingData:
         for part in (train, val, val_objects):
             if part:
                 require_masks(part)
-    unlabeled, unreadable, pseudo = _unlabeled(config, train.class_names)
-    moving = None
-    if config.moving_teacher:
-        moving = unlabeled_images(config.moving_teacher, train.images, val.images if val else [])
-        unlabeled, unreadable = moving.records, moving.unreadable
+    more = _unlabeled(config, train, val)
     threshold = settings.repeat_threshold
     repeats = repeat_factors(train.images, len(train.class_names), threshold) if threshold is not None else None
-    return TrainingData(train, val, val_objects, unlabeled, unreadable, pseudo, moving, repeats, files)
+    return TrainingData(train, val, val_objects, more, repeats, files)
 
 
-def _unlabeled(config: TrainConfig, class_names: Sequence[str]) -> tuple[list[CocoImage], list[str], str | None]:
-    """Return (records, names of unreadable images, line for the log on the pseudo-labels or None)."""
-    folder, file = config.unlabeled, config.pseudo
-    if folder is None:
-        return [], [], None
-    if file is None:
-        return *list_unlabeled(folder), None
-    data, total = read_pseudo_labels(
-        file,
-        folder,
-        class_names,
+def _unlabeled(config: TrainConfig, train: CocoData, val: CocoData | None) -> UnlabeledImages | None:
+    """List the unlabeled images that `config` names; None: there are none."""
+    known = LabeledImages(train.images, val.images if val else [])
+    if moving := config.moving_teacher:
+        return unlabeled_images("moving_teacher.unlabeled", moving.sources, known, images=moving.images)
+    if config.unlabeled is None:
+        return None
+    if config.pseudo is None or isinstance(config.unlabeled, list):
+        return unlabeled_images("unlabeled", as_list(config.unlabeled), known)
+    return pseudo_labeled_images(
+        config.pseudo,
+        config.unlabeled,
+        train.class_names,
+        known,
         segmentations=config.model.has_masks,
         cache_annotations=config.cache_annotations,
         allow_loss=config.data.allow_loss,
     )
-    boxes, images = data.counts["boxes"], len(data.images)
-    return data.images, [], f"{file}: {boxes} pseudo-boxes in {images} of the {total} images in {folder}"
-
-
-def list_unlabeled(folder: Path) -> tuple[list[CocoImage], list[str]]:
-    """Return (a record without objects for each image in the folder and its subfolders, by sorted relative path; names of unreadable images).
-
-    Reads only headers. Raises UserError for a folder that is missing or without images, and if more than one image and more than 1 % of
-    them cannot be read.
-    """
-    try:
-        names = require_images(folder)
-    except UserError as error:
-        raise UserError(f"unlabeled: {error}") from None
-    records, unreadable = records_of(ImageFiles(str(folder), names), [f"unlabeled/{name}" for name in names])
-    check_unreadable("unlabeled", str(folder), len(names), unreadable)
-    return records, unreadable
-
-
-def read_pseudo_labels(
-    file: Path,
-    folder: Path,
-    class_names: Sequence[str],
-    *,
-    segmentations: bool,
-    cache_annotations: bool,
-    allow_loss: bool = False,
-) -> tuple[CocoData, int]:
-    """Return (the images of `folder` that have boxes in a COCO file, with these boxes; number of images in the folder).
-
-    Raises UserError for an empty folder, for a file with other images or classes or without boxes, and for the faults of `read_coco`,
-    `require_boxes` and, with `segmentations`, `require_masks`.
-    """
-    try:
-        total = len(require_images(folder))
-    except UserError as error:
-        raise UserError(f"unlabeled: {error}") from None
-    try:
-        data = read_coco(
-            file,
-            folder,
-            training=True,
-            keep_empty=False,
-            segmentations=segmentations,
-            class_names=class_names,
-            cache_annotations=cache_annotations,
-        )
-        require_boxes(data, allow_loss=allow_loss)
-        if segmentations:
-            require_masks(data)
-    except UserError as error:
-        raise UserError(f"pseudo: {error}") from None
-    # Random draws depend on the image id: equal with and without boxes, and different from those of labeled images.
-    images = [replace(one, image_id=f"unlabeled/{os.path.relpath(one.path, folder)}") for one in data.images]
-    return replace(data, images=images), total
 
 
 def teacher_check_images(config: TrainConfig, data: TrainingData) -> CocoData:
@@ -248,7 +187,7 @@ def training_loader(
         workers=config.workers,
         unlabeled=data.unlabeled,
         labeled_ratio=config.labeled_share,
-        pseudo=data.pseudo is not None,
+        pseudo=config.pseudo is not None,
         strong=moving.strong if moving else None,
         burn_in=burn_in,
         repeats=data.repeats,

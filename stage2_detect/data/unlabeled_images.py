@@ -1,13 +1,13 @@
-"""Unlabeled images for a moving teacher, from folders, patterns, lists and COCO JSON files; images that the run has labels of are left out.
+"""Unlabeled images of a training run, from folders, patterns, lists and COCO JSON files; images that the run has labels of are left out.
 
 Names and headers are read here, and the content of files that are as large as one with labels: copies under other names are left out too. A COCO
-file's annotations are not read.
+file's annotations are not read, except pseudo-labels.
 """
 
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ from ssld.shared.errors import UserError
 from ssld.shared.files import VIDEO_SUFFIXES, copies, read_text, require_images
 from ssld.shared.tally import Tally
 from ssld.shared.wording import count, printable
-from ssld.stage2_detect.data.coco import CocoImage
+from ssld.stage2_detect.data.coco import CocoImage, read_coco, require_boxes, require_masks
 from ssld.stage2_detect.data.image_files import ImageFiles, find_images, records_of
 from ssld.stage2_detect.data.image_names import hint, missing_names
-from ssld.stage2_detect.distill_config import MovingTeacherConfig
 
 _TOO_MANY = 0.01
 _LABELED, _EVALUATED, _TWICE = "labeled", "evaluated on", "given twice"
@@ -30,73 +29,144 @@ class UnlabeledImages:
     """Unlabeled images of a run.
 
     Attributes:
-        records: one per image, without objects.
-        unreadable: names of images that cannot be read.
+        setting: name of the setting that names them.
         sources: where they come from.
+        records: one per image, without objects or with pseudo-boxes.
         lines: lines for the log.
         tally: counts of images that are used, left out and unreadable.
+        unreadable: names of images that cannot be read.
     """
 
-    records: list[CocoImage]
-    unreadable: list[str]
+    setting: str
     sources: str
+    records: list[CocoImage]
     lines: list[str]
     tally: Tally
+    unreadable: list[str]
+
+
+class LabeledImages:
+    """Lookup of the images that a run is trained or evaluated on with labels, by path and by content."""
+
+    def __init__(self, labeled: Sequence[CocoImage], evaluated: Sequence[CocoImage]) -> None:
+        self._parts = {
+            _EVALUATED: [Path(record.path) for record in evaluated],
+            _LABELED: [Path(record.path) for record in labeled],
+        }
+        self._real = _real_paths()
+        self._known = {self._real(str(path)): cause for cause, paths in self._parts.items() for path in paths}
+
+    def leave_out(self, files: ImageFiles, tally: Tally) -> list[str]:
+        """Return the names of the other files, each file once over all calls; `tally` counts those that are left out, by cause."""
+        real = {name: self._real(os.path.join(files.folder, name)) for name in files.names}
+        new = [Path(path) for path in real.values() if path not in self._known]
+        same = {cause: copies(new, paths) for cause, paths in self._parts.items()}
+        names = []
+        for name, path in real.items():
+            copied = (_COPIES[cause] for cause, paths in same.items() if Path(path) in paths)
+            if cause := self._known.get(path) or next(copied, None):
+                tally.skip("image", cause, name)
+            else:
+                self._known[path] = _TWICE
+                names.append(name)
+        return names
 
 
 def unlabeled_images(
-    config: MovingTeacherConfig, labeled: Sequence[CocoImage], evaluated: Sequence[CocoImage]
+    setting: str, sources: Sequence[Path], known: LabeledImages, *, images: Path | None = None
 ) -> UnlabeledImages:
-    """List the unlabeled images that settings name, by source and sorted path; without those of `labeled` and `evaluated` and without copies of these
-    files.
+    """List unlabeled images, by source and sorted path; without those that the run has labels of and without copies of these files.
 
-    Raises UserError for a source without images, for files that are missing, if more than one image and more than 1 % cannot be read, and if no
-    image is left.
+    Args:
+        setting: name of the setting that has the sources, for messages.
+        sources: folders, patterns, text files, COCO JSON files.
+        known: the images with labels.
+        images: folder that the file names in COCO JSON files are relative to; None: the folder of the file.
+
+    Raises:
+        UserError: a source without images, files that are missing, more than one image and more than 1 % that cannot be read, or no image left.
     """
-    key = "moving_teacher.unlabeled"
-    real, tally = _real_paths(), Tally()
-    parts = {
-        _EVALUATED: [Path(record.path) for record in evaluated],
-        _LABELED: [Path(record.path) for record in labeled],
-    }
-    known = {real(str(path)): cause for cause, paths in parts.items() for path in paths}
+    tally = Tally()
     found: list[tuple[ImageFiles, list[str]]] = []
     notes: list[str] = []
-    for number, source in enumerate(config.sources):
+    for number, source in enumerate(sources):
         try:
-            files, note = files_of(source, config.images)
+            files, note = files_of(source, images)
         except UserError as error:
-            raise UserError(f"{key}: {error}") from None
+            raise UserError(f"{setting}: {error}") from None
         notes += [note] if note else []
-        names = []
-        new = {name: path for name in files.names if (path := real(os.path.join(files.folder, name))) not in known}
-        same = {cause: copies(map(Path, new.values()), paths) for cause, paths in parts.items()}
-        for name in files.names:
-            path = real(os.path.join(files.folder, name))
-            copied = (_COPIES[cause] for cause, paths in same.items() if Path(path) in paths)
-            if cause := known.get(path) or next(copied, None):
-                tally.skip("image", cause, name)
-            else:
-                known[path] = _TWICE
-                names.append(name)
-        # Random draws depend on the image id: different from those of labeled images.
-        ids = [f"unlabeled/{number}/{name}" for name in names]
-        found.append((ImageFiles(files.folder, names), ids))
-    sources = ", ".join(map(str, config.sources))
+        names = known.leave_out(files, tally)
+        found.append((ImageFiles(files.folder, names), [_id(number, name) for name in names]))
+    places = ", ".join(map(str, sources))
     total = sum(len(files.names) for files, _ in found)
-    if not total:
-        raise UserError(f"{key}: {sources}: no unlabeled image is left: {tally.describe()}; give other images")
+    _require_some(setting, places, total, tally)
     records: list[CocoImage] = []
     unreadable: list[str] = []
     for files, ids in found:
         some, bad = records_of(files, ids)
         records, unreadable = records + some, unreadable + bad
-    check_unreadable(key, sources, total, unreadable)
+    check_unreadable(setting, places, total, unreadable)
     tally.keep("image", len(records))
     for name in unreadable:
         tally.drop("image", "unreadable", name)
-    line = f"{count(len(records), 'unlabeled image')} of {sources}"
-    return UnlabeledImages(records, unreadable, sources, [line, *notes], tally)
+    line = f"{count(len(records), 'unlabeled image')} of {places}"
+    return UnlabeledImages(setting, places, records, [line, *notes], tally, unreadable)
+
+
+def pseudo_labeled_images(
+    file: Path,
+    folder: Path,
+    class_names: Sequence[str],
+    known: LabeledImages,
+    *,
+    segmentations: bool,
+    cache_annotations: bool,
+    allow_loss: bool = False,
+) -> UnlabeledImages:
+    """Return the images of `folder` that have boxes in a COCO file, with these boxes; without those that the run has labels of.
+
+    Raises UserError for an empty folder, for a file with other images or classes or without boxes, if no image is left, and for the faults of
+    `read_coco`, `require_boxes` and, with `segmentations`, `require_masks`.
+    """
+    setting = "unlabeled"
+    try:
+        total = len(require_images(folder))
+    except UserError as error:
+        raise UserError(f"{setting}: {error}") from None
+    try:
+        data = read_coco(
+            file,
+            folder,
+            training=True,
+            keep_empty=False,
+            segmentations=segmentations,
+            class_names=class_names,
+            cache_annotations=cache_annotations,
+        )
+        require_boxes(data, allow_loss=allow_loss)
+        if segmentations:
+            require_masks(data)
+    except UserError as error:
+        raise UserError(f"pseudo: {error}") from None
+    by_name = {os.path.relpath(one.path, folder): one for one in data.images}
+    tally = Tally()
+    names = known.leave_out(ImageFiles(str(folder), list(by_name)), tally)
+    _require_some(setting, str(folder), len(names), tally)
+    tally.keep("image", len(names))
+    records = [replace(by_name[name], image_id=_id(0, name)) for name in names]
+    boxes = sum(len(one.labels_N) for one in records)
+    line = f"{file}: {count(boxes, 'pseudo-box')} in {len(records)} of the {total} images in {folder}"
+    return UnlabeledImages(setting, str(folder), records, [line], tally, [])
+
+
+def _id(source: int, name: str) -> str:
+    """Return the id of an unlabeled image. Random draws depend on it: equal with and without pseudo-boxes, different from those of labeled images."""
+    return f"unlabeled/{source}/{name}"
+
+
+def _require_some(setting: str, sources: str, images: int, tally: Tally) -> None:
+    if not images:
+        raise UserError(f"{setting}: {sources}: no unlabeled image is left: {tally.describe()}; give other images")
 
 
 def check_unreadable(key: str, sources: str, total: int, unreadable: Sequence[str]) -> None:

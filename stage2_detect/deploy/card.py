@@ -177,7 +177,7 @@ def _data(recipe: dict[str, Any] | None) -> list[str]:
     source = data.get("source")
     lines = [f"- training: {_named(source or data['train_annotations'])}"]
     if recipe.get("unlabeled"):
-        lines.append(f"- and images without annotations: {folder_name(str(recipe['unlabeled']))}")
+        lines.append(f"- and images without annotations: {_named(recipe['unlabeled'])}")
     if moving := recipe.get("moving_teacher"):
         lines.append(f"- and images without annotations, under a moving teacher: {_named(moving['unlabeled'])}")
     if recipe.get("pseudo"):

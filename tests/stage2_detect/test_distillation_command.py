@@ -210,9 +210,10 @@ def test_user_errors(
     assert "pkd_weight, cwd_weight and roi_weight are 0" in nothing
     assert "give distill.teacher" in message(distill=None)
     assert "no such file" in message(distill=distill | {"teacher": str(tmp_path / "nowhere.safetensors")})
-    assert f"unlabeled: image folder {tmp_path / 'nowhere'} does not exist" in message(
-        unlabeled=str(tmp_path / "nowhere")
-    )
+    nowhere = tmp_path / "nowhere"
+    assert f"unlabeled: {nowhere}: no such image, video, folder or list" in message(unlabeled=str(nowhere))
+    train_images = str(distilled_settings["data"]["train_images"])
+    assert "no unlabeled image is left" in message(unlabeled=[train_images, train_images])
     (tmp_path / "empty").mkdir()
     assert f"no images in {tmp_path / 'empty'}" in message(unlabeled=str(tmp_path / "empty"))
     assert "0 labeled and 4 unlabeled images of a batch of 4" in message(labeled_ratio=0.05)

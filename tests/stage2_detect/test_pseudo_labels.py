@@ -3,12 +3,14 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from ssld.shared.errors import UserError
@@ -18,7 +20,7 @@ from ssld.stage2_detect.augment_config import AugmentConfig
 from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.data.loaders import TrainLoader
-from ssld.stage2_detect.data.training_data import read_pseudo_labels
+from ssld.stage2_detect.data.unlabeled_images import LabeledImages, UnlabeledImages, pseudo_labeled_images
 from ssld.stage2_detect.data.views import draw_view, view_boxes
 
 Settings = dict[str, Any]
@@ -28,11 +30,19 @@ RESIZE = ResizeConfig(train_short_sides=[64, 80], train_long_side=80)
 NAMES = ("wide", "tall")
 
 
+def written_again(images: Path, folder: Path) -> None:
+    """Write the pixels of images to other files, which are no copies of these."""
+    folder.mkdir()
+    for file in images.iterdir():
+        with Image.open(file) as image:
+            image.save(folder / file.name, compress_level=1)
+
+
 @pytest.fixture(scope="module")
 def unlabeled(tiny_coco: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The 12 training scenes, four of them deeper, and one that shows nothing."""
+    """The 12 training scenes in other files, four of them deeper, and one that shows nothing."""
     folder = tmp_path_factory.mktemp("unlabeled") / "more"
-    shutil.copytree(tiny_coco.train_images, folder)
+    written_again(tiny_coco.train_images, folder)
     (folder / "deep").mkdir()
     for number in range(4):
         (folder / f"{number}.png").rename(folder / "deep" / f"{number}.png")
@@ -70,12 +80,19 @@ def settings(train_settings: Settings, unlabeled: Path, pseudo_file: Path, detec
     }
 
 
+def with_boxes(
+    file: Path, folder: Path, *, masks: bool = False, labeled: Any = (), evaluated: Any = ()
+) -> UnlabeledImages:
+    known = LabeledImages(labeled, evaluated)
+    return pseudo_labeled_images(file, folder, NAMES, known, segmentations=masks, cache_annotations=False)
+
+
 def loader(tiny_coco: Any, pseudo_file: Path, folder: Path, **changes: Any) -> TrainLoader:
     data = read_coco(tiny_coco.train_annotations, tiny_coco.train_images, training=True)
-    more, _ = read_pseudo_labels(pseudo_file, folder, NAMES, segmentations=False, cache_annotations=False)
+    more = with_boxes(pseudo_file, folder)
     augment = AugmentConfig(**{key: changes.pop(key) for key in list(changes) if key.startswith("auto_augment")})
     options: dict[str, Any] = {"batch_size": 4, "seed": 3, "start_step": 0, "stop_step": 6}
-    options |= {"unlabeled": more.images, "pseudo": True}
+    options |= {"unlabeled": more.records, "pseudo": True}
     return TrainLoader(data, RESIZE, augment, **(options | changes))
 
 
@@ -97,7 +114,7 @@ def test_pseudo_boxes_are_targets_where_the_file_has_them(tiny_coco: Any, pseudo
     for step, batch in enumerate(batches):
         assert batch.targets.labeled_B is None  # all count
         for row, record in enumerate(batch.records):
-            name = str(record.image_id).removeprefix("unlabeled/")
+            name = str(record.image_id).removeprefix("unlabeled/0/")
             assert str(record.image_id).startswith("unlabeled/") == (row >= 2)
             if row < 2:
                 continue
@@ -107,7 +124,7 @@ def test_pseudo_boxes_are_targets_where_the_file_has_them(tiny_coco: Any, pseudo
                 64,
                 64,
                 seed=3,
-                image_id=f"unlabeled/{name}",
+                image_id=f"unlabeled/0/{name}",
                 view=number,
                 train_short_sides=[64, 80],
                 train_long_side=80,
@@ -156,6 +173,23 @@ def test_augmentation_of_the_unlabeled_alone(tiny_coco: Any, pseudo_file: Path, 
     assert differ >= 3
 
 
+def test_images_with_labels_are_left_out(tiny_coco: Any, pseudo_file: Path, unlabeled: Path, tmp_path: Path) -> None:
+    """An evaluation image with the teacher's boxes would be trained on, and a labeled one twice."""
+    everything = with_boxes(pseudo_file, unlabeled)
+    by_name = {str(record.image_id): record for record in everything.records}
+    labeled, evaluated, *rest = by_name.values()
+    shutil.copytree(Path(evaluated.path).parent, tmp_path / "copies")
+    copy = replace(evaluated, path=str(tmp_path / "copies" / Path(evaluated.path).name))
+    found = with_boxes(pseudo_file, unlabeled, labeled=[labeled], evaluated=[copy])
+    assert [record.image_id for record in found.records] == [record.image_id for record in rest]
+    assert found.tally.describe().startswith("2 images skipped: 1 labeled (first: ")
+    assert found.tally.skipped("image", "copies of evaluation images") == 1
+    boxes = sum(len(record.labels_N) for record in rest)
+    assert found.lines == [f"{pseudo_file}: {boxes} pseudo-boxes in {len(rest)} of the 12 images in {unlabeled}"]
+    with pytest.raises(UserError, match=r"unlabeled: .*: no unlabeled image is left: .* labeled .*; give other images"):
+        with_boxes(pseudo_file, unlabeled, labeled=everything.records)
+
+
 def test_shapes_come_along_for_mask_heads(
     mask_file: Path, unlabeled: Path, call: Call, tmp_path: Path, tiny_coco: Any
 ) -> None:
@@ -171,9 +205,9 @@ def test_shapes_come_along_for_mask_heads(
     flags += ["0", "--pseudo_labels", "true", "--threads", "1", "--workers", "0", "--device", "cpu"]
     assert call(predict.main, flags) == 0
     file = tmp_path / "run" / "pseudo_labels.json"
-    data, total = read_pseudo_labels(file, unlabeled, NAMES, segmentations=True, cache_annotations=False)
-    assert total == 12
-    for record in data.images:
+    data = with_boxes(file, unlabeled, masks=True)
+    assert data.lines[0].endswith(f" of the 12 images in {unlabeled}")
+    for record in data.records:
         assert record.segmentations is not None
         assert len(record.segmentations) == len(record.labels_N) > 0
     content = json.loads(file.read_text())
@@ -181,7 +215,7 @@ def test_shapes_come_along_for_mask_heads(
         del row["segmentation"]
     (tmp_path / "boxes.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"pseudo: .*no usable segmentation"):
-        read_pseudo_labels(tmp_path / "boxes.json", unlabeled, NAMES, segmentations=True, cache_annotations=False)
+        with_boxes(tmp_path / "boxes.json", unlabeled, masks=True)
 
 
 # ---- training
@@ -260,7 +294,8 @@ def test_pseudo_labels_that_are_the_truth_train_as_the_truth_does(
     from ssld.stage2_detect.data.training_data import read_training_data, training_loader
     from ssld.stage2_detect.training.trained_detector import TrainedDetector
 
-    changes = {"pseudo": str(tiny_coco.train_annotations), "unlabeled": str(tiny_coco.train_images), "distill": None}
+    written_again(tiny_coco.train_images, tmp_path / "same")
+    changes = {"pseudo": str(tiny_coco.train_annotations), "unlabeled": str(tmp_path / "same"), "distill": None}
     settings = settings | changes | {"steps": 1, "resize": settings["resize"] | {"flip": 0.0}}
     assert call(train.main, arguments(settings)) == 0
     config = TrainConfig(**settings, output=tmp_path / "x")
@@ -310,6 +345,8 @@ def test_user_errors(
     )
     assert "pseudo: " in message(pseudo=str(tmp_path / "nowhere.json"))
     assert "pseudo: has boxes of unlabeled images; give their folder" in message(unlabeled=None)
+    both = [str(tmp_path / "empty"), str(tmp_path / "other")]
+    assert "unlabeled: with pseudo, give the one folder that the file names" in message(unlabeled=both)
     assert "give pseudo, which ssld predict --pseudo_labels writes" in message(pseudo=None)
     assert "give distill.teacher or pseudo" in message(pseudo=None, distill=None)
     for ratio in (0, -0.5, 1.5):

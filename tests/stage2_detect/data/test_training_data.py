@@ -14,7 +14,8 @@ from ssld.stage2_detect.config import ResizeConfig, TrainConfig
 from ssld.stage2_detect.data.batch_order import BatchOrder, MixedOrder, training_order
 from ssld.stage2_detect.data.coco import CocoData, read_coco
 from ssld.stage2_detect.data.loaders import TrainLoader, load_record
-from ssld.stage2_detect.data.training_data import TrainingData, list_unlabeled
+from ssld.stage2_detect.data.training_data import TrainingData
+from ssld.stage2_detect.data.unlabeled_images import LabeledImages, UnlabeledImages, unlabeled_images
 
 WIDE = [number % 3 > 0 for number in range(20)]
 MORE = [number % 4 > 0 for number in range(30)]
@@ -109,14 +110,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+def listed(folder: Path) -> UnlabeledImages:
+    return unlabeled_images("unlabeled", [folder], LabeledImages([], []))
+
+
 def test_a_folder_as_records(folder: Path) -> None:
-    records, unreadable = list_unlabeled(folder)
-    assert unreadable == []
+    found = listed(folder)
+    records = found.records
+    assert found.unreadable == []
     assert [record.image_id for record in records] == [
-        "unlabeled/a.png",
-        "unlabeled/b/1.png",
-        "unlabeled/b/c/2.jpg",
-        "unlabeled/sideways.jpg",
+        "unlabeled/0/a.png",
+        "unlabeled/0/b/1.png",
+        "unlabeled/0/b/c/2.jpg",
+        "unlabeled/0/sideways.jpg",
     ]
     assert [(record.width, record.height) for record in records] == [(30, 20)] * 3 + [(20, 30)]
     for record in records:
@@ -127,18 +133,19 @@ def test_a_folder_as_records(folder: Path) -> None:
 
 def test_unreadable_images(folder: Path) -> None:
     (folder / "b" / "1.png").write_bytes(b"nothing")
-    records, unreadable = list_unlabeled(folder)
-    assert unreadable == ["b/1.png"]
-    assert len(records) == 3
+    found = listed(folder)
+    assert found.unreadable == ["b/1.png"]
+    assert len(found.records) == 3
+    assert found.tally.describe() == "1 image dropped: 1 unreadable (first: b/1.png)"
     (folder / "a.png").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"2 of the 4 images in .* cannot be read \(first: a.png\)"):
-        list_unlabeled(folder)
+        listed(folder)
     for name in ("a.png", "b/c/2.jpg", "sideways.jpg"):
         (folder / name).unlink()
     with pytest.raises(UserError, match=r"its only image, b/1.png, cannot be read"):
-        list_unlabeled(folder)
-    with pytest.raises(UserError, match="does not exist"):
-        list_unlabeled(folder / "nowhere")
+        listed(folder)
+    with pytest.raises(UserError, match=r"unlabeled: .*nowhere: no such image, video, folder or list"):
+        listed(folder / "nowhere")
 
 
 def loader(tiny_coco: Any, folder: Path, **changes: int) -> TrainLoader:
@@ -150,7 +157,7 @@ def loader(tiny_coco: Any, folder: Path, **changes: int) -> TrainLoader:
         "stop_step": 5,
     }
     resize = ResizeConfig(train_short_sides=[64], train_long_side=64)
-    more = list_unlabeled(folder)[0]
+    more = listed(folder).records
     return TrainLoader(data, resize, AugmentConfig(), **(options | changes), unlabeled=more, labeled_ratio=0.5)
 
 
@@ -192,11 +199,13 @@ def test_an_unreadable_image_is_replaced_by_one_of_the_same_part(
     [
         (0.75, "6 labeled + 2 unlabeled images per batch"),
         (0.7, "6 labeled + 2 unlabeled images per batch: labeled_ratio is 0.75, not 0.7"),
-        (1.0, "3 unlabeled images"),
+        (1.0, "3 unlabeled images of {folder}"),
     ],
 )
 def test_the_log_has_the_content_of_a_batch(tmp_path: Path, ratio: float, line: str) -> None:
     for number in range(3):
         Image.new("RGB", (40, 30)).save(tmp_path / f"{number}.png")
-    data = TrainingData(CocoData("x.json", True, ("a",), (1,), []), unlabeled=list_unlabeled(tmp_path)[0])
-    assert list(data.describe(TrainConfig.model_construct(batch_size=8, labeled_ratio=ratio)))[-1] == line
+    data = TrainingData(CocoData("x.json", True, ("a",), (1,), []), more=listed(tmp_path))
+    assert list(data.describe(TrainConfig.model_construct(batch_size=8, labeled_ratio=ratio)))[-1] == line.format(
+        folder=tmp_path
+    )

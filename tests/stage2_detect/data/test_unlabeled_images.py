@@ -16,7 +16,7 @@ from ssld.stage2_detect.augment_config import AugmentConfig, StrongViewConfig
 from ssld.stage2_detect.config import ResizeConfig
 from ssld.stage2_detect.data.coco import CocoData, read_coco
 from ssld.stage2_detect.data.loaders import TrainBatch, TrainLoader
-from ssld.stage2_detect.data.unlabeled_images import unlabeled_images
+from ssld.stage2_detect.data.unlabeled_images import LabeledImages, unlabeled_images
 from ssld.stage2_detect.distill_config import MovingTeacherConfig
 
 
@@ -39,7 +39,8 @@ def folder(tmp_path: Path) -> Path:
 
 def listed(*sources: Path | str, images: Path | None = None, labeled: Any = (), evaluated: Any = ()) -> Any:
     config = MovingTeacherConfig(unlabeled=[Path(one) for one in sources], images=images)
-    return unlabeled_images(config, labeled, evaluated)
+    known = LabeledImages(labeled, evaluated)
+    return unlabeled_images("moving_teacher.unlabeled", config.sources, known, images=config.images)
 
 
 # Sources
