@@ -14,7 +14,7 @@ from ssld.pipelines.scaffold import fit, pool
 from ssld.shared.config.settings import identity
 from ssld.shared.config.yaml_files import flatten
 from ssld.stage2_detect.config import TrainConfig
-from ssld.stage2_detect.data.unlabeled_images import unlabeled_images
+from ssld.stage2_detect.data.unlabeled_images import LabeledImages, unlabeled_images
 from tests.pipelines import test_init as base
 
 LINE = ["--images", "photos", "--annotations", "all.json", "--output", "deep/mine.yaml", "--unlabeled", "more photos"]
@@ -60,7 +60,7 @@ def test_both_detectors_differ_in_the_teacher_alone(photos: Path, capfd: Output)
     assert str(built["ap_moving"].compare) == "runs/ap_imagenet/detections.json"
     (source,) = moving.moving_teacher.sources
     listed = moving.moving_teacher.model_copy(update={"unlabeled": Path("deep") / source})
-    found = unlabeled_images(listed, [], [])
+    found = unlabeled_images("moving_teacher.unlabeled", listed.sources, LabeledImages([], []))
     assert [Path(one.path) for one in found.records] == [photos / "more photos" / f"{n}.png" for n in range(3)]
     assert {path.name for path in Path("deep").iterdir() if path.suffix == ".txt"} == {
         "mine_moving.txt",
