@@ -19,6 +19,7 @@ leave out what another seed of stage 1 would change.
 import argparse
 import io
 import json
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -119,6 +120,7 @@ class Scale:
     images: int | None = None
     canvases: tuple[int, int] = (300, 300)
     detector_steps: int = 120
+    labeled: int | None = None
     side: int = 160
     draws: int = 200
     norms: str = "trained"
@@ -251,18 +253,32 @@ class Bench:
 
     def scores(self, name: str, place: str, frozen: bool, seed: int) -> Path:
         """Folder of a detector's detections."""
-        kind = f"{'-frozen' if frozen else ''}-{self.scale.norms}-{self.scale.detector_steps}"
+        photos = f"-{self.scale.labeled}photos" if self.scale.labeled else ""
+        kind = f"{'-frozen' if frozen else ''}-{self.scale.norms}{photos}-{self.scale.detector_steps}"
         return self.output / "scores" / place / f"{self.named(name)}{kind}-{seed}"
+
+    def annotations(self, place: str, seed: int) -> Path:
+        """The annotations that a detector learns from: of all images, or of as many as `--labeled`, chosen by the seed."""
+        file: Path = self.sets[place][0][0]
+        if self.scale.labeled is None:
+            return file
+        content = json.loads(file.read_bytes())
+        content["images"] = random.Random(seed).sample(content["images"], self.scale.labeled)
+        kept = {image["id"] for image in content["images"]}
+        content["annotations"] = [one for one in content["annotations"] if one["image_id"] in kept]
+        chosen = self.output / f"{place}-{self.scale.labeled}photos-{seed}.json"
+        chosen.write_text(json.dumps(content), encoding="utf-8")
+        return chosen
 
     def detector(self, name: str, place: str, frozen: bool, seed: int) -> None:
         """Train and evaluate one detector."""
         scored, steps, side = self.scores(name, place, frozen, seed), self.scale.detector_steps, self.scale.side
         if read_result(scored):
             return
-        (annotations, images), (val_annotations, val_images) = self.sets[place]
+        (_, images), (val_annotations, val_images) = self.sets[place]
         settings: dict[str, Any] = yaml.safe_load(STAGE2)
         settings |= {"backbone": self.backbone(name), "steps": steps, "seed": seed}
-        settings["data"] = {"train_annotations": str(annotations), "train_images": str(images)}
+        settings["data"] = {"train_annotations": str(self.annotations(place, seed)), "train_images": str(images)}
         sides = {"train_short_sides": [side * 5 // 6, side], "short_side": side}
         settings["resize"] = sides | {"train_long_side": 2 * side, "long_side": 2 * side}
         settings["model"] |= {
@@ -367,6 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, help="of each part of Tiny ImageNet; all by default")
     parser.add_argument("--canvases", type=int, nargs=2, default=Scale.canvases, help="to train on, to evaluate on")
     parser.add_argument("--detector-steps", type=int, default=Scale.detector_steps, help="of 4 images")
+    parser.add_argument("--labeled", type=int, help="of the detector's images, chosen by its seed; all by default")
     parser.add_argument("--side", type=int, default=Scale.side, help="short side of the detector's images")
     parser.add_argument("--draws", type=int, default=Scale.draws, help="of the bootstrap")
     parser.add_argument("--seeds", nargs="*", type=int, default=[], help="of the detectors; none: no detectors")
