@@ -80,7 +80,9 @@ def test_every_row_of_detector_teachers_is_a_valid_run(tmp_path: Path, monkeypat
 
     ran.clear()
     assert benchmark.main([*arguments, "--kinds", "retinanet"]) == 0
-    assert not [name for name in ran if "-pseudo-" in name or "-sad-" in name or "unlabeled" in name]  # no image is unlabeled
+    assert not [
+        name for name in ran if "-pseudo-" in name or "-sad-" in name or "unlabeled" in name
+    ]  # no image is unlabeled
 
 
 def test_a_row_of_detector_teachers_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

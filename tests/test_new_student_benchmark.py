@@ -1,5 +1,6 @@
 """benchmarks/new_student.py: its settings, its measures, and a run at the smallest size."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,17 @@ def test_every_row_of_a_new_student_is_a_valid_run(tmp_path: Path, monkeypatch: 
     assert rows["lite0_pooled"].teacher.model.endswith("efficientnet_lite0.safetensors")
     made = parsed(PrototypesConfig, bench.prototypes(64)[0])
     assert (made.prototypes, made.image_size) == (64, rows["lite0_prototypes64"].teacher.size)
+
+    rows_of = [{"id": number, "file_name": f"{number}.jpg"} for number in range(9)]
+    cells.write_text(json.dumps({"images": rows_of, "annotations": [{"image_id": number} for number in range(9)]}))
+    few = benchmark.Bench(tmp_path, tmp_path / "runs", benchmark.Scale(labeled=4))
+    chosen = [json.loads(few.annotations("bccd", seed).read_text()) for seed in (0, 0, 1)]
+    kept = [sorted(image["id"] for image in one["images"]) for one in chosen]
+    assert kept[0] == kept[1] != kept[2]
+    for one, ids in zip(chosen, kept, strict=True):
+        assert len(ids) == 4
+        assert sorted(row["image_id"] for row in one["annotations"]) == ids
+    assert few.scores("random", "bccd", False, 0) != bench.scores("random", "bccd", False, 0)
 
 
 def test_measures_of_embeddings() -> None:
