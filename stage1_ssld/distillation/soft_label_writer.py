@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from ssld.shared.checksums import is_sound, write_with_sum
 from ssld.shared.distributed.processes import describe_processes, pins_memory, start_processes, to_device
-from ssld.shared.distributed.ranks import from_main_rank, gather_lists, on_main_rank, rank, wait_for_all, world_size
+from ssld.shared.distributed.ranks import from_main_rank, gather_lists, on_main_rank, rank, world_size
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.files import file_sha256, write_atomically
@@ -130,13 +130,10 @@ def write_store(config: SoftLabelsConfig) -> None:
     size = images * config.views * layout.itemsize
     folder = run.path / "store"
     fresh = from_main_rank(not any(folder.glob("shard-*.bin")))
-    on_main_rank(lambda: _check_disk(folder, size), "disk space")
+    on_main_rank(lambda: _make_folder(folder, size), "disk space")
     run.log(f"{images} images x {config.views} views x {layout.itemsize} bytes = {amount(size)} in {folder}")
     if fresh:
         run.log(try_teacher(teacher, sources, config, device=device))
-    if main:
-        folder.mkdir(exist_ok=True)
-    wait_for_all()
 
     # ---- the shards
     views = AllViews(sources, config)
@@ -259,14 +256,15 @@ def _unreadable(file: Path, views: AllViews, rows: range, count: int, layout: np
     return [source.location(row) for source, row in places]
 
 
-def _check_disk(folder: Path, size: int) -> None:
-    """Raise UserError if the remaining files do not fit on the disk."""
+def _make_folder(folder: Path, size: int) -> None:
+    """Create the folder. Raises UserError if the remaining files do not fit on the disk."""
     written = sum(file.stat().st_size for file in folder.glob("shard-*.bin"))
     free = shutil.disk_usage(folder.parent).free
     if size - written > free:
         raise UserError(
             f"{folder}: the store takes {amount(size)}, but {amount(free)} are free; set fewer views, a smaller top, or another --output"
         )
+    folder.mkdir(exist_ok=True)
 
 
 def _write_shard(file: Path, records: np.ndarray) -> None:
