@@ -130,10 +130,11 @@ def write_store(config: SoftLabelsConfig) -> None:
     size = images * config.views * layout.itemsize
     folder = run.path / "store"
     fresh = from_main_rank(not any(folder.glob("shard-*.bin")))
-    on_main_rank(lambda: _make_folder(folder, size), "disk space")
+    on_main_rank(lambda: _check_disk(folder, size), "disk space")
     run.log(f"{images} images x {config.views} views x {layout.itemsize} bytes = {amount(size)} in {folder}")
     if fresh:
         run.log(try_teacher(teacher, sources, config, device=device))
+    on_main_rank(lambda: folder.mkdir(exist_ok=True))  # not before: a refused teacher leaves nothing
 
     # ---- the shards
     views = AllViews(sources, config)
@@ -256,15 +257,14 @@ def _unreadable(file: Path, views: AllViews, rows: range, count: int, layout: np
     return [source.location(row) for source, row in places]
 
 
-def _make_folder(folder: Path, size: int) -> None:
-    """Create the folder. Raises UserError if the remaining files do not fit on the disk."""
+def _check_disk(folder: Path, size: int) -> None:
+    """Raise UserError if the remaining files do not fit on the disk."""
     written = sum(file.stat().st_size for file in folder.glob("shard-*.bin"))
     free = shutil.disk_usage(folder.parent).free
     if size - written > free:
         raise UserError(
             f"{folder}: the store takes {amount(size)}, but {amount(free)} are free; set fewer views, a smaller top, or another --output"
         )
-    folder.mkdir(exist_ok=True)
 
 
 def _write_shard(file: Path, records: np.ndarray) -> None:

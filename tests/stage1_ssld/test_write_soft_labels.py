@@ -320,9 +320,9 @@ def test_a_disk_too_small(
         f"{tmp_path / 'run' / 'store'}: the store takes 1.4 kB, but 1.4 kB are free; set fewer views, a smaller top, or another --output"
     )
     assert not (tmp_path / "run" / "store").exists()
-    store_writer._make_folder(tmp_path, 44 * 32 - 1)
+    store_writer._check_disk(tmp_path, 44 * 32 - 1)
     (tmp_path / "shard-00000.bin").write_bytes(b"x")
-    store_writer._make_folder(tmp_path, 44 * 32)
+    store_writer._check_disk(tmp_path, 44 * 32)
 
 
 def test_more_classes_than_there_are(arguments: Any, settings: dict[str, Any], user_error: Any) -> None:

@@ -70,11 +70,15 @@ def test_what_has_the_name_of_a_file_of_the_run_is_named(
     path = tmp_path / "o" / name
     path.parent.mkdir()
     path.mkdir() if number == errno.EISDIR else path.write_text("x")
+    new = tmp_path / "new"
+    new.write_text("x")
+    fail: dict[int, Callable[[], Any]] = {
+        errno.EISDIR: lambda: new.replace(path),
+        errno.EEXIST: path.mkdir,
+        errno.ENOTDIR: (path / "deeper" / "step_1").mkdir,
+    }
     with pytest.raises(OSError) as caught:
-        if number == errno.EISDIR:
-            (tmp_path / "new").write_text("x")
-            (tmp_path / "new").replace(path)
-        (path / "deeper" / "step_1" if number == errno.ENOTDIR else path).mkdir()
+        fail[number]()
     assert caught.value.errno == number
     assert run(caught.value) == 2
     assert capsys.readouterr().err == f"error: {what.format(path)} and run the same command again\n"
