@@ -15,6 +15,7 @@ From Python, with a loss of one's own (docs/distillation.md, "Your own loss"):
 import sys
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         prepare_model,
         start_processes,
     )
-    from ssld.shared.distributed.ranks import from_main_rank, total_over_ranks, world_size
+    from ssld.shared.distributed.ranks import from_main_rank, on_main_rank, total_over_ranks, world_size
     from ssld.shared.distributed.stop import StopRequest
     from ssld.shared.images import stable_seed
     from ssld.shared.models.backbones import check_networks
@@ -248,21 +249,20 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         return metrics
 
     def save_network(path: Path, step: int, metrics: dict[str, float], **facts: str) -> None:
-        if accelerator.is_main_process:
-            teacher_facts = targets.facts()
-            student.save(
-                path,
-                class_names=targets.class_names,
-                crop_pct=data.val_crop,
-                objective=config.objective,
-                precision=config.precision,
-                step=step,
-                metrics=metrics,
-                teacher=teacher_facts,
-                licence=student.licence_under(teacher_facts),
-                run=str(run.path),
-                **facts,
-            )
+        teacher_facts = targets.facts()
+        student.save(
+            path,
+            class_names=targets.class_names,
+            crop_pct=data.val_crop,
+            objective=config.objective,
+            precision=config.precision,
+            step=step,
+            metrics=metrics,
+            teacher=teacher_facts,
+            licence=student.licence_under(teacher_facts),
+            run=str(run.path),
+            **facts,
+        )
 
     evaluations = Evaluations(
         state,
@@ -335,7 +335,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 if step == 1 and len(drawn) < MOST:
                     drawn += view_images(forward.pixels_BCHW, batch, targets.class_names)
                     if micro == config.accumulate - 1 or len(drawn) >= MOST:
-                        sheet = write_sheet(run.path, drawn) if run.main else None
+                        sheet = on_main_rank(partial(write_sheet, run.path, drawn), "first images")
                         run.log(f"the first training images, after augmentation and mixing: {sheet}")
                         if config.look:
                             accelerator.end_training()
@@ -392,9 +392,9 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         run.log(f"the initial weights: {describe(of_start)}")
         run.log_if(worse_than_start(metrics, of_start, batch_statistics=student.uses_batch_statistics()))
         metrics |= {f"start_{name}": of_start[name] for name in ("agreement", "kl")}
-    save_network(file, step, metrics, **({"kept": choice.which} if choice else {}))
     accelerator.end_training()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process:  # nothing follows for which the others would wait
+        save_network(file, step, metrics, **({"kept": choice.which} if choice else {}))
         write_curves(run.path)
     state.finish(metrics, step, [file])
     run.log(f"wrote {file}")

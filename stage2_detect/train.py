@@ -11,6 +11,7 @@ Writes `detector.safetensors` (last step) and, with `evaluate_every`, `detector_
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -189,8 +190,7 @@ def train(config: TrainConfig) -> None:
     validation = Validation(trained, data, sizing, teacher_check, state, **evaluation)
 
     def save_model(path: Path, step: int, metrics: dict[str, Any]) -> None:
-        if accelerator.is_main_process:
-            trained.save(path, step=step, metrics=metrics, run=str(run.path), precision=config.precision)
+        trained.save(path, step=step, metrics=metrics, run=str(run.path), precision=config.precision)
 
     # Evaluation images without objects give no AP.
     evaluations = Evaluations(
@@ -220,8 +220,10 @@ def train(config: TrainConfig) -> None:
     run.log(config.describe_keeping(steps, evaluates=data.val is not None))
     run.log(*describe_processes(accelerator, config, config.workers))
     run.log(*state.describe_start(start, base_lr, schedule.factor(start)))
-    if start == 0 and run.main:
-        sheet = write_sheet(run.path, first_images(config, data, steps=steps, ranks=ranks))
+    if start == 0:
+        sheet = on_main_rank(
+            lambda: write_sheet(run.path, first_images(config, data, steps=steps, ranks=ranks)), "first images"
+        )
         run.log(f"the first training images, with their boxes after augmentation: {sheet}")
     if config.look:
         accelerator.end_training()
@@ -289,7 +291,8 @@ def train(config: TrainConfig) -> None:
             if due or last or stopping:
                 state.save(step)
                 if collapse and collapse.healthy and burn_in <= step < steps:
-                    save_model(last_good, step, evaluations.metrics if evaluations.step == step else {})
+                    known = evaluations.metrics if evaluations.step == step else {}
+                    on_main_rank(partial(save_model, last_good, step, known), "last good weights")
             if stopping:
                 raise Stopped(f"checkpoint of step {step} written to {run.checkpoints}")
 
@@ -304,7 +307,9 @@ def train(config: TrainConfig) -> None:
         metrics["expected_met"], line = compare_expected(config.expected, metrics, measured, config.precision)
         run.log(line)
     file = run.path / "detector.safetensors"
-    save_model(file, step, metrics)
+    accelerator.end_training()
+    if run.main:  # nothing follows for which the others would wait
+        save_model(file, step, metrics)
     files = [file]
     if collapse and collapse.healthy and run.main:
         remove_with_sum(last_good)
@@ -313,7 +318,6 @@ def train(config: TrainConfig) -> None:
         files.append(last_good)
     if data.val and accelerator.is_main_process:
         files += write_evaluation(run, data.val, validation.detections, metrics, score_threshold=0.5)[1]
-    accelerator.end_training()
     state.finish(metrics | {"orientation": data.orientations()}, step, files)
     run.log(f"wrote {file}")
 

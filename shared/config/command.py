@@ -12,7 +12,7 @@ from typing import Any
 
 from ssld.shared.config.launcher import launched_number, launched_ranks, stop_with_runner
 from ssld.shared.config.settings import ConfigT, parse_config
-from ssld.shared.config.system_faults import explained, system_fault
+from ssld.shared.config.system_faults import another_ended, explained, system_fault
 from ssld.shared.config.validation import validate
 from ssld.shared.config.yaml_files import merge, nested, read_recipe, recipe_file, spelled_out, without_others
 from ssld.shared.errors import STOPPED, USER_ERROR, Stopped, UserError
@@ -21,6 +21,10 @@ from ssld.shared.noise import libraries_told_apart
 from ssld.shared.terminal import say, silence
 
 _NOBODY_READS = 128 + signal.SIGPIPE
+_ANOTHER_ENDED = (
+    "another process of this run has ended: see its message, or the signal that the launcher names; "
+    "the same command goes on from what has been written"
+)
 # Held by `call_command`: threads, loggers and accelerate's state belong to the whole process.
 _running = threading.Lock()
 
@@ -56,8 +60,11 @@ def run_command(
         return _report(str(error), rank, processes, output)
     except (OSError, EOFError, RuntimeError, MemoryError) as error:
         message = system_fault(error, output, auto_batch)
-        if message is None:
+        if message is None and not (processes > 1 and another_ended(error)):
             raise
+        if message is None:  # this traceback would hide why
+            say(f"[rank {rank}] {_ANOTHER_ENDED}", sys.stderr)
+            return 1
         return _report(str(UserError(message)), rank, processes, output)
     except KeyboardInterrupt:
         if rank == 0:

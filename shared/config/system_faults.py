@@ -35,6 +35,10 @@ _LOADER = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed by signal: (?P<signal>[^.]+)"
     r"|exited unexpectedly(?: with exit code (?P<code>\d+))?)"
 )
+_ANOTHER_ENDED = re.compile(
+    r"gloo.*(closed by peer|reset by peer|Broken pipe)|ncclRemoteError|remote process exited", re.S
+)
+_MISPLACED = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 _TOO_MANY_FILES = re.compile(r"Too many open files|items of ancillary data")  # as multiprocessing words it
 _LOADER_ADVICE = {
     errno.ENOSPC: "/dev/shm is full, through which batches pass: enlarge it (docker run --shm-size 8g), use fewer --workers, or --workers 0",
@@ -49,7 +53,7 @@ def system_fault(error: Exception, output: Path | None, auto_batch: bool | None)
     `auto_batch` is the setting of a training command, None for another command.
     """
     _leave_workers_alone()
-    message = explained(error, output)
+    message = explained(error, output) or _disturbed(error, output)
     if message or not is_out_of_memory(error):
         return message
     advice = _SMALLER if auto_batch is None else _MORE_PASSES if auto_batch else _PASSES
@@ -58,6 +62,33 @@ def system_fault(error: Exception, output: Path | None, auto_batch: bool | None)
         _note_too_few_passes(output)
     what = (str(error).splitlines() or ["no more to be had."])[0]
     return f"out of memory: {what} {advice}"
+
+
+def another_ended(error: Exception) -> bool:
+    """Whether an error of torch's communication means that another process has ended, and not a time limit or a network that cannot be set up."""
+    return _ANOTHER_ENDED.search(str(error)) is not None
+
+
+def _disturbed(error: Exception, output: Path | None) -> str | None:
+    """Return the line on a run directory that was deleted, or in which something has the name of a file or folder of the run; None for others."""
+    if output is None or not isinstance(error, OSError) or error.errno not in _MISPLACED:
+        return None
+    if not output.is_dir():
+        return f"{output}: the run directory was deleted or moved while it was in use; run the same command again"
+    path = Path(os.fsdecode(error.filename2 or error.filename or ""))
+    if not path.is_relative_to(output):
+        return None
+    while error.errno == errno.ENOTDIR and path != output and not path.exists():
+        path = path.parent
+    if path.is_dir():
+        return (
+            f"{path}: is a folder, but the run writes a file of this name; move it away and run the same command again"
+        )
+    if error.errno != errno.ENOENT and path.exists():
+        return (
+            f"{path}: is a file, but the run needs a folder of this name; move it away and run the same command again"
+        )
+    return None
 
 
 def explained(error: Exception, output: Path | None) -> str | None:

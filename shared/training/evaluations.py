@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ssld.shared.distributed.ranks import on_main_rank
 from ssld.shared.training.training_state import TrainingState
 
 
@@ -14,7 +15,7 @@ class Evaluations:
         state: state of the run.
         measure: evaluates the network after a number of steps and returns its metrics.
         score: returns the metric, higher is better, that chooses the best weights; None where it was not measured. Not called if none are kept.
-        save: writes the network's file: path, step, metrics.
+        save: writes the network's file, on the main rank: path, step, metrics.
         keeps_best: whether the best weights are kept: where there is more than one evaluation.
 
     Attributes:
@@ -44,4 +45,4 @@ class Evaluations:
             score = self._score(self.metrics) if self._keeps_best else None
             if score is not None and state.improved(score):
                 state.check(step)
-                self._save(state.best_file, step, self.metrics)
+                on_main_rank(lambda: self._save(state.best_file, step, self.metrics), "best weights")

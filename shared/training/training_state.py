@@ -301,8 +301,8 @@ class TrainingState:
             self.best, self.stale = before
             return
         self._evaluated = step
-        if step == self._saved and self.run.main:
-            add_evaluation(self.run.checkpoints, step, self._standing(step))
+        if step == self._saved:
+            on_main_rank(lambda: add_evaluation(self.run.checkpoints, step, self._standing(step)), "checkpoint")
 
     def _save_alone(self, step: int) -> None:
         """Save in a run of one process; of several, the others would not take part."""

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ssld.shared.checksums import is_sound, made_again, write_with_sum
 from ssld.shared.distributed.processes import pins_memory, start_worker
-from ssld.shared.distributed.ranks import from_main_rank, on_main_rank, rank, wait_for_all, world_size
+from ssld.shared.distributed.ranks import on_main_rank, rank, wait_for_all, world_size
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.images import UnreadableImage, pixels_of
@@ -239,11 +239,14 @@ def over_missing_shards(
         UserError, Stopped: see `over_shards`.
     """
     folder = run.path / name
-    if run.main:
-        folder.mkdir(exist_ok=True)
     chosen = range(len(shards.shards)) if rows is None else sorted(rows)
     files = {number: [shard_file(folder, number).with_suffix(suffix) for suffix in suffixes] for number in chosen}
-    missing = from_main_rank([n for n in chosen if not all(map(is_sound, files[n]))] if run.main else [])
+
+    def find_missing() -> list[int]:
+        folder.mkdir(exist_ok=True)
+        return [n for n in chosen if not all(map(is_sound, files[n]))]
+
+    missing = on_main_rank(find_missing, name)
     if not missing:
         return
     run.log(*made_again(file for number in missing for file in files[number]) if run.main else [])

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from ssld.shared.checksums import is_sound, write_with_sum
 from ssld.shared.distributed.processes import describe_processes, pins_memory, start_processes, to_device
-from ssld.shared.distributed.ranks import from_main_rank, gather_lists, on_main_rank, rank, wait_for_all, world_size
+from ssld.shared.distributed.ranks import from_main_rank, gather_lists, on_main_rank, rank, world_size
 from ssld.shared.distributed.stop import StopRequest
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.files import file_sha256, write_atomically
@@ -134,9 +134,7 @@ def write_store(config: SoftLabelsConfig) -> None:
     run.log(f"{images} images x {config.views} views x {layout.itemsize} bytes = {amount(size)} in {folder}")
     if fresh:
         run.log(try_teacher(teacher, sources, config, device=device))
-    if main:
-        folder.mkdir(exist_ok=True)
-    wait_for_all()
+    on_main_rank(lambda: folder.mkdir(exist_ok=True))  # not before: a refused teacher leaves nothing
 
     # ---- the shards
     views = AllViews(sources, config)

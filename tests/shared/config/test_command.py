@@ -56,6 +56,94 @@ def test_disk_errors_are_the_users(run: Run, capsys: pytest.CaptureFixture[str],
     assert line.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("number", "name", "what"),
+    [
+        (errno.EISDIR, "best.safetensors", "{}: is a folder, but the run writes a file of this name; move it away"),
+        (errno.EEXIST, "pictures", "{}: is a file, but the run needs a folder of this name; move it away"),
+        (errno.ENOTDIR, "checkpoints", "{}: is a file, but the run needs a folder of this name; move it away"),
+    ],
+)
+def test_what_has_the_name_of_a_file_of_the_run_is_named(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, number: int, name: str, what: str
+) -> None:
+    path = tmp_path / "o" / name
+    path.parent.mkdir()
+    path.mkdir() if number == errno.EISDIR else path.write_text("x")
+    new = tmp_path / "new"
+    new.write_text("x")
+    fail: dict[int, Callable[[], Any]] = {
+        errno.EISDIR: lambda: new.replace(path),
+        errno.EEXIST: path.mkdir,
+        errno.ENOTDIR: (path / "deeper" / "step_1").mkdir,
+    }
+    with pytest.raises(OSError) as caught:
+        fail[number]()
+    assert caught.value.errno == number
+    assert run(caught.value) == 2
+    assert capsys.readouterr().err == f"error: {what.format(path)} and run the same command again\n"
+    with pytest.raises(OSError):
+        run(OSError(number, "x", "/another/folder"))  # a file that is none of the run's may be a bug
+
+
+def test_a_run_directory_that_was_deleted_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def work(config: CommandConfig) -> None:
+        (config.output / "log.txt").open("a")
+
+    folder = tmp_path / "o"
+    assert run_command(CommandConfig, work, ["--output", str(folder)], program="x.py") == 2
+    assert capsys.readouterr().err == (
+        f"error: {folder}: the run directory was deleted or moved while it was in use; run the same command again\n"
+    )
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError):  # a bug: another file is missing
+        run_command(CommandConfig, work_on_missing, ["--output", str(folder)], program="x.py")
+
+
+def work_on_missing(config: CommandConfig) -> None:
+    (config.output / "none").read_text()
+
+
+_CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1."
+_KILLED = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer."
+)
+_NCCL = "NCCL error in: ProcessGroupNCCL.cpp:1, ncclRemoteError: A call failed possibly due to a network error or a remote process exiting"
+
+
+@pytest.mark.parametrize("message", [_CLOSED, _KILLED, _NCCL])
+def test_a_process_that_was_left_alone_does_not_hide_why(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], message: str, tmp_path: Path
+) -> None:
+    """Its own error is that another has ended; one process alone, and a time limit, keep their tracebacks."""
+    with pytest.raises(RuntimeError):
+        run(RuntimeError(message))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert run(RuntimeError(message)) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("[rank 1] another process of this run has ended: ")
+    assert line.count("\n") == 1
+    assert not (tmp_path / "o" / "error.json").exists()  # that of the other process is in its place, if it wrote one
+    with pytest.raises(RuntimeError):
+        run(RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 300000ms for recv operation"))
+
+
+@pytest.mark.slow
+def test_a_mistake_that_only_the_main_process_sees_ends_both(
+    scripts: Any, tiny: Any, teacher_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    flags = ["--model", str(teacher_file), "--data.path", str(tiny.val), "--output", str(tmp_path)]
+    done = scripts.run("stage1_ssld/evaluate.py", *flags, "--device", "cpu", "--workers", "0", ranks=2)
+    assert done.returncode == 1
+    wanted = f"{tmp_path}: not empty and not a run directory; give another --output"
+    assert f"error: {wanted}" in done.stderr.splitlines()
+    assert json.loads((tmp_path / "error.json").read_text())["error"] == wanted
+    assert "[rank 1] another process of this run has ended: " in done.stderr
+    assert "gloo" not in done.stderr
+
+
 def test_bugs_keep_their_traceback(run: Run) -> None:
     with pytest.raises(ZeroDivisionError):
         run(ZeroDivisionError())

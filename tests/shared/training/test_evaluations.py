@@ -1,10 +1,15 @@
 """Evaluations of a run: which weights are kept as the best, and in which order state, metrics and file are written."""
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from ssld.shared.distributed import ranks
 from ssld.shared.training.evaluations import Evaluations
 
 
@@ -67,3 +72,19 @@ def test_one_evaluation_alone_or_without_a_score_keeps_none() -> None:
     """A score that was not measured, such as `best_by: agreement` without a teacher, is then not asked for at the end of a training."""
     assert run([0.2], keeps_best=False)[1] == ["no checkpoint", "evaluated"]
     assert run([None])[1] == ["no checkpoint", "evaluated"]
+
+
+def test_weights_that_cannot_be_written_end_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two processes does not write, and raises what the main one has raised."""
+    state: Any = State()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "best.safetensors")
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    monkeypatch.setattr(ranks.dist, "broadcast_object_list", lambda box, src: box.__setitem__(0, (None, full)))
+    written: list[Any] = []
+    evaluations = Evaluations(
+        state, lambda step: {"AP": 0.5}, lambda metrics: 0.5, lambda *given: written.append(given), keeps_best=True
+    )
+    with pytest.raises(OSError) as caught:
+        evaluations.run(1)
+    assert (caught.value.filename, caught.value.errno, written) == ("best.safetensors", errno.ENOSPC, [])
