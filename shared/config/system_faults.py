@@ -73,11 +73,12 @@ def _disturbed(error: Exception, output: Path | None) -> str | None:
     """Return the line on a run directory that was deleted, or in which something has the name of a file or folder of the run; None for others."""
     if output is None or not isinstance(error, OSError) or error.errno not in _MISPLACED:
         return None
-    if not output.is_dir():
-        return f"{output}: the run directory was deleted or moved while it was in use; run the same command again"
-    path = Path(os.fsdecode(error.filename2 or error.filename or ""))
+    name = error.filename2 or error.filename
+    path = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else output
     if not path.is_relative_to(output):
         return None
+    if not output.is_dir():
+        return f"{output}: the run directory was deleted or moved while it was in use; run the same command again"
     while error.errno == errno.ENOTDIR and path != output and not path.exists():
         path = path.parent
     if path.is_dir():

@@ -12,6 +12,7 @@ import torch
 
 from ssld.shared.config.command import call_command, run_command
 from ssld.shared.config.settings import CommandConfig
+from ssld.shared.config.system_faults import system_fault
 from ssld.shared.distributed.processes import describe_processes
 from ssld.shared.errors import Stopped, UserError
 from ssld.shared.machine import default_threads
@@ -95,6 +96,10 @@ def test_a_run_directory_that_was_deleted_is_named(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().err == (
         f"error: {folder}: the run directory was deleted or moved while it was in use; run the same command again\n"
     )
+    other = FileNotFoundError(
+        errno.ENOENT, "gone", str(tmp_path / "photo.jpg")
+    )  # not one of the run, though that has no folder
+    assert system_fault(other, folder, auto_batch=None) is None
     folder.mkdir()
     with pytest.raises(FileNotFoundError):  # a bug: another file is missing
         run_command(CommandConfig, work_on_missing, ["--output", str(folder)], program="x.py")
