@@ -5,10 +5,10 @@ labels for Faster R-CNN.
 
 DATA holds `bccd/`, `coco-mini/`, `tinyimagenet100/` and `weights/efficientnet_lite0.safetensors`. Students are the project's smallest settings
 (`toy_....yaml`) on the given backbone file. There is one teacher of each kind: the same detector on EfficientNet-Lite0 with its ImageNet weights,
-trained for longer. All rows of a kind have the same images, steps, augmentation and schedule, except where the row's name says otherwise. `--every 5`
-keeps the annotations of every fifth image, for teacher and students; the other images are unlabeled. `pseudo` and `sad` learn from the teacher's boxes
-on them too, `pkd+roi, unlabeled images too` from its features and class probabilities there, with as many labeled images per step as the other rows. `--set coco-mini` has persons, animals and vehicles as its classes; `--set
-mosaics`: dogs and cats of Tiny ImageNet pasted on canvases.
+trained for longer. All rows of a kind have the same images, steps, augmentation and schedule, except where the row's name says otherwise. `--every
+5` keeps the annotations of every fifth image, for teacher and students; the other images are unlabeled. `pseudo` and `sad` learn from the teacher's
+boxes on them too, `pkd+roi, unlabeled images too` from its features and class probabilities there, with as many labeled images per step as the
+other rows. `--set coco-mini` has persons, animals and vehicles as its classes; `--set mosaics`: dogs and cats of Tiny ImageNet pasted on canvases.
 
 Finished runs are not repeated. Printed: mean AP over the seeds and each seed's, and the difference to `alone` with 95 % intervals over the evaluation
 images and over the seeds (`paired.py`).
