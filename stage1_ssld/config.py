@@ -108,7 +108,12 @@ class DistillConfig(Stage1Config):
     @property
     def is_fitted(self) -> bool:
         """Whether nothing is left to be chosen from the data."""
-        return None not in (self.batch_size, self.optim) and any(getattr(self, key) is not None for key in _LENGTHS)
+        return self.has_length and self.optim is not None
+
+    @property
+    def has_length(self) -> bool:
+        """Whether the batch and the length are given, not left to be chosen from the data."""
+        return self.batch_size is not None and any(getattr(self, key) is not None for key in _LENGTHS)
 
     @property
     def takes_own_size(self) -> bool:

@@ -272,22 +272,24 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         keeps_best=bool(config.evaluate_every),
     )
 
-    # ---- checks before the first step, and the log of what will run
+    # ---- the log of what will run, and checks before the first step
+    run.log(student.model.loaded, *(teacher.loaded if teacher else []))
+    run.log(*preview(config, student, targets, training.images, steps, ranks))
+    run.log(f"{describe_lr(*rate)}, warm-up {warmup_steps} steps")
     if isinstance(config, DistillConfig) and targets.learns_from_teacher and teacher and start == 0:
         val = (val_source, targets.val_labels) if val_source else None
         run.log(try_teacher(teacher, targets.sources, config, device=device, val=val))
     if student.heads and teacher and start == 0 and not config.look:
         first_steps = min(steps, -(-STATISTICS_IMAGES // config.batch_size))
         with closing(training.batches(0, first_steps, rank=rank, ranks=ranks, pin_memory=pin_memory)) as stream:
-            run.log(student.heads.measure(teacher, stream))
+            views, name = first_steps * config.batch_size, teacher.references[0].text
+            run.log(f"features of {name}: measuring mean and standard deviation of the first {count(views, 'view')}")
+            run.log(student.heads.measure(teacher, stream, run.log))
     if config.compile:
         (student.learner if student.heads else student.model.net).compile()
         if teacher:
             teacher.compile()
     model = prepare_model(accelerator, student.learner)
-    run.log(student.model.loaded, *(teacher.loaded if teacher else []))
-    run.log(*preview(config, student, targets, training.images, steps, ranks))
-    run.log(f"{describe_lr(*rate)}, warm-up {warmup_steps} steps")
     run.use(config)
     run.log(config.describe_keeping(steps, evaluates=val_source is not None))
     run.log(*describe_processes(accelerator, config, config.workers))

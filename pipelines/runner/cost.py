@@ -41,7 +41,7 @@ def steps_text(stage: Stage) -> str:
     config = stage.config
     if not isinstance(config, TrainingConfig):
         return ""
-    if isinstance(config, DistillConfig) and not config.is_fitted:
+    if isinstance(config, DistillConfig) and not config.has_length:
         return "a length chosen from the images"
     images = None if config.train_epochs is None else training_images(config)
     steps = training_steps(config, images)
@@ -53,7 +53,7 @@ def steps_text(stage: Stage) -> str:
 
 def training_steps(config: TrainingConfig, images: int | None) -> int | None:
     """Return the optimizer steps of a training on `images` images; None if they follow from images that are not known, or are chosen later."""
-    if isinstance(config, DistillConfig) and not config.is_fitted:
+    if isinstance(config, DistillConfig) and not config.has_length:
         return None  # chosen when its images are read
     return None if config.train_epochs is not None and images is None else config.total_steps(images)
 

@@ -6,6 +6,7 @@ said what was assumed (`twins.py`).
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, Self, TypeVar
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from timm.layers import PatchEmbed
 from timm.models import get_model_input_config, get_pretrained_cfg
 from torch import Tensor, nn
 
@@ -153,9 +155,42 @@ def create_classifier(
             net.reset_classifier(num_classes)
             if classes and num_classes:
                 notes.append("classifier re-initialized: different classes or class order")
+    elif classes:
+        _calm_classifier(net)
     settings = input_settings(net, reference.metadata)
+    if settings.fixed_size:
+        notes += unseen_edge(net, settings.size)
     loaded = _loaded_line(reference, fitted, notes)
     return Classifier(net, mean=settings.mean, std=settings.std, args=args, loaded=loaded, new_head=new_head), settings
+
+
+def _calm_classifier(net: Any) -> None:
+    """Give a classification layer with random weights torch's own range, 1 / sqrt(inputs), where timm's is more than twice as wide.
+
+    EfficientNets, MobileNets and their kin start with 1 / sqrt(classes), made for 1,000 of them. With 16 classes, as of prototypes, their logits have
+    a standard deviation of 3 at first: the student is sure of random classes, and has to unlearn them.
+    """
+    layer = net.get_classifier()
+    if isinstance(layer, nn.Linear) and layer.weight.std() > 2 / math.sqrt(3 * layer.in_features):
+        bound = layer.in_features**-0.5
+        nn.init.uniform_(layer.weight, -bound, bound)
+
+
+def unseen_edge(net: nn.Module, size: tuple[int, int]) -> list[str]:
+    """Warn where the patches of a ViT do not divide its input of `size` (height, width): timm leaves the rest out, and its map covers less than
+    the image, so that it does not lie on the map of another network. Empty where they do.
+    """
+    patches = getattr(net, "patch_embed", None)
+    if not isinstance(patches, PatchEmbed) or patches.dynamic_img_pad:
+        return []
+    side = patches.patch_size[0]
+    whole = size[0] - size[0] % side
+    if whole == size[0]:
+        return []
+    return [
+        f"warning: its patches of {side} pixels do not divide {size[0]}, so the last {size[0] - whole} rows and columns of an image are not seen; "
+        f"{whole} and {whole + side} pixels are seen whole"
+    ]
 
 
 def network_args(reference: ModelReference, image_size: int | None) -> dict[str, Any]:
@@ -169,8 +204,9 @@ def network_args(reference: ModelReference, image_size: int | None) -> dict[str,
         return args
     own = args.get("img_size") or cfg.input_size[1:]
     own = [own, own] if isinstance(own, int) else list(own)
-    if image_size and own != [image_size, image_size] and not _takes_any_size(reference, args):
-        args["img_size"] = [image_size, image_size]
+    if image_size and own != [image_size, image_size]:
+        if not _takes_any_size(reference, args):
+            args["img_size"] = [image_size, image_size]
         _try_size(reference, args, image_size)
     return args
 
@@ -208,10 +244,10 @@ def _takes_any_size(reference: ModelReference, args: Mapping[str, Any]) -> bool:
 
 
 def _try_size(reference: ModelReference, args: Mapping[str, Any], size: int) -> None:
-    """Raise UserError where a network of fixed size cannot be built for another size and run at it: windows and patches have to divide it."""
+    """Raise UserError where a network cannot be built for another size than its own and run at it: windows and patches have to divide it."""
     try:
         with torch.device("meta"), torch.no_grad():
-            timm.create_model(reference.arch, **args).eval()(torch.empty(1, 3, *args["img_size"]))
+            timm.create_model(reference.arch, **args).eval()(torch.empty(1, 3, size, size))
     except NotImplementedError:  # an operation without a meta kernel: the check is not possible
         return
     except Exception as error:  # assertions, shapes, unknown arguments: every family of networks differs

@@ -170,7 +170,8 @@ def fit(
         raise UserError(f"{source}: does not hold a {arch} ({worst.text})")
     if len(fits) > 1:
         raise UserError(
-            f"{source}: holds a {arch} several times, below {some([prefix for prefix, _ in fits])}; leave one in it"
+            f"{source}: holds a {arch} several times, below {some([prefix for prefix, _ in fits])}; save the tensors of one of them alone "
+            "(of a DINO training those of the teacher)"
         )
     prefix, fitted = fits[0]
     outside = [name for name in tensors if not name.startswith(prefix)]

@@ -21,6 +21,7 @@ from ssld.shared.models.backbones import (
     licence,
     place,
     save_backbone,
+    unseen_edge,
 )
 from ssld.shared.models.constant_outputs import refuse_constant, two_images
 from ssld.shared.models.model_file import content_hash
@@ -65,6 +66,7 @@ class Encoder:
         self.size = config.image_size or inputs.size[0]
         if inputs.fixed_size and inputs.size != (self.size, self.size):
             _resize(net, self.size, f"image_size: {self.arch}")
+            self.loaded = "; ".join([self.loaded, *unseen_edge(net, (self.size, self.size))])
         reset_head(net, _TRIED, config.encoder.global_pool, key="encoder.global_pool", arch=self.arch)
         self._inputs = InputSettings(
             inputs.mean, inputs.std, (self.size, self.size), inputs.interpolation, inputs.fixed_size

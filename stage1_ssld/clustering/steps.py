@@ -40,6 +40,10 @@ _IMAGES_OF_EACH, _FEWEST, _MOST = 40, 16, 4096  # default number of prototypes: 
 _SAMPLE = 1 << 23  # values (images x prototypes) that the temperature is estimated on
 _DRAWN = 20  # prototypes in prototypes.png
 _FEW = 10  # images per prototype below which a warning says that centers are accidental
+_ALONE, _SMALL = (
+    4,
+    0.2,
+)  # images that are no group yet, and the share of such prototypes from which a warning names them
 _UNEQUAL = 0.2  # relative deviation of a balanced prototype's size from the mean that a warning names
 
 
@@ -147,6 +151,11 @@ def _doubts(size_K: np.ndarray, *, balanced: bool) -> Iterator[str]:
     share = size_K.mean()
     if share < _FEW:
         yield f"warning: {share:.1f} images per prototype are few, so their centers are accidental; give more images or fewer prototypes"
+    elif not balanced and (small := int((size_K < _ALONE).sum())) > _SMALL * len(size_K):
+        yield (
+            f"warning: {small} of {len(size_K)} prototypes have fewer than {_ALONE} images: single photos, not kinds of things; look at "
+            "prototypes.png, and give fewer prototypes, or balanced: true"
+        )
     if balanced and abs(size_K - share).max() > max(_UNEQUAL * share, 2.0):
         yield (
             f"warning: balanced: the prototypes have {size_K.min()} to {size_K.max()} images, not about {share:.0f} each; images with nearly the "
@@ -245,7 +254,10 @@ def _draw(
     needed = np.unique([row for nearest in rows.values() for row, _ in nearest])
     views = small_views(images, needed)
     drawn = [
-        Row(f"prototype {k}\n{clusters.size_K[k]} images", [Example(views[row], f"{p:.2f}") for row, p in nearest])
+        Row(
+            f"prototype {k}\n{count(int(clusters.size_K[k]), 'image')}",
+            [Example(views[row], f"{p:.2f}") for row, p in nearest],
+        )
         for k, nearest in rows.items()
     ]
     title = f"Images of {len(drawn)} of {len(clusters.size_K)} prototypes, the nearest first, with the prototype's probability (0 to 1)"

@@ -8,7 +8,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from ssld.shared.images import UnreadableImage, pixels_of
 from ssld.shared.run_dir import RunDir
 from ssld.shared.tally import Tally
 from ssld.shared.training.progress import Clock
+from ssld.shared.wording import count, duration
 from ssld.stage1_ssld.config import ForwardConfig
 from ssld.stage1_ssld.curation.perceptual_hash import perceptual_hash
 from ssld.stage1_ssld.curation.score_files import shard_file
@@ -35,6 +36,7 @@ from ssld.stage1_ssld.data.views import val_view
 from ssld.stage1_ssld.data_config import SourceConfig, is_remote
 
 _JUDGED_AFTER, _TOO_MANY = 1000, 0.01
+_DIVISION, _FEWEST_ROWS = 16, 256  # shards of a small source of rows, and their fewest images
 
 
 class Shards(NamedTuple):
@@ -72,7 +74,7 @@ def open_shards(configs: Sequence[SourceConfig], key: str, streaming: bool, *, a
     for number, config in enumerate(configs):
         try:
             tally = Tally()
-            shards = source_shards(config, number, streaming=streaming or is_remote(config.path), tally=tally)
+            shards = _divided(source_shards(config, number, streaming=streaming or is_remote(config.path), tally=tally))
             tally.check(
                 config.path,
                 allow_loss=allow_loss,
@@ -84,6 +86,24 @@ def open_shards(configs: Sequence[SourceConfig], key: str, streaming: bool, *, a
         result.source.extend([config] * len(shards))
         result.tallies.append((f"{key}.{number}", config.path, tally))
     return result
+
+
+def _divided(shards: list[Shard]) -> list[Shard]:
+    """Divide rows of a small source further, into 16 shards of at least 256 rows: a killed pass keeps most of its work, all workers have some."""
+    rows = sum(shard.length for shard in shards if isinstance(shard, RowShard))
+    most = max(_FEWEST_ROWS, -(-rows // _DIVISION))
+    return [
+        part
+        for shard in shards
+        for part in (
+            [
+                replace(shard, first=first, last=min(first + most, shard.last))
+                for first in range(shard.first, shard.last, most)
+            ]
+            if isinstance(shard, RowShard)
+            else [shard]
+        )
+    ]
 
 
 def compare_shards(run: RunDir, **shards: Shards) -> None:
@@ -252,12 +272,16 @@ def over_missing_shards(
     run.log(*made_again(file for number in missing for file in files[number]) if run.main else [])
     jobs = [Job(n, shards.shards[n], None if rows is None else rows[n]) for n in missing[rank() :: world_size()]]
     run.log(f"{name}: {len(missing)} of {len(chosen)} shards to do")
-    clock = Clock()
+    lengths = [job.shard.length if job.rows is None else len(job.rows) for job in jobs]
+    clock = Clock(0 if None in lengths else sum(length or 0 for length in lengths))
 
     def report(done: int, read: int) -> None:
         clock.done = read
         if done == len(jobs) or clock.due():
-            run.log(f"{name}: {done} of {len(jobs)} shards of this process, {clock.rate:.0f} images/s")
+            left = f", {duration(clock.left)} to go" if clock.left else ""
+            run.log(
+                f"{name}: {count(read, 'image')}, {done} of {len(jobs)} shards of this process, {clock.rate:.3g} images/s{left}"
+            )
 
     over_shards(
         jobs,
@@ -286,7 +310,7 @@ def over_shards(
     Args:
         use: maps a piece to its result.
         write: called with the number of the shard, its pieces without pixels, and their results.
-        report: called after each shard with the shards done and the images read.
+        report: called after each piece with the shards done and the images read.
 
     Raises:
         UserError: more than one and more than 1 % of at least 1,000 images cannot be read, or a shard cannot.
@@ -318,7 +342,7 @@ def over_shards(
             if last:
                 write(number, *open_shards.pop(number))
                 done += 1
-                report(done, read)
+            report(done, read)
             if read >= _JUDGED_AFTER and len(unreadable) > max(1, _TOO_MANY * read):
                 raise UserError(
                     f"{len(unreadable)} of {read} images cannot be read; fix or remove them (first: {min(unreadable)})"

@@ -9,7 +9,7 @@ teachers are balanced against each other.
 B images, C channels of the student, D of the teacher, N cells of a grid, H rows, W columns.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ssld.shared.distributed.ranks import for_sums, sum_dtype, total_over_ranks
 from ssld.shared.errors import UserError
 from ssld.shared.models.backbones import Classifier
 from ssld.shared.models.teacher import Teacher, TeacherFeatures
+from ssld.shared.training.progress import Clock
 from ssld.shared.wording import count
 from ssld.stage1_ssld.data.batch import Batch
 from ssld.stage1_ssld.data_config import LossConfig
@@ -114,8 +115,12 @@ class FeatureHeads(nn.Module):
         return pairs
 
     @torch.no_grad()
-    def measure(self, teacher: Teacher, batches: Iterable[Batch]) -> str:
+    def measure(
+        self, teacher: Teacher, batches: Iterable[Batch], log: Callable[[str], None] = lambda line: None
+    ) -> str:
         """Measure mean and standard deviation of the teacher's features over the batches of all ranks, which all call it; returns a log line.
+
+        `log` is called with a progress line after each `SILENCE`, because a large teacher takes minutes.
 
         Raises UserError for features that are not finite, or constant over all images.
         """
@@ -123,10 +128,14 @@ class FeatureHeads(nn.Module):
         for kind in self.heads:
             width = len(getattr(self, f"{kind}_mean_D"))
             sums[kind] = torch.zeros(3, width, dtype=sum_dtype(teacher.device), device=teacher.device)
+        clock = Clock()
         for batch in batches:
             if len(batch.keys) == 0:
                 continue
             images += len(batch.keys)
+            clock.add(len(batch.keys))
+            if clock.due():
+                log(f"features: {count(clock.done, 'view')} measured by this process, {clock.rate:.3g} per second")
             features = teacher.features(to_device(batch.pixels_BCHW, teacher.device), maps="spatial" in sums)
             for kind, sum_3D in sums.items():
                 values = features.pooled_BD[..., None, None] if kind == "pooled" else features.map_BCHW

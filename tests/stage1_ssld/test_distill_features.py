@@ -95,6 +95,13 @@ def test_terms_of_features_beside_soft_labels(
         "pooled in 96 dimensions, spatial in 96 dimensions (c3 at 2 x 2, c4 at 2 x 2, c5 at 2 x 2); heads of" in output
     )
     assert "warning: the first loss" not in output
+    order = [
+        ", BatchNorm by running statistics",
+        "measuring mean and standard deviation of the first 32 views",
+        "standardized with 32 views",
+    ]
+    places = [output.index(part) for part in order]  # what is slow comes after what it is
+    assert places == sorted(places)
     result = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
     assert {"top1", "agreement", "kl"} <= set(result)
 

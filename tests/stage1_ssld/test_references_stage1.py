@@ -88,6 +88,7 @@ def test_what_is_not_here_is_said_before_anything_else(
         ({"student": {"model": "x" * 2000}}, "student.model: not a model name"),
         ({"student": {"model": "random:test_resnet.nonsense"}}, "timm has no weights called 'nonsense' for test_resnet; it has r160_in1k"),
         ({"teacher": {"model": "random:test_maxvit", "size": 50}}, "teacher.model: random:test_maxvit: test_maxvit cannot work at 50 pixels"),
+        ({"teacher": {"model": "random:vit_small_patch16_dinov3", "size": 100}}, "vit_small_patch16_dinov3 cannot work at 100 pixels (Input"),
     ],
 )  # fmt: skip
 def test_mistakes_before_data_are_read(

@@ -48,6 +48,18 @@ def test_sizes_for_people() -> None:
     assert total_text({"a": None, "b": None}) == "2 stages of unknown size"
 
 
+def test_a_length_that_is_given_is_known_although_the_optimizer_is_chosen() -> None:
+    kind, given = (
+        KINDS["distill"],
+        ["--output", "o", "--data.train", "x", "--student.model", "random:x", "--teacher.model", "random:x"],
+    )
+    texts = [
+        steps_text(Stage("a", kind, parse_config(kind.config_type, [*given, *more], program="p"), (), 1, frozenset()))
+        for more in (["--steps", "12", "--batch_size", "16"], ["--steps", "12"])
+    ]
+    assert texts == ["12 steps of 16 images", "a length chosen from the images"]
+
+
 def counted(command: str, *flags: str) -> str:
     kind = KINDS[command]  # type: ignore[index]
     common = "--output o --train_epochs 2.5 --batch_size 4 --optim.lr 0.1 --optim.reference_batch 4"

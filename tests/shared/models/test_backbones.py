@@ -207,3 +207,36 @@ def test_layers_behind_the_last_feature_map_cause_no_message(tmp_path: Path, cap
         assert torch.equal(tensor, state[name])
     logging.getLogger("timm.models._builder").warning("Unexpected keys")
     assert "Unexpected keys" in caplog.text  # only inside
+
+
+@pytest.mark.parametrize(
+    ("size", "warning"),
+    [(64, ""), (72, "do not divide 72, so the last 8 rows and columns of an image are not seen; 64 and 80 ")],
+)
+def test_patches_that_leave_an_edge_out(size: int, warning: str) -> None:
+    """timm cuts off what is less than a patch; a map of the rest does not lie on that of a student, which sees all."""
+    classifier, _ = create_classifier(parse_reference("random:vit_tiny_patch16_224"), image_size=size)
+    black = torch.zeros(1, 3, size, size)
+    edge = black.clone()
+    edge[..., 64:, :] = edge[..., 64:] = 255.0  # what is beyond four patches, nothing at 64
+    with torch.no_grad():
+        assert torch.equal(classifier.eval()(edge), classifier(black))
+    assert classifier.loaded.startswith("random:vit_tiny_patch16_224: random weights")
+    assert ("warning" in classifier.loaded, warning in classifier.loaded) == (bool(warning), True)
+
+
+@pytest.mark.parametrize(
+    ("arch", "classes", "timms"),
+    [("mobilenetv4_conv_small_035", 8, False), ("mobilenetv4_conv_small_035", 1000, True), ("test_resnet", 8, True)],
+)
+def test_a_random_classifier_is_sure_of_nothing(arch: str, classes: int, timms: bool) -> None:
+    """timm starts some networks with weights as large as few classes make them; all others stay as they are."""
+    torch.manual_seed(0)
+    plain: Any = timm.create_model(arch, num_classes=classes)
+    torch.manual_seed(0)
+    net: Any = create_classifier(parse_reference(f"random:{arch}"), num_classes=classes)[0].net
+    weight, was = net.get_classifier().weight, plain.get_classifier().weight
+    assert torch.equal(weight, was) == timms
+    with torch.no_grad():
+        logits = net.train()(torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    assert logits.std() < 1

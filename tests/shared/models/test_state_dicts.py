@@ -107,7 +107,7 @@ def test_a_head_of_another_kind_is_left_out(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (lambda t: {"student": t, "teacher": t}, "holds several networks (student, teacher); save only the network you want"),
-        (lambda t: prefixed("online.", t) | prefixed("target.", t), "holds a test_resnet several times, below online., target.; leave one"),
+        (lambda t: prefixed("online.", t) | prefixed("target.", t), "holds a test_resnet several times, below online., target.; save the"),
         (lambda t: {"epoch": 3}, "holds no tensors by name; a state dict is needed"),
         (lambda t: [1], "holds a list, not a state dict of tensors by name"),
         (lambda t: prefixed("a.", t | {"extra": torch.zeros(1)}), "(0 missing, 1 unknown, 0 of another shape: extra unknown)"),

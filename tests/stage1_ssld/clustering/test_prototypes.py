@@ -19,10 +19,12 @@ from ssld.shared.models.backbones import create_classifier
 from ssld.shared.models.model_file import read_metadata
 from ssld.shared.models.references import parse_reference
 from ssld.shared.models.teacher import FrozenTeacher, TeacherEnsemble
+from ssld.shared.training import progress
 from ssld.stage1_ssld.clustering import steps
 from ssld.stage1_ssld.clustering.embedding_files import Standard
 from ssld.stage1_ssld.clustering.steps import prototypes_for
 from ssld.stage1_ssld.curate import main as curate
+from ssld.stage1_ssld.curation import shard_pass
 from ssld.stage1_ssld.data.views import val_view
 from ssld.stage1_ssld.deploy.card import write_folder
 from ssld.stage1_ssld.distill import main as distill
@@ -359,6 +361,31 @@ def test_balanced_prototypes_are_first_classes_of_equally_many_images(made: Any,
     predictions = FrozenTeacher(str(run / "teacher.safetensors"))(views(tiny.train)).argmax(-1)
     sizes = torch.bincount(predictions, minlength=5)
     assert (int(sizes.min()), int(sizes.max())) == (actual["smallest"], actual["largest"])
+
+
+def test_what_its_patches_leave_out_is_said(made: Any, tiny: Any) -> None:
+    run = made(encoder="random:vit_tiny_patch16_224", image_size=72, pool=[str(tiny.train)])
+    log = (run / "log.txt").read_text()
+    assert (
+        "warning: its patches of 16 pixels do not divide 72, so the last 8 rows and columns of an image are not seen"
+        in log
+    )
+
+
+def test_a_small_folder_is_many_shards(made: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a killed run keeps most of its work, and a slow encoder shows its progress; the embeddings stay the same."""
+    whole = made("whole", pool=[str(tiny.train)], batch_size=4)
+    monkeypatch.setattr(shard_pass, "_FEWEST_ROWS", 4)
+    monkeypatch.setattr(progress, "SILENCE", 0.0)
+    run = made(pool=[str(tiny.train)], batch_size=4)
+    files = sorted((run / "pool.json").read_text().split('"'))
+    names = [f"{tiny.train}[{first}:{min(first + 4, 30)}] ({min(4, 30 - first)})" for first in range(0, 30, 4)]
+    assert set(names) <= set(files)
+    log = (run / "log.txt").read_text()
+    assert "embeddings: 8 of 8 shards to do\nembeddings: 4 images, 1 of 8 shards of this process, " in log
+    assert " to go\n" in log
+    assert "embeddings: 30 images, 8 of 8 shards of this process, " in log
+    assert metrics(run) == metrics(whole)
 
 
 def test_streams_and_unreadable_images(made: Any, tiny: Any, tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def test_a_pool_below_the_number_of_prototypes_is_named(
         ([12, 9, 9], True, []),
         ([3, 5, 4], True, ["warning: 4.0 images per prototype are few, so their centers are accidental"]),
         ([300, 2, 58], True, ["warning: balanced: the prototypes have 2 to 300 images, not about 120 each"]),
+        ([300, 3, 58, 2], False, ["warning: 2 of 4 prototypes have fewer than 4 images: single photos"]),
+        ([300, 40, 50, 30, 3], False, []),
     ],
 )
 def test_doubtful_prototypes_are_named(sizes: list[int], balanced: bool, expected: list[str]) -> None:
@@ -70,6 +72,8 @@ def classifier_of(path: Path) -> Path:
         ({"encoder": "random:deit_tiny_distilled_patch16_224", "image_size": None},
          "deit_tiny_distilled_patch16_224: its classifier is not one linear layer on its pooled features"),
         ({"encoder": "random:test_maxvit", "image_size": 50}, "encoder.model: random:test_maxvit: test_maxvit cannot work at 50 pixels"),
+        ({"encoder": "random:vit_small_patch16_dinov3", "image_size": 100},  # whose tokens may be any number, of whole patches
+         "vit_small_patch16_dinov3 cannot work at 100 pixels (Input height (100) should be divisible by patch size (16).)"),
     ],
 )  # fmt: skip
 def test_mistakes_cost_one_line(
