@@ -99,7 +99,7 @@ class DistillConfig(Stage1Config):
         given = [key for key in _LENGTHS if getattr(self, key) is not None]
         if len(given) > 1:
             raise ValueError(f"give at most one of {', '.join(_LENGTHS)} (given: {', '.join(given)})")
-        if self.data.streaming and (self.batch_size is None or not given):
+        if self.data.streaming and not self.has_length:
             raise ValueError(
                 "data.streaming: the number of images is unknown; give batch_size, and steps or train_images"
             )
@@ -147,15 +147,11 @@ class DistillConfig(Stage1Config):
         return self.model_copy(update=chosen)
 
     @model_validator(mode="after")
-    def _teacher_needed(self) -> Self:
+    def _targets_exist(self) -> Self:
         if self.objective == "teacher" and self.teacher is None and self.store is None:
             raise ValueError("teacher.model is missing: distillation needs a teacher, or a store of soft labels")
         if self.teacher is None and self.data.held_out is not None:
             raise ValueError("data.held_out measures agreement with a teacher: give teacher.model, or data.val")
-        return self
-
-    @model_validator(mode="after")
-    def _labels_of_streams(self) -> Self:
         if self.data.streaming and (self.objective == "labels" or self.hard_label_weight > 0):
             raise ValueError(
                 "data.streaming: labels are not read from streams; set it to false, or set objective: teacher and hard_label_weight: 0"
