@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,12 +19,29 @@ import torch
 from PIL import Image
 
 from benchmarks import gpu
+from ssld.pipelines import init
+from ssld.pipelines.checks import data as checked_data
+from ssld.pipelines.runner.estimate import Rate
+from ssld.pipelines.scaffold import weights
 from ssld.shared.config.settings import parse_config
 from ssld.shared.models.model_file import read_tensors
+from ssld.stage2_detect import check_data
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.coco import CocoImage
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def init_in_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ssld init` in this process, on a machine of known speed: it starts no processes, and no trial of a network of 5 M parameters."""
+    monkeypatch.setattr(init, "ask_torch", lambda: {"devices": []})
+    for name in ("find_downloads_apart", "faults_apart"):
+        monkeypatch.setattr(weights, name, lambda references, **_: [])
+    for module in (checked_data, init):
+        monkeypatch.setattr(module, "run_script", check_data.main)
+    rate = Rate(start=1.0, step=0.01)
+    monkeypatch.setattr(init, "trials", lambda facts, files: nullcontext(lambda settings, trained, limit: rate))
 
 
 def script(name: str) -> ModuleType:
@@ -321,6 +339,7 @@ def test_table_of_fine_tuning(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("init_in_a_moment")
 def test_fine_tuning_runs_on_both_sides(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     """At a tiny size, in this process; each side has the numbers of the table, and ours the settings that `ssld init` wrote."""
     data, benchmark = shared_data("weights").parent, script("finetune")

@@ -13,7 +13,9 @@ import yaml
 from ssld.shared.config.settings import parse_config
 from ssld.shared.config.yaml_files import merge
 from ssld.stage2_detect.config import TrainConfig
-from tests.test_benchmarks import script
+from tests.test_benchmarks import init_in_a_moment, script
+
+__all__ = ["init_in_a_moment"]
 
 
 def test_every_row_of_few_labels_is_a_valid_run(tmp_path: Path) -> None:
@@ -67,6 +69,7 @@ def test_table_of_few_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("init_in_a_moment")
 def test_few_labels_runs(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     """At a tiny size, in this process: the labeled photos and the others are all training photos."""
     data, benchmark = shared_data("weights").parent, script("few_labels")
@@ -80,4 +83,4 @@ def test_few_labels_runs(shared_data: Callable[[str], Path], tmp_path: Path) -> 
     assert (len(labeled), len(rest), labeled & rest) == (20, 185, set())
     used = parse_config(TrainConfig, ["--config", str(folder / "runs/strong-2-64/config.yaml")], program="train.py")
     assert (used.augment.preset, used.steps, used.resize.short_side, used.seed) == ("strong", 2, 64, 1)
-    assert benchmark.main([*line, "--rows", "strong", "--seeds", "1", "--table-only"]) == 0
+    assert benchmark.main([*line, "--rows", "strong", "--seeds", "1", "--draws", "20", "--table-only"]) == 0

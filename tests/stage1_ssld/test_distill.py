@@ -360,7 +360,7 @@ def test_real_processes_of_the_other_entries(
     """From any folder, without an installed package: exit codes, one line for a mistake, no traceback."""
     settings = {key: value for key, value in distill_settings.items() if key not in ("student", "teacher")}
     settings |= {"model": "random:test_resnet", "steps": 2}
-    process = scripts.run("stage1_ssld/teach.py", *arguments(settings), new_python=True)
+    process = scripts.run("stage1_ssld/teach.py", *arguments(settings))
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "run" / "teacher.safetensors").exists()
     line = ["--model", str(tiny.parquet), "--data.path", "x", "--output", "o"]

@@ -144,7 +144,7 @@ def test_real_processes_killed_and_stopped_from_outside(
 ) -> None:
     settings = distill_settings | {"steps": 90, "save_every": 4, "log_every": 5, "workers": 1}
     script = ("stage1_ssld/distill.py", *arguments(settings))
-    whole = scripts.run("stage1_ssld/distill.py", *arguments(settings, "whole"), new_python=True)
+    whole = scripts.run("stage1_ssld/distill.py", *arguments(settings, "whole"))
     assert whole.returncode == 0, whole.stderr
     assert "wrote" in whole.stdout
     run = tmp_path / "run"

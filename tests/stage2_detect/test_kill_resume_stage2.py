@@ -34,7 +34,7 @@ def test_killed_and_stopped_runs_resume_to_the_same_bits(
     metrics_of: Callable[[Path], Any],
 ) -> None:
     settings = train_settings | {"steps": 40, "save_every": 5, "workers": 1, "unit_scale": True}
-    assert scripts.run(TRAIN, *arguments(settings, "whole"), new_python=True).returncode == 0
+    assert scripts.run(TRAIN, *arguments(settings, "whole")).returncode == 0
     argv = arguments(settings, "killed")
     run = tmp_path / "killed"
 

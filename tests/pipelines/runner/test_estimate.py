@@ -1,6 +1,7 @@
 """Time and disk of stages from given rates, and a trial of real stages."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -265,8 +266,11 @@ def test_a_trial_converts_files_and_estimates_audits(
 
 
 @pytest.mark.process
-def test_a_trial_of_real_stages(tiny: Any, write_pipeline: Any, tmp_path: Path, capfd: Any) -> None:
+def test_a_trial_of_real_stages(
+    tiny: Any, write_pipeline: Any, tmp_path: Path, capfd: Any, forking_python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two trainings, the second of which reads the first one's file, and an evaluation; the second start measures nothing."""
+    monkeypatch.setattr(sys, "executable", str(forking_python))
     common: dict[str, Any] = {"steps": 500, "batch_size": 8, "workers": 0, "threads": 1, "device": "cpu"}
     common |= {
         "optim": {"lr": 0.02, "reference_batch": 8},
