@@ -149,8 +149,7 @@ class TrainConfig(TrainingConfig):
     """divide the initial weights of the FPN's lateral convolutions by the scale (root mean square) of the backbone's feature maps, measured on eight
     training images, and their learning rate accordingly; false: as in published recipes; unused if `init` is given"""
     unlabeled: Path | list[Path] | None = None
-    """unlabeled images, for distillation: a folder, a quoted pattern, a text file with one path per line, or a COCO JSON file, whose annotations
-    are not read; or a list of these. With `pseudo`: the folder that its file names are relative to"""
+    """unlabeled images for distillation: a folder, a pattern, a text file of paths, or a list of these; with `pseudo`: the folder of its images"""
     pseudo: Path | None = None
     """pseudo_labels.json for `unlabeled`, from ssld predict --pseudo_labels: boxes to train on; images without boxes are left out"""
     labeled_ratio: float = Field(0.5, gt=0, le=1)
@@ -425,9 +424,8 @@ class ConvertDataConfig(CommandConfig):
     """text file with one class name per line, in order of class number; null: names from the data"""
     box_format: Literal["xywh", "xyxy", "xyxy_relative", "cxcywh_relative"] = "xywh"
     """box format in data of Hugging Face: xywh or xyxy in pixels, xyxy_relative or cxcywh_relative in shares of the image size"""
-    voc_inclusive: bool | None = None
-    """reading of VOC corners: true, as first and last pixel counted from 1, as in Pascal VOC; false, as edges counted from 0;
-    null: true, unless most boxes have fractions of pixels"""
+    voc_inclusive: bool = True
+    """read VOC corners as first and last pixel counted from 1, as in Pascal VOC; false, and where most have fractions: as edges counted from 0"""
     voc_difficult: Literal["ignore", "keep"] = "ignore"
     """treatment of VOC objects marked difficult: ignore, as iscrowd, neither trained on nor counted in evaluation; keep, as other objects"""
     allow_loss: bool = False

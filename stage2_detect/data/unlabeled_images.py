@@ -219,7 +219,11 @@ def _coco_files(file: Path, images: Path | None) -> tuple[ImageFiles, str]:
     if not folder.is_dir():
         raise UserError(f"image folder {folder} does not exist")
     if missing := missing_names(folder, names):
-        advice = "" if images else "; give their folder as moving_teacher.images"
+        advice = (
+            ""
+            if images
+            else "; a file beside its images needs no more, else give their folder as moving_teacher.images, or a list of paths"
+        )
         raise UserError(
             f"{len(missing)} of the {len(names)} images of {file} are missing; the first is "
             f"{printable(os.path.join(folder, names[missing[0]]))}{hint(folder, [names[index] for index in missing]) or advice}"

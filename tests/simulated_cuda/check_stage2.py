@@ -13,7 +13,7 @@ from ssld.shared.models.model_file import read_tensors
 from ssld.stage2_detect import evaluate, export, predict, train
 from tests.simulated_cuda.device import Counted, SimulatedCuda
 from tests.simulated_cuda.table import LOOPS
-from tests.stage2_detect.conftest import TinyCoco, small_settings, tiny_coco
+from tests.stage2_detect.conftest import TinyCoco, small_settings, tiny_coco, written_again
 
 Settings = dict[str, Any]
 Run = Callable[..., Path]
@@ -88,8 +88,9 @@ def test_masks_evaluation_between_steps_and_validation_loss(run: Run, settings: 
     assert [line["step"] for line in lines if "val_AP_segm" in line and "val_loss_mask" in line] == [2, 3]
 
 
-def test_distillation_of_both_families(run: Run, settings: Settings) -> None:
-    for name, change in {"pkd": {"unlabeled": settings["data"]["val_images"]}, "ld": {"model": GFL}}.items():
+def test_distillation_of_both_families(run: Run, settings: Settings, tmp_path: Path) -> None:
+    more = written_again(Path(settings["data"]["val_images"]), tmp_path / "more")
+    for name, change in {"pkd": {"unlabeled": str(more)}, "ld": {"model": GFL}}.items():
         model = change.get("model", settings["model"])
         teacher = run(f"teacher_{name}", model=model, steps=1) / "detector.safetensors"
         student = run(name, **change, precision="bf16", distill={"teacher": str(teacher), "check_ap": 0})

@@ -336,7 +336,7 @@ def test_a_thousand_unreadable_images_end_a_pass_early(tmp_path: Path) -> None:
             workers=0,
             report=lambda *numbers: reported.append(numbers),
         )
-    assert reported == []
+    assert reported == [(0, 128 * pieces) for pieces in range(1, 9)]
 
 
 def test_a_teacher_that_answers_nan(

@@ -58,6 +58,15 @@ def tiny_coco(tmp_path_factory: pytest.TempPathFactory) -> TinyCoco:
     return TinyCoco(folder / "train.json", folder / "train", folder / "val.json", folder / "val")
 
 
+def written_again(images: Path, folder: Path) -> Path:
+    """Write the pixels of images to other files in a new folder, which training does not take for copies of these; return the folder."""
+    folder.mkdir()
+    for file in images.iterdir():
+        with Image.open(file) as image:
+            image.convert("RGB").save(folder / file.name, format="PNG", compress_level=1)
+    return folder
+
+
 @pytest.fixture
 def train_settings(tiny_coco: TinyCoco) -> dict[str, Any]:
     """Settings of a small detector without `output`: 6 steps of 4 images."""

@@ -12,6 +12,7 @@ from ssld.shared.run_dir import read_result
 from ssld.stage2_detect import train
 from ssld.stage2_detect.detector_file import load_detector
 from ssld.stage2_detect.distill_config import ADLConfig, LDConfig
+from tests.stage2_detect.conftest import written_again
 from tests.stage2_detect.test_recipes import CONFIGS, DENSE, expected_scores, rate, resolved
 
 SIDES_2X = list(range(480, 801, 32))
@@ -205,7 +206,8 @@ def test_a_recipe_trains_and_is_evaluated(
     kind = name.replace("toy_", "").split("_")[0]
     flags: list[str] = []
     if "_sad_" in name:  # the annotations serve as pseudo-labels
-        flags = ["--unlabeled", str(toy / "train"), "--pseudo", str(toy / "train.json"), "--batch_size", "4"]
+        same = written_again(toy / "train", tmp_path / "same")
+        flags = ["--unlabeled", str(same), "--pseudo", str(toy / "train.json"), "--batch_size", "4"]
     if any(kind in name for kind in ("_ld_", "_cwd_", "_adl_", "_sad_")):
         flags += ["--distill.teacher", str(teachers[kind]), "--distill.check_ap", "0", "--distill.check_images", "1"]
     file = run(call, name, toy, tmp_path / "run", *flags)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from ssld.shared.errors import UserError
@@ -22,20 +21,13 @@ from ssld.stage2_detect.data.coco import read_coco
 from ssld.stage2_detect.data.loaders import TrainLoader
 from ssld.stage2_detect.data.unlabeled_images import LabeledImages, UnlabeledImages, pseudo_labeled_images
 from ssld.stage2_detect.data.views import draw_view, view_boxes
+from tests.stage2_detect.conftest import written_again
 
 Settings = dict[str, Any]
 Arguments = Callable[..., list[str]]
 Call = Callable[..., int]
 RESIZE = ResizeConfig(train_short_sides=[64, 80], train_long_side=80)
 NAMES = ("wide", "tall")
-
-
-def written_again(images: Path, folder: Path) -> None:
-    """Write the pixels of images to other files, which are no copies of these."""
-    folder.mkdir()
-    for file in images.iterdir():
-        with Image.open(file) as image:
-            image.save(folder / file.name, compress_level=1)
 
 
 @pytest.fixture(scope="module")

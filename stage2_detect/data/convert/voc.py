@@ -48,14 +48,13 @@ def read_voc(
     *,
     classes: Path | None,
     splits: list[str],
-    voc_inclusive: bool | None = None,
+    voc_inclusive: bool = True,
     voc_difficult: Difficult = "ignore",
 ) -> SourceData:
     """Read a data set from a folder. Raises UserError, naming file and line, for any fault of the data.
 
     Classes are those of `classes`, else those of the data set's list, else the names that occur, sorted. With `voc_difficult="ignore"` objects marked
-    difficult become crowd regions: VOC's evaluation does not count them, and detectors for VOC do not train on them. `voc_inclusive=None` reads
-    corners as pixels unless most boxes have fractions.
+    difficult become crowd regions: VOC's evaluation does not count them, and detectors for VOC do not train on them.
     """
     folder = path.resolve()
     layout = find_voc(folder, splits)
@@ -71,13 +70,11 @@ def read_voc(
     data = SourceData("Pascal VOC", names, notes=layout.notes)
     data.crowd = "marked difficult, which makes them iscrowd (--voc_difficult keep trains on them)"
     data.hint = "another --voc_inclusive, or the images of another size?"
-    if voc_inclusive is None:
-        voc_inclusive = not _have_fractions(trees.values())
-        if not voc_inclusive:
-            data.notes.append(
-                f"{folder}: most boxes have fractions of pixels, so their corners are read as edges counted from 0 "
-                "(--voc_inclusive true reads them as pixels)"
-            )
+    if voc_inclusive and _have_fractions(trees.values()):
+        voc_inclusive = False
+        data.notes.append(
+            f"{folder}: most boxes have fractions of pixels, so their corners are read as edges counted from 0"
+        )
     for split, entries in layout.splits.items():
         tally = data.tallies[split] = Tally()
         for place in layout.repeated.get(split, []):

@@ -185,8 +185,9 @@ def _refuse_keypoints(rows: list[_Row]) -> None:
     """Raise UserError for rows of a box and keypoints: read as polygons they would be accepted, and wrong.
 
     Pose data whose data.yaml says so is refused before. Else it is known by this: all rows have the same number of values, and behind the box are
-    points of two values that lie in it, at least three, or of three values of which the last is 0, 1 or 2; a keypoint at 0, 0 is one that is not
-    there. A polygon begins on its own outline, so its points rarely lie in the box around its first point, and seldom all polygons have as many.
+    points that lie in it: of three values, the last of which is 0, 1 or 2, or of two values, at least three points. A keypoint at 0, 0 is one that is
+    not there. Small polygons fulfill this too, so for points of two values width and height, read as a point, have to lie far from the others in most
+    rows: the second point of a polygon does not.
     """
     lengths = {len(row.values) for row in rows}
     if len(rows) < 3 or len(lengths) != 1:
@@ -194,7 +195,9 @@ def _refuse_keypoints(rows: list[_Row]) -> None:
     (length,) = lengths
     for size in (2, 3):
         points, rest = divmod(length - 4, size)
-        if not rest and points >= (3 if size == 2 else 1) and all(_is_pose(row.values, size) for row in rows):
+        if rest or points < (3 if size == 2 else 1) or not all(_is_pose(row.values, size) for row in rows):
+            continue
+        if size == 3 or 2 * sum(_second_is_far(row.values) for row in rows) > len(rows):
             raise UserError(
                 f"{rows[0].place}: all {len(rows)} rows look like a box and {count(points, 'keypoint')}; keypoints are not "
                 "supported: keep the first five values of each row"
@@ -208,6 +211,14 @@ def _is_pose(values: list[float], size: int) -> bool:
     seen = [point for point in points if point[:2] != [0.0, 0.0]]
     inside = all(abs(point[0] - x) <= w / 2 + _SLACK and abs(point[1] - y) <= h / 2 + _SLACK for point in seen)
     return inside and (size == 2 or all(point[2] in (0.0, 1.0, 2.0) for point in points))
+
+
+def _second_is_far(values: list[float]) -> bool:
+    """Whether the second point is further from the box around the other points than this box is long."""
+    points = [point for point in zip(values[::2], values[1::2], strict=True) if point != (0.0, 0.0)]
+    (x, y), others = points[1], [points[0], *points[2:]]
+    (left, right), (top, bottom) = ((min(side), max(side)) for side in zip(*others, strict=True))
+    return max(left - x, x - right, top - y, y - bottom) > max(right - left, bottom - top)
 
 
 def _object(row: _Row, width: int, height: int) -> SourceObject:

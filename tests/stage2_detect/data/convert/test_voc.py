@@ -62,9 +62,6 @@ def test_corners_with_fractions_are_edges(tmp_path: Path, capsys: pytest.Capture
         assert main(line(tmp_path / name, tmp_path / f"{name}_out")) == 0
         np.testing.assert_allclose(read(tmp_path / f"{name}_out").images[0].file_boxes_N4, expected)
         assert ("most boxes have fractions of pixels" in capsys.readouterr().out) == (name == "most")
-    write(tmp_path / "most" / "a.xml", voc_xml(("wide", 0, (4.5, 3, 9, 9))))
-    assert main([*line(tmp_path / "most", tmp_path / "pixels"), "--voc_inclusive", "true"]) == 0
-    np.testing.assert_allclose(read(tmp_path / "pixels").images[0].file_boxes_N4, [[3.5, 2, 5.5, 7]])
 
 
 def test_rectangles_that_cvat_has_turned(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Conversion of YOLO data sets to the COCO file that they were made from; every error is one line with its place."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -169,7 +170,7 @@ def test_yolo_faults(
 def test_keypoints_without_kpt_shape(
     yolo: Path, tmp_path: Path, user_error: Callable[..., str], visibility: str
 ) -> None:
-    """Boxes with four keypoints, one of them not there, are as long as polygons. Polygons of as many points are read."""
+    """Boxes with four keypoints, one of them not there, are as long as polygons."""
     points = [(-0.05, -0.1), (0.05, -0.1), (0.0, 0.1)]
     rows = []
     for x, y in ((0.2, 0.3), (0.5, 0.5), (0.8, 0.6)):
@@ -178,13 +179,24 @@ def test_keypoints_without_kpt_shape(
     write(yolo / "labels/train/a.txt", "\n".join(rows))
     message = user_error(main, line(yolo, tmp_path / "out"))
     assert "a.txt, line 1: all 3 rows look like a box and 4 keypoints; keypoints are not supported: keep the" in message
-    rows = []
-    for x, y in ((0.2, 0.3), (0.5, 0.5), (0.8, 0.6)):  # seven points around x, y, from the lower right
-        around = [(0.1, 0.1), (0.0, 0.12), (-0.1, 0.1), (-0.12, 0.0), (-0.1, -0.1), (0.1, -0.1), (0.12, 0.0)]
-        rows.append("0" + "".join(f" {x + dx:.3f} {y + dy:.3f}" for dx, dy in around))
-    write(yolo / "labels/train/a.txt", "\n".join(rows))
-    assert main(line(yolo, tmp_path / "polygons")) == 0
-    assert len(by_name(read(tmp_path / "polygons"))["a"].labels_N) == 3
+
+
+@pytest.mark.parametrize("first", range(6))
+def test_small_polygons_of_equal_length_are_no_keypoints(yolo: Path, tmp_path: Path, first: int) -> None:
+    """Hexagons, closed rectangles and long strips, from any of their points on; far from the corner all points lie in the box around the first."""
+    turns = [(math.cos(k * math.pi / 3), math.sin(k * math.pi / 3)) for k in range(6)]
+    shapes = {"hexagons": turns, "strips": [(4 * x, y / 2) for x, y in turns]}
+    shapes["rectangles"] = [(1, 1), (-1, 1), (-1, -1), (1, -1), (1, 1), (1, 1)]
+    for name, around in shapes.items():
+        around = around[first:] + around[:first]
+        rows = [
+            "0" + "".join(f" {x + dx / 60:.4f} {y + dy / 50:.4f}" for dx, dy in around)
+            for x in (0.2, 0.5, 0.8)
+            for y in (0.3, 0.6, 0.9)
+        ]
+        write(yolo / "labels/train/a.txt", "\n".join(rows))
+        assert main(line(yolo, tmp_path / name)) == 0
+        assert len(by_name(read(tmp_path / name))["a"].labels_N) == 9
 
 
 def test_rows_of_another_format(
