@@ -16,7 +16,7 @@ from ssld.pipelines.checks import data as checked_data
 from ssld.pipelines.checks.settings import settings_lines
 from ssld.pipelines.runner.estimate import Rate, rate_key
 from ssld.pipelines.runner.stages import build_stages, read_pipeline
-from ssld.pipelines.scaffold import trials, weights
+from ssld.pipelines.scaffold import pool, trials, weights
 from ssld.pipelines.scaffold.split import split_content
 from ssld.pipelines.scaffold.suggest import (
     Settings,
@@ -54,6 +54,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(
             module, name, lambda references, **_: []
         )  # timm's names and networks, which nothing here reads
+    monkeypatch.setattr(pool, "call_apart", lambda function, *given: function(*given))
     monkeypatch.setattr(init, "trials", lambda facts, files: nullcontext(quick_machine))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for module in (checked_data, init):
