@@ -82,6 +82,8 @@ def _disturbed(error: Exception, output: Path | None) -> str | None:
     while error.errno == errno.ENOTDIR and path != output and not path.exists():
         path = path.parent
     if path.is_dir():
+        if error.errno == errno.EEXIST:  # a folder that was to be new: no mistake of a user
+            return None
         return (
             f"{path}: is a folder, but the run writes a file of this name; move it away and run the same command again"
         )

@@ -126,7 +126,7 @@ class MixedOrder:
                 f"change batch_size or {ratio}"
             )
         if self.unlabeled > len(unlabeled_wide):
-            raise UserError(f"unlabeled: {split}, but the folder holds {len(unlabeled_wide)} images")
+            raise UserError(f"unlabeled: {split}, but only {len(unlabeled_wide)} unlabeled images are left")
         self._order = BatchOrder(
             wide, batch_size=labeled, seed=seed, ranks=ranks, accumulate=accumulate, repeats=repeats
         )

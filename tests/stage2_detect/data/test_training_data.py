@@ -80,7 +80,7 @@ def test_micro_batches_share_both_parts_evenly(ranks: int, accumulate: int) -> N
         ({"labeled_ratio": 0.01}, "0 labeled and 8 unlabeled images of a batch of 8 do not divide"),
         ({"labeled_ratio": 0.99}, "8 labeled and 0 unlabeled images of a batch of 8 do not divide"),
         ({"ranks": 2, "labeled_ratio": 0.4}, "3 labeled and 5 unlabeled images of a batch of 8 do not divide over 2"),
-        ({"batch_size": 60}, "but the folder holds 30 images"),
+        ({"batch_size": 60}, "but only 30 unlabeled images are left"),
         ({"batch_size": 44, "labeled_ratio": 0.5}, "batch_size 22 does not fit the data set of 20"),
     ],
 )
