@@ -90,7 +90,8 @@ def test_masks_evaluation_between_steps_and_validation_loss(run: Run, settings: 
 
 def test_distillation_of_both_families(run: Run, settings: Settings, tmp_path: Path) -> None:
     more = written_again(Path(settings["data"]["val_images"]), tmp_path / "more")
-    for name, change in {"pkd": {"unlabeled": str(more)}, "ld": {"model": GFL}}.items():
+    changes: dict[str, Settings] = {"pkd": {"unlabeled": str(more)}, "ld": {"model": GFL}}
+    for name, change in changes.items():
         model = change.get("model", settings["model"])
         teacher = run(f"teacher_{name}", model=model, steps=1) / "detector.safetensors"
         student = run(name, **change, precision="bf16", distill={"teacher": str(teacher), "check_ap": 0})

@@ -217,7 +217,7 @@ def test_user_errors(
     (tmp_path / "empty").mkdir()
     assert f"no images in {tmp_path / 'empty'}" in message(unlabeled=str(tmp_path / "empty"))
     assert "0 labeled and 4 unlabeled images of a batch of 4" in message(labeled_ratio=0.05)
-    assert "the folder holds 7 images" in message(batch_size=20)
+    assert "but only 7 unlabeled images are left" in message(batch_size=20)
 
 
 def test_without_evaluation_images_the_teacher_is_tried_on_training_images(

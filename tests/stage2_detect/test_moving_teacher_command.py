@@ -202,7 +202,7 @@ def test_user_errors(
     assert f"moving_teacher.unlabeled: no images in {tmp_path / 'empty'}" in message(unlabeled=str(tmp_path / "empty"))
     assert "moving_teacher.unlabeled: is an empty list" in message(unlabeled=[])
     assert "moving_teacher.ratio: 4 labeled and 0 unlabeled images of a batch of 4 do not divide" in message(ratio=0.01)
-    assert "the folder holds 5 images" in message({"batch_size": 12})
+    assert "but only 5 unlabeled images are left" in message({"batch_size": 12})
     assert "moving_teacher.burn_in: 6 of 6 steps, so no unlabeled image is used" in message(burn_in=6)
     assert "'round' is no class of the training annotations (wide, tall)" in message(class_thresholds={"round": 0.5})
     assert "moving_teacher: box_jitter: one copy has no spread" in message(box_jitter=1)
