@@ -149,7 +149,7 @@ class TrainConfig(TrainingConfig):
     """divide the initial weights of the FPN's lateral convolutions by the scale (root mean square) of the backbone's feature maps, measured on eight
     training images, and their learning rate accordingly; false: as in published recipes; unused if `init` is given"""
     unlabeled: Path | list[Path] | None = None
-    """unlabeled images for distillation: a folder, a pattern, a text file of paths, or a list of these; with `pseudo`: the folder of its images"""
+    """unlabeled images for `distill`: folder, pattern, text file of paths, COCO JSON file, or a list of these; with `pseudo`: its images' folder"""
     pseudo: Path | None = None
     """pseudo_labels.json for `unlabeled`, from ssld predict --pseudo_labels: boxes to train on; images without boxes are left out"""
     labeled_ratio: float = Field(0.5, gt=0, le=1)

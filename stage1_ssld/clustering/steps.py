@@ -40,10 +40,8 @@ _IMAGES_OF_EACH, _FEWEST, _MOST = 40, 16, 4096  # default number of prototypes: 
 _SAMPLE = 1 << 23  # values (images x prototypes) that the temperature is estimated on
 _DRAWN = 20  # prototypes in prototypes.png
 _FEW = 10  # images per prototype below which a warning says that centers are accidental
-_ALONE, _SMALL = (
-    4,
-    0.2,
-)  # images that are no group yet, and the share of such prototypes from which a warning names them
+_ALONE = 4  # images below which a prototype is no group yet
+_SMALL = 0.2  # share of such prototypes above which a warning counts them
 _UNEQUAL = 0.2  # relative deviation of a balanced prototype's size from the mean that a warning names
 
 

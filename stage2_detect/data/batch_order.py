@@ -126,7 +126,9 @@ class MixedOrder:
                 f"change batch_size or {ratio}"
             )
         if self.unlabeled > len(unlabeled_wide):
-            raise UserError(f"unlabeled: {split}, but only {len(unlabeled_wide)} unlabeled images are left")
+            raise UserError(
+                f"{ratio}: {split}, but only {len(unlabeled_wide)} unlabeled images are left; give more, or change batch_size or {ratio}"
+            )
         self._order = BatchOrder(
             wide, batch_size=labeled, seed=seed, ranks=ranks, accumulate=accumulate, repeats=repeats
         )

@@ -135,7 +135,13 @@ def _unlabeled(config: TrainConfig, train: CocoData, val: CocoData | None) -> Un
     """List the unlabeled images that `config` names; None: there are none."""
     known = LabeledImages(train.images, val.images if val else [])
     if moving := config.moving_teacher:
-        return unlabeled_images("moving_teacher.unlabeled", moving.sources, known, images=moving.images)
+        return unlabeled_images(
+            "moving_teacher.unlabeled",
+            moving.sources,
+            known,
+            images=moving.images,
+            images_setting="moving_teacher.images",
+        )
     if config.unlabeled is None:
         return None
     if config.pseudo is None or isinstance(config.unlabeled, list):

@@ -73,7 +73,12 @@ class LabeledImages:
 
 
 def unlabeled_images(
-    setting: str, sources: Sequence[Path], known: LabeledImages, *, images: Path | None = None
+    setting: str,
+    sources: Sequence[Path],
+    known: LabeledImages,
+    *,
+    images: Path | None = None,
+    images_setting: str | None = None,
 ) -> UnlabeledImages:
     """List unlabeled images, by source and sorted path; without those that the run has labels of and without copies of these files.
 
@@ -82,6 +87,7 @@ def unlabeled_images(
         sources: folders, patterns, text files, COCO JSON files.
         known: the images with labels.
         images: folder that the file names in COCO JSON files are relative to; None: the folder of the file.
+        images_setting: name of the setting that has `images`, for messages; None: there is none.
 
     Raises:
         UserError: a source without images, files that are missing, more than one image and more than 1 % that cannot be read, or no image left.
@@ -91,7 +97,7 @@ def unlabeled_images(
     notes: list[str] = []
     for number, source in enumerate(sources):
         try:
-            files, note = files_of(source, images)
+            files, note = files_of(source, images, images_setting)
         except UserError as error:
             raise UserError(f"{setting}: {error}") from None
         notes += [note] if note else []
@@ -179,7 +185,7 @@ def check_unreadable(key: str, sources: str, total: int, unreadable: Sequence[st
         )
 
 
-def files_of(source: Path, images: Path | None) -> tuple[ImageFiles, str]:
+def files_of(source: Path, images: Path | None, images_setting: str | None) -> tuple[ImageFiles, str]:
     """Return (the images of one source, a line for the log or "").
 
     Args:
@@ -190,7 +196,7 @@ def files_of(source: Path, images: Path | None) -> tuple[ImageFiles, str]:
         UserError: nothing of this kind, no image in it, a file that is missing, or a video.
     """
     if source.suffix.lower() == ".json" and source.is_file():
-        return _coco_files(source, images)
+        return _coco_files(source, images, images_setting)
     files = ImageFiles(str(source), require_images(source)) if source.is_dir() else find_images(str(source))
     videos = [name for name in files.names if name.lower().endswith(VIDEO_SUFFIXES)]
     if videos:
@@ -198,7 +204,7 @@ def files_of(source: Path, images: Path | None) -> tuple[ImageFiles, str]:
     return files, ""
 
 
-def _coco_files(file: Path, images: Path | None) -> tuple[ImageFiles, str]:
+def _coco_files(file: Path, images: Path | None, images_setting: str | None) -> tuple[ImageFiles, str]:
     """Return (the files that a COCO JSON file lists, a line for the log or "")."""
     try:
         content: Any = json.loads(read_text(file))
@@ -219,11 +225,8 @@ def _coco_files(file: Path, images: Path | None) -> tuple[ImageFiles, str]:
     if not folder.is_dir():
         raise UserError(f"image folder {folder} does not exist")
     if missing := missing_names(folder, names):
-        advice = (
-            ""
-            if images
-            else "; a file beside its images needs no more, else give their folder as moving_teacher.images, or a list of paths"
-        )
+        other = f"give their folder as {images_setting}" if images_setting else "give a text file with their paths"
+        advice = "" if images else f"; {other}"
         raise UserError(
             f"{len(missing)} of the {len(names)} images of {file} are missing; the first is "
             f"{printable(os.path.join(folder, names[missing[0]]))}{hint(folder, [names[index] for index in missing]) or advice}"

@@ -100,7 +100,7 @@ def test_terms_of_features_beside_soft_labels(
         "measuring mean and standard deviation of the first 32 views",
         "standardized with 32 views",
     ]
-    places = [output.index(part) for part in order]  # what is slow comes after what it is
+    places = [output.index(part) for part in order]  # a slow measurement is announced before it begins
     assert places == sorted(places)
     result = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
     assert {"top1", "agreement", "kl"} <= set(result)

@@ -214,11 +214,11 @@ def test_layers_behind_the_last_feature_map_cause_no_message(tmp_path: Path, cap
     [(64, ""), (72, "do not divide 72, so the last 8 rows and columns of an image are not seen; 64 and 80 ")],
 )
 def test_patches_that_leave_an_edge_out(size: int, warning: str) -> None:
-    """timm cuts off what is less than a patch; a map of the rest does not lie on that of a student, which sees all."""
+    """timm leaves out rows and columns that fill no whole patch: the map shows less of the image than the map of a student does."""
     classifier, _ = create_classifier(parse_reference("random:vit_tiny_patch16_224"), image_size=size)
     black = torch.zeros(1, 3, size, size)
     edge = black.clone()
-    edge[..., 64:, :] = edge[..., 64:] = 255.0  # what is beyond four patches, nothing at 64
+    edge[..., 64:, :] = edge[..., 64:] = 255.0  # pixels beyond the fourth patch; an image of 64 has none
     with torch.no_grad():
         assert torch.equal(classifier.eval()(edge), classifier(black))
     assert classifier.loaded.startswith("random:vit_tiny_patch16_224: random weights")

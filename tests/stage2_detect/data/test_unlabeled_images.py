@@ -40,7 +40,9 @@ def folder(tmp_path: Path) -> Path:
 def listed(*sources: Path | str, images: Path | None = None, labeled: Any = (), evaluated: Any = ()) -> Any:
     config = MovingTeacherConfig(unlabeled=[Path(one) for one in sources], images=images)
     known = LabeledImages(labeled, evaluated)
-    return unlabeled_images("moving_teacher.unlabeled", config.sources, known, images=config.images)
+    return unlabeled_images(
+        "moving_teacher.unlabeled", config.sources, known, images=config.images, images_setting="moving_teacher.images"
+    )
 
 
 # Sources
