@@ -8,7 +8,8 @@ DATA holds `bccd/`, `coco-mini/`, `tinyimagenet100/` and `weights/efficientnet_l
 trained for longer. All rows of a kind have the same images, steps, augmentation and schedule, except where the row's name says otherwise. `--every
 5` keeps the annotations of every fifth image, for teacher and students; the other images are unlabeled. `pseudo` and `sad` learn from the teacher's
 boxes on them too, `pkd+roi, unlabeled images too` from its features and class probabilities there, with as many labeled images per step as the
-other rows. `--set coco-mini` has persons, animals and vehicles as its classes; `--set mosaics`: dogs and cats of Tiny ImageNet pasted on canvases.
+other rows, so that its steps have twice the images; those of `..., twice the batch` have as many, all labeled. `--set coco-mini` has persons,
+animals and vehicles as its classes; `--set mosaics`: dogs and cats of Tiny ImageNet pasted on canvases.
 
 Finished runs are not repeated. Printed: mean AP over the seeds and each seed's, and the difference to `alone` with 95 % intervals over the evaluation
 images and over the seeds (`paired.py`).
@@ -39,6 +40,7 @@ LD_TERMS = {"ld": 0.25, "ld_vlr": 0.25, "kd": 10.0, "kd_vlr": 10.0, "imitation":
 ALONE, LONGER, TEACHER = "alone", "alone, twice the steps", "the teacher"
 PSEUDO = ("pseudo", "sad")
 MORE_IMAGES = "pkd+roi, unlabeled images too"
+TWICE_THE_BATCH = ("alone, twice the batch", "pkd+roi, twice the batch")
 
 
 def _ld(*terms: str, temperature: float = 10.0) -> dict[str, Any]:
@@ -72,6 +74,8 @@ ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
         "roi": {"pkd_weight": 0.0},
         "pkd+roi (the default)": {},
         MORE_IMAGES: {},
+        TWICE_THE_BATCH[0]: None,
+        TWICE_THE_BATCH[1]: {},
     },
 }
 
@@ -152,7 +156,7 @@ class Bench:
             settings |= {"unlabeled": str(self.images), "pseudo": str(self.pseudo(kind))}
         if row == MORE_IMAGES:
             settings["unlabeled"] = str(self.unlabeled)
-        if "unlabeled" in settings:
+        if "unlabeled" in settings or row in TWICE_THE_BATCH:
             batch = 2 * settings["batch_size"]
             settings = merge(settings, {"batch_size": batch, "optim": {"reference_batch": batch}})
         return self.evaluated(settings, run_name(kind, row, self.scale.steps, seed))

@@ -263,6 +263,8 @@ class Bench:
         if self.scale.labeled is None:
             return file
         content = json.loads(file.read_bytes())
+        if self.scale.labeled > len(content["images"]):
+            raise SystemExit(f"--labeled {self.scale.labeled}: {file} has {len(content['images'])} images")
         content["images"] = random.Random(seed).sample(content["images"], self.scale.labeled)
         kept = {image["id"] for image in content["images"]}
         content["annotations"] = [one for one in content["annotations"] if one["image_id"] in kept]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ssld.pipelines.checks.data import DataNeeds, DataSet, folder_lines, folders_of, words_of
+from ssld.pipelines.checks.data import DataNeeds, DataSet, source_lines, sources_of, words_of
 from ssld.pipelines.checks.machine import Level, Line
 from ssld.pipelines.config import CommandName
 from ssld.pipelines.folder import shown
@@ -74,8 +74,13 @@ def settings_lines(
     if commands and all(line.level == "ok" for line in lines):
         lines += [Line("ok", "settings", "valid, and fit this machine")]
     if not quick:
-        for folder in dict.fromkeys(folder for _, config in commands for folder in folders_of(config)):
-            lines += folder_lines(folder)
+        read = [sources_of(config) for _, config in commands]
+        for source in dict.fromkeys(source for sources, _ in read for source in sources):
+            lines += source_lines(source)
+        if others := list(dict.fromkeys(other for _, others in read for other in others)):
+            lines.append(
+                Line("note", "images", f"not opened, since only folders of images are for stage 1: {some(others)}")
+            )
     return lines, data_sets
 
 
