@@ -63,10 +63,12 @@ def test_every_row_of_detector_teachers_is_a_valid_run(tmp_path: Path, monkeypat
                 alone.data,
                 alone.optim.lr,
             )
-            assert run.steps == alone.steps * (2 if "twice" in row else 1)
+            assert run.steps == alone.steps * (2 if "twice the steps" in row else 1)
             pseudo = row in ("pseudo", "sad")
             more_images = pseudo or "unlabeled" in row
-            assert run.batch_size * (0.5 if more_images else 1) == alone.batch_size
+            doubled = more_images or "twice the batch" in row
+            assert run.batch_size * (0.5 if doubled else 1) == alone.batch_size
+            assert run.optim.reference_batch == run.batch_size  # so the learning rate is as without
             assert (run.unlabeled is not None) == more_images
             assert (run.pseudo is not None) == pseudo
             with_teacher = not row.startswith("alone") and row != "pseudo"

@@ -22,14 +22,12 @@ from ssld.pipelines.checks.machine import Line
 from ssld.pipelines.config import ROOT
 from ssld.pipelines.folder import shown
 from ssld.shared.config.settings import CommandConfig
-from ssld.shared.errors import UserError
-from ssld.shared.files import escaped, is_pattern, list_images, spread
+from ssld.shared.files import escaped, list_images, spread
 from ssld.shared.tally import Tally
 from ssld.shared.wording import count
 from ssld.stage1_ssld.config import CurateConfig, PrototypesConfig, SoftLabelsConfig, Stage1Config
 from ssld.stage1_ssld.data_config import SourceConfig
 from ssld.stage2_detect.config import TrainConfig
-from ssld.stage2_detect.data.image_files import images_of_source
 from ssld.stage2_detect.data_config import as_list
 
 DataSet = tuple[str, ...]
@@ -46,7 +44,7 @@ class DataNeeds(NamedTuple):
 FLAGS = ("annotations", "images", "val_annotations", "val_images")
 """flags of `check_data.py` for the files of a data set"""
 MOST = 5000
-"""images opened per source at most, evenly spread"""
+"""images opened per folder at most, evenly spread"""
 
 
 def check_data(places: Sequence[Path | None], *more: str) -> tuple[int, dict[str, Any] | None]:
@@ -79,44 +77,28 @@ def run_script(words: list[str]) -> int:
     return subprocess.run([sys.executable, "-W", "ignore", script, *words], check=False).returncode
 
 
-class Source(NamedTuple):
-    """Images without boxes: a folder, or for a detector also an image, a pattern, a text file or a COCO JSON file of names relative to `images`."""
-
-    path: Path
-    images: Path | None = None
-
-
-def sources_of(config: CommandConfig) -> tuple[list[Source], list[str]]:
-    """Return (images without boxes that a command reads, where they are here; its sources of other kinds, which are not opened)."""
-    given: list[SourceConfig] = []
+def sources_of(config: CommandConfig) -> tuple[list[Path], list[str]]:
+    """Return (existing folders of images without boxes that a command reads; its sources of other kinds, such as lists and Parquet files)."""
+    sources: list[SourceConfig] = []
+    paths: list[Path] = []
     if isinstance(config, Stage1Config | SoftLabelsConfig):
-        given = [*config.data.train, *([config.data.val] if config.data.val else [])]
+        sources = [*config.data.train, *([config.data.val] if config.data.val else [])]
     elif isinstance(config, CurateConfig):
-        given = [*config.pool, *config.train, *config.val]
+        sources = [*config.pool, *config.train, *config.val]
     elif isinstance(config, PrototypesConfig):
-        given = config.pool
+        sources = config.pool
     elif isinstance(config, TrainConfig):
-        moving = config.moving_teacher
-        found = [Source(path) for path in as_list(config.unlabeled)] if config.unlabeled else []
-        found += [Source(path, moving.images) for path in moving.sources] if moving else []
-        return [one for one in dict.fromkeys(found) if one.path.exists() or is_pattern(str(one.path))], []
-    folders = [Source(Path(one.path)) for one in given if Path(one.path).is_dir()]
-    others = [one.path for one in given if Source(Path(one.path)) not in folders]
-    return list(dict.fromkeys(folders)), list(dict.fromkeys(others))
+        paths = as_list(config.unlabeled) if config.unlabeled else []
+        paths += config.moving_teacher.sources if config.moving_teacher else []
+    every = dict.fromkeys([*(source.path for source in sources), *map(str, paths)])
+    folders = [Path(one) for one in every if Path(one).is_dir()]
+    return folders, [one for one in every if not Path(one).is_dir()]
 
 
-def source_lines(source: Source, *, most: int = MOST) -> list[Line]:
-    """Report how many images a source has, how many cannot be read, and how many are copies; no lines for a folder without images."""
+def folder_lines(folder: Path, *, most: int = MOST) -> list[Line]:
+    """Report how many images a folder has, how many cannot be read, and how many are copies; no lines for a folder without images."""
     tally = Tally()
-    folder, place = source.path, shown(source.path)
-    if folder.is_dir():
-        names = list_images(folder, tally=tally)
-    else:
-        try:
-            files, _ = images_of_source(source.path, source.images)
-        except UserError as error:
-            return [Line("fault", "images", str(error))]
-        folder, names = Path(files.folder), files.names
+    names = list_images(folder, tally=tally)
     if not names:
         return []
     opened = [names[place] for place in spread(len(names), most)]
@@ -131,6 +113,7 @@ def source_lines(source: Source, *, most: int = MOST) -> list[Line]:
             broken.append(name)
         else:
             digests[hashlib.sha256(content).digest()] += 1
+    place = shown(folder)
     text = f"{place}: {count(len(names), 'image')}"
     lines = [Line("ok", "images", text + (f", {most:,} of them were opened" if len(opened) < len(names) else ""))]
     if loss := tally.bulk_loss():

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ssld.pipelines.checks.data import DataNeeds, DataSet, source_lines, sources_of, words_of
+from ssld.pipelines.checks.data import DataNeeds, DataSet, folder_lines, sources_of, words_of
 from ssld.pipelines.checks.machine import Level, Line
 from ssld.pipelines.config import CommandName
 from ssld.pipelines.folder import shown
@@ -75,12 +75,10 @@ def settings_lines(
         lines += [Line("ok", "settings", "valid, and fit this machine")]
     if not quick:
         read = [sources_of(config) for _, config in commands]
-        for source in dict.fromkeys(source for sources, _ in read for source in sources):
-            lines += source_lines(source)
-        if others := list(dict.fromkeys(other for _, others in read for other in others)):
-            lines.append(
-                Line("note", "images", f"not opened, since only folders of images are for stage 1: {some(others)}")
-            )
+        for folder in dict.fromkeys(folder for folders, _ in read for folder in folders):
+            lines += folder_lines(folder)
+        if others := list(dict.fromkeys(other for _, several in read for other in several)):
+            lines.append(Line("note", "images", f"not opened, since only folders of images are: {some(others)}"))
     return lines, data_sets
 
 

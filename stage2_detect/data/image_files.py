@@ -1,14 +1,14 @@
-"""Images and videos without annotations: the files that a path refers to. Does not import torch."""
+"""Images and videos without annotations: the files that a path refers to, and a record for each."""
 
 import codecs
 import glob
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from ssld.shared.errors import UserError
@@ -19,13 +19,12 @@ from ssld.shared.files import (
     is_pattern,
     list_images,
     looks_like_image,
-    read_text,
     require_images,
     says_nothing,
 )
+from ssld.shared.images import image_headers
 from ssld.shared.tally import Tally
-from ssld.shared.wording import count, printable
-from ssld.stage2_detect.data.image_names import hint, missing_names
+from ssld.stage2_detect.data.coco import CocoImage, Id
 
 _SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
 _EXPECTED = "give an image, a video, a folder, a quoted pattern or a text file with one path per line"
@@ -75,57 +74,23 @@ def find_images(images: str, tally: Tally | None = None) -> ImageFiles:
     raise UserError(f"{images}: no such image, video, folder or list")
 
 
-def images_of_source(
-    source: Path, images: Path | None = None, images_setting: str | None = None
-) -> tuple[ImageFiles, str]:
-    """Return (the images of one source, a line for the log or "").
-
-    Args:
-        source: a folder, searched recursively; an image; a pattern; a text file with one path per line; a COCO JSON file.
-        images: folder that the file names in a COCO JSON file are relative to; None: the folder of that file.
-
-    Raises:
-        UserError: nothing of this kind, no image in it, a file that is missing, or a video.
-    """
-    if source.suffix.lower() == ".json" and source.is_file():
-        return _coco_files(source, images, images_setting)
-    files = ImageFiles(str(source), require_images(source)) if source.is_dir() else find_images(str(source))
-    videos = [name for name in files.names if name.lower().endswith(VIDEO_SUFFIXES)]
-    if videos:
-        raise UserError(f"{source}: {count(len(videos), 'video')} in it (first: {videos[0]}); give images")
-    return files, ""
-
-
-def _coco_files(file: Path, images: Path | None, images_setting: str | None) -> tuple[ImageFiles, str]:
-    """Return (the files that a COCO JSON file lists, a line for the log or "")."""
-    try:
-        content: Any = json.loads(read_text(file))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON: {' '.join(str(error).split())}") from None
-    rows = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(rows, list):
-        raise UserError(f"{file}: no COCO JSON: it has no list called images")
-    names: list[str] = []
-    for number, row in enumerate(rows):
-        name = row.get("file_name") if isinstance(row, dict) else None
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{file}: images[{number}]: has no file_name")
-        names.append(name)
-    if not names:
-        raise UserError(f"{file}: no image in it")
-    folder = file.parent if images is None else images
-    if not folder.is_dir():
-        raise UserError(f"image folder {folder} does not exist")
-    if missing := missing_names(folder, names):
-        other = f"give their folder as {images_setting}" if images_setting else "give a text file with their paths"
-        advice = "" if images else f"; {other}"
-        raise UserError(
-            f"{len(missing)} of the {len(names)} images of {file} are missing; the first is "
-            f"{printable(os.path.join(folder, names[missing[0]]))}{hint(folder, [names[index] for index in missing]) or advice}"
-        )
-    annotations = content.get("annotations")
-    note = f"{file}: its {count(len(annotations), 'annotation')} are not read" if annotations else ""
-    return ImageFiles(str(folder), names), note
+def records_of(files: ImageFiles, ids: Sequence[Id]) -> tuple[list[CocoImage], list[str]]:
+    """Return (a record without objects for each image, with the size upright by EXIF; names of unreadable images). Reads only headers."""
+    paths = [os.path.join(files.folder, name) for name in files.names]
+    headers = image_headers(paths)
+    no_objects = (
+        np.zeros((0, 4), np.float32),
+        np.zeros(0, np.int64),
+        np.zeros(0, bool),
+        np.zeros(0),
+        np.zeros((0, 4)),
+    )
+    records = [
+        CocoImage(image_id, path, *header.upright_size[::-1], *no_objects, (), ())
+        for image_id, path, header in zip(ids, paths, headers, strict=True)
+        if header is not None
+    ]
+    return records, [name for name, header in zip(files.names, headers, strict=True) if header is None]
 
 
 def _is_one(file: Path) -> bool:

@@ -4,18 +4,20 @@ Names and headers are read here, and the content of files that are as large as o
 file's annotations are not read, except pseudo-labels.
 """
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ssld.shared.errors import UserError
-from ssld.shared.files import copies, require_images
+from ssld.shared.files import VIDEO_SUFFIXES, copies, read_text, require_images
 from ssld.shared.tally import Tally
-from ssld.shared.wording import count
+from ssld.shared.wording import count, printable
 from ssld.stage2_detect.data.coco import CocoImage, read_coco, require_boxes, require_masks
-from ssld.stage2_detect.data.image_files import ImageFiles, images_of_source
-from ssld.stage2_detect.data.image_records import records_of
+from ssld.stage2_detect.data.image_files import ImageFiles, find_images, records_of
+from ssld.stage2_detect.data.image_names import hint, missing_names
 
 _TOO_MANY = 0.01
 _LABELED, _EVALUATED, _TWICE = "labeled", "evaluated on", "given twice"
@@ -95,7 +97,7 @@ def unlabeled_images(
     notes: list[str] = []
     for number, source in enumerate(sources):
         try:
-            files, note = images_of_source(source, images, images_setting)
+            files, note = files_of(source, images, images_setting)
         except UserError as error:
             raise UserError(f"{setting}: {error}") from None
         notes += [note] if note else []
@@ -181,6 +183,57 @@ def check_unreadable(key: str, sources: str, total: int, unreadable: Sequence[st
         raise UserError(
             f"{key}: {len(unreadable)} of the {total} images in {sources} cannot be read (first: {unreadable[0]}); fix or remove them"
         )
+
+
+def files_of(source: Path, images: Path | None, images_setting: str | None) -> tuple[ImageFiles, str]:
+    """Return (the images of one source, a line for the log or "").
+
+    Args:
+        source: a folder, searched recursively; an image; a pattern; a text file with one path per line; a COCO JSON file.
+        images: folder that the file names in a COCO JSON file are relative to; None: the folder of that file.
+
+    Raises:
+        UserError: nothing of this kind, no image in it, a file that is missing, or a video.
+    """
+    if source.suffix.lower() == ".json" and source.is_file():
+        return _coco_files(source, images, images_setting)
+    files = ImageFiles(str(source), require_images(source)) if source.is_dir() else find_images(str(source))
+    videos = [name for name in files.names if name.lower().endswith(VIDEO_SUFFIXES)]
+    if videos:
+        raise UserError(f"{source}: {count(len(videos), 'video')} in it (first: {videos[0]}); give images")
+    return files, ""
+
+
+def _coco_files(file: Path, images: Path | None, images_setting: str | None) -> tuple[ImageFiles, str]:
+    """Return (the files that a COCO JSON file lists, a line for the log or "")."""
+    try:
+        content: Any = json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON: {' '.join(str(error).split())}") from None
+    rows = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise UserError(f"{file}: no COCO JSON: it has no list called images")
+    names: list[str] = []
+    for number, row in enumerate(rows):
+        name = row.get("file_name") if isinstance(row, dict) else None
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{file}: images[{number}]: has no file_name")
+        names.append(name)
+    if not names:
+        raise UserError(f"{file}: no image in it")
+    folder = file.parent if images is None else images
+    if not folder.is_dir():
+        raise UserError(f"image folder {folder} does not exist")
+    if missing := missing_names(folder, names):
+        other = f"give their folder as {images_setting}" if images_setting else "give a text file with their paths"
+        advice = "" if images else f"; {other}"
+        raise UserError(
+            f"{len(missing)} of the {len(names)} images of {file} are missing; the first is "
+            f"{printable(os.path.join(folder, names[missing[0]]))}{hint(folder, [names[index] for index in missing]) or advice}"
+        )
+    annotations = content.get("annotations")
+    note = f"{file}: its {count(len(annotations), 'annotation')} are not read" if annotations else ""
+    return ImageFiles(str(folder), names), note
 
 
 def _real_paths() -> Callable[[str], str]:

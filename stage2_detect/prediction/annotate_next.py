@@ -25,8 +25,7 @@ from ssld.shared.wording import count, printable
 from ssld.stage2_detect.data.check.images import difference_hash, near_duplicates
 from ssld.stage2_detect.data.coco import CocoImage, Id
 from ssld.stage2_detect.data.coco_json import result_rows
-from ssld.stage2_detect.data.image_files import ImageFiles
-from ssld.stage2_detect.data.image_records import records_of
+from ssld.stage2_detect.data.image_files import ImageFiles, records_of
 from ssld.stage2_detect.data.loaders import ImageLoader, load_record
 from ssld.stage2_detect.data.sizing import Sizing
 from ssld.stage2_detect.evaluation.drawing import draw_objects

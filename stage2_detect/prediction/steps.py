@@ -16,8 +16,7 @@ from ssld.shared.tally import Tally
 from ssld.shared.wording import count, did_you_mean
 from ssld.stage2_detect.data.coco import CocoImage, Id
 from ssld.stage2_detect.data.coco_json import read_table, result_rows
-from ssld.stage2_detect.data.image_files import ImageFiles, find_images
-from ssld.stage2_detect.data.image_records import records_of
+from ssld.stage2_detect.data.image_files import ImageFiles, find_images, records_of
 from ssld.stage2_detect.data.loaders import ImageLoader
 from ssld.stage2_detect.data.sizing import Sizing
 from ssld.stage2_detect.models.batch import Detections
