@@ -132,7 +132,7 @@ class TrainedDetector:
                 self.detector, teacher, roi_weight=distill.roi(model), temperature=distill.temperature, **maps
             )
         terms = distill.head_terms(model)
-        assert terms is not None
+        assert terms is not None, f"DistillConfig.head_terms has no losses for {model.kind}"
         return DistilledDense(self.detector, teacher, terms, cwd_class_weight=distill.cwd_class_weight, **maps)
 
     def _with_moving_teacher(self, moving: MovingTeacherConfig) -> tuple[ModelEmaV3, SemiSupervised]:
