@@ -136,9 +136,9 @@ def list_images(
     return sorted(names)
 
 
-def require_images(folder: str | Path, tally: Tally | None = None) -> list[str]:
+def require_images(folder: str | Path) -> list[str]:
     """Return `list_images`; raise `UserError` when the path is missing, is not a folder, or holds no image."""
-    path, tally = Path(folder), Tally() if tally is None else tally
+    path, tally = Path(folder), Tally()
     if not path.exists():
         raise UserError(f"image folder {path} does not exist")
     if not path.is_dir():

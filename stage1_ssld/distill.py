@@ -126,17 +126,13 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     from ssld.stage1_ssld.distillation.fitting import with_chosen_settings
     from ssld.stage1_ssld.distillation.forward_pass import ForwardPass
     from ssld.stage1_ssld.distillation.memory_trial import whole_step
-    from ssld.stage1_ssld.distillation.objective import (
-        Objective,
-        statistics_warning,
-        worse_than_start,
-    )
+    from ssld.stage1_ssld.distillation.objective import Objective, statistics_warning
     from ssld.stage1_ssld.distillation.preview import preview
     from ssld.stage1_ssld.distillation.student import Student
     from ssld.stage1_ssld.distillation.targets import open_targets
     from ssld.stage1_ssld.distillation.teacher import compare_teacher, try_teacher
     from ssld.stage1_ssld.evaluation.curves import write_curves
-    from ssld.stage1_ssld.evaluation.metrics import describe, score_of
+    from ssld.stage1_ssld.evaluation.metrics import score_of
     from ssld.stage1_ssld.evaluation.validation import Validation
 
     # ---- references and sources, checked before any process group exists
@@ -208,15 +204,16 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         )
         config = config.model_copy(update={"accumulate": passes})
     training = TrainingData(config, targets.sources, targets.train_labels, targets.store, plan)
-    teacher_batchnorm = teacher is not None and teacher.batchnorm == "batch"
-    owner = "teacher" if teacher_batchnorm else "network" if student.uses_batch_statistics() else None
-    _check_batch_size(config.batch_size, ranks * config.accumulate, training.images, owner)
+    of_teacher = teacher is not None and teacher.batchnorm == "batch"
+    batchnorm_of = "teacher" if of_teacher else "network" if student.uses_batch_statistics() else None
+    _check_batch_size(config.batch_size, ranks * config.accumulate, training.images, batchnorm_of)
     steps = config.total_steps(training.images)
     config = config.in_steps(steps)
     assert config.log_every is not None
     warmup_steps = config.optim.total_warmup_steps(training.images, config.batch_size, steps)
     rate = config.optim.lr, config.optim.reference_batch, config.batch_size, config.optim.name
     base_lr = scale_lr(*rate)
+    lr_factor = partial(cosine_factor, steps=steps, warmup_steps=warmup_steps)
 
     # ---- resume
     quarantine = Quarantine(run, training.images)
@@ -236,17 +233,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     start = state.restore(look=config.look)
 
     # ---- evaluation and network files, used in the loop and after it
-    validation = Validation(
-        config, val_source, student, targets, device=device, dtype=dtype, quarantine=quarantine, run=run
-    )
-
-    def evaluate_now(step: int) -> dict[str, float]:
-        metrics = validation.measure()
-        if metrics:
-            state.check_metrics(step, metrics)
-            run.log(f"step {step}: {describe(metrics)}")
-            run.metric(step, **{f"val_{name}": value for name, value in metrics.items()})
-        return metrics
+    validation = Validation(config, val_source, student, targets, state, device=device, dtype=dtype)
 
     def save_network(path: Path, step: int, metrics: dict[str, float], **facts: str) -> None:
         teacher_facts = targets.facts()
@@ -266,7 +253,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
 
     evaluations = Evaluations(
         state,
-        evaluate_now,
+        validation.measure,
         lambda metrics: score_of(metrics, config.best_by) if metrics else None,
         save_network,
         keeps_best=bool(config.evaluate_every),
@@ -293,7 +280,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
     run.use(config)
     run.log(config.describe_keeping(steps, evaluates=val_source is not None))
     run.log(*describe_processes(accelerator, config, config.workers))
-    run.log(*state.describe_start(start, base_lr, cosine_factor(start, steps=steps, warmup_steps=warmup_steps)))
+    run.log(*state.describe_start(start, base_lr, lr_factor(start)))
 
     # ---- the loop
     def forward_pass(batch: Batch, step: int, micro: int = 0) -> ForwardPass:
@@ -322,8 +309,8 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
             step += 1
             logged = step % config.log_every == 0 or step == steps
             entropies = torch.zeros(2, device=device)
-            factor = cosine_factor(step - 1, steps=steps, warmup_steps=warmup_steps)
-            set_lr(optimizer, base_lr * factor)
+            lr = base_lr * lr_factor(step - 1)
+            set_lr(optimizer, lr)
             student.train_mode()
             for micro in range(config.accumulate):
                 with state.fetching(step, micro):
@@ -363,7 +350,7 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
                 if forward.soft:
                     entropy_2 = total_over_ranks(entropies) / config.batch_size
                     values |= {"teacher_entropy": entropy_2[0], "student_entropy": entropy_2[1]}
-                means = state.log(step, base_lr * factor, **values)
+                means = state.log(step, lr, **values)
                 if step <= config.log_every and forward.soft and student.starts_with_head:
                     run.log_if(statistics_warning(means, forward.soft.logits_BM.shape[1]))
             due = step % config.save_every == 0 or step == steps
@@ -383,20 +370,11 @@ def train(config: DistillConfig | TeachConfig, *, command: str, result: str) -> 
         run.log(f"step {step}: stopped, {state.stale} evaluations in a row without a better one (patience)")
     if evaluations.step != step:
         evaluations.run(step)
-    metrics = evaluations.metrics
+    metrics, kept = validation.compare_with_start(step, evaluations.metrics)
     file = run.path / f"{result}.safetensors"
-    if choice := validation.compare_with_start():
-        if choice.which != "last":
-            metrics = evaluate_now(step)
-        metrics |= {f"neighbors_{which}": share for which, share in choice.shares.items()}
-    of_start = validation.measure_start()
-    if "agreement" in of_start:
-        run.log(f"the initial weights: {describe(of_start)}")
-        run.log_if(worse_than_start(metrics, of_start, batch_statistics=student.uses_batch_statistics()))
-        metrics |= {f"start_{name}": of_start[name] for name in ("agreement", "kl")}
     accelerator.end_training()
     if accelerator.is_main_process:  # nothing follows for which the others would wait
-        save_network(file, step, metrics, **({"kept": choice.which} if choice else {}))
+        save_network(file, step, metrics, **({"kept": kept} if kept else {}))
         write_curves(run.path)
     state.finish(metrics, step, [file])
     run.log(f"wrote {file}")

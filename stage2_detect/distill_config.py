@@ -57,6 +57,17 @@ class LDConfig(Config):
     """normalization of the terms: reference, sum over the images of a process, as released (grows with their number); global, equal to
     reference with two images per process for any number of processes and images"""
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Factor of each term, by the name of its loss."""
+        return {
+            "loss_ld": self.ld_weight,
+            "loss_ld_vlr": self.ld_vlr_weight,
+            "loss_kd": self.kd_weight,
+            "loss_kd_vlr": self.kd_vlr_weight,
+            "loss_imitation": self.imitation_weight,
+        }
+
 
 class ADLConfig(Config):
     """Adaptive distillation of a RetinaNet student (arXiv 1901.00366)."""
@@ -71,6 +82,11 @@ class ADLConfig(Config):
     """loss variant: paper (weighted KL), code (half soft cross-entropy, as released), focal (FDL)"""
     normalization: Literal["global", "rank"] = "global"
     """sum of the teacher's probabilities that divides the loss: global, over all processes; rank, per process, as released"""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Factor of the term, by the name of its loss."""
+        return {"loss_adl": self.weight}
 
 
 class DistillConfig(Config):
@@ -107,10 +123,18 @@ class DistillConfig(Config):
         """Return `roi_weight`, or its default for this student if it is null."""
         return (0.0 if model.is_dense else ROI_WEIGHT) if self.roi_weight is None else self.roi_weight
 
+    def head_terms(self, model: DetectorConfig) -> LDConfig | ADLConfig | None:
+        """Return the settings of the losses between the heads of this student and its teacher, or their defaults; None for an R-CNN."""
+        if model.kind == "gfl":
+            return self.ld or LDConfig()
+        return (self.adl or ADLConfig()) if model.kind == "retinanet" else None
+
     def doubt(self, model: DetectorConfig, steps: int) -> str | None:
         """Return a line for the log if a term of LD is on at a temperature that is known to suit long trainings alone, else None."""
-        ld = self.ld or LDConfig()
-        if model.kind != "gfl" or steps >= SHORT or ld.ld_temperature <= 1 or not (ld.ld_weight or ld.ld_vlr_weight):
+        ld = self.head_terms(model)
+        if not isinstance(ld, LDConfig) or steps >= SHORT:
+            return None
+        if ld.ld_temperature <= 1 or not (ld.ld_weight or ld.ld_vlr_weight):
             return None
         return (
             f"distill.ld.ld_temperature: {ld.ld_temperature:g} suits trainings of many thousand steps; in 100 steps the defaults cost a small "
@@ -136,11 +160,8 @@ class DistillConfig(Config):
         if self.cwd_class_weight and not model.is_dense:
             return f"distill.cwd_class_weight: applies to class maps, which only one-stage detectors have; {hint}"
         weights = [self.pkd(model), self.roi(model), self.cwd_weight, self.cwd_class_weight]
-        if model.kind == "gfl":
-            ld = self.ld or LDConfig()
-            weights += [ld.ld_weight, ld.ld_vlr_weight, ld.kd_weight, ld.kd_vlr_weight, ld.imitation_weight]
-        if model.kind == "retinanet":
-            weights.append((self.adl or ADLConfig()).weight)
+        if terms := self.head_terms(model):
+            weights += terms.weights.values()
         if not any(weights):
             names = "distill.ld" if model.kind == "gfl" else "distill.adl.weight"
             which = (

@@ -1,7 +1,7 @@
 """The detector's architecture as settings; they are stored in its file. Does not import torch."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -189,7 +189,7 @@ class MaskConfig(Config):
 
 
 class DenseConfig(Config):
-    """One-stage detectors: pyramid, head, post-processing; used by the kinds retinanet and gfl only."""
+    """One-stage detectors: pyramid, head, post-processing; unused by R-CNN."""
 
     p6_from: Literal["p5", "c5"] = "p5"
     """feature map that the level P6 is convolved from: p5 (pyramid) or c5 (backbone)"""
@@ -257,6 +257,7 @@ class RetinaNetConfig(Config):
     """anchor sides and distances: exact; torchvision, sides rounded to whole pixels and distances of the cells from the padded image size"""
 
 
+# A setting that determines shapes of tensors is also in `_SHAPING` of training/init_weights.py.
 _GEOMETRY = {
     "": ("kind", "fpn_channels", "fpn_maps", "fpn_norm", "dcn_strides", "stride_in_1x1"),
     "rpn": ("anchor_sizes", "anchor_ratios", "anchor_scales", "anchor_grid", "convolutions"),
@@ -277,7 +278,9 @@ def _value(config: Config, key: str) -> Any:
     return value
 
 
-Kind = Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet", "gfl"]
+OneStageKind = Literal["retinanet", "gfl"]
+"""kinds with a head of their own on all levels, each with a group of settings of its name"""
+Kind = Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", OneStageKind]
 KIND_NAMES: Mapping[str, str] = {
     "faster_rcnn": "Faster R-CNN",
     "mask_rcnn": "Mask R-CNN",
@@ -361,7 +364,7 @@ class DetectorConfig(Config):
     @property
     def is_dense(self) -> bool:
         """Whether the detector has one stage and no RoIs."""
-        return self.kind in ("retinanet", "gfl")
+        return self.kind in get_args(OneStageKind)
 
     @property
     def is_cascade(self) -> bool:

@@ -141,8 +141,7 @@ def train(config: TrainConfig) -> None:
     base_lr = scale_lr(*rate)
     assert config.log_every is not None
     schedule = Schedule.of(config.optim, steps_per_epoch, steps)
-
-    moving, collapse = config.moving_teacher, None
+    moving = config.moving_teacher
     burn_in = int(moving.burn_in) if moving else 0
     labeled = labeled_images(config.batch_size, config.labeled_share)
 
@@ -169,6 +168,7 @@ def train(config: TrainConfig) -> None:
         state.drop_later(last_good, start)
     if config.export_check and start == 0:
         on_main_rank(lambda: try_export(trained.detector, config.model, config.resize, run.log), "export_check")
+    collapse = None
     if moving:
         unlabeled = config.batch_size - labeled
         lines = from_main_rank(read_metrics(run.path) if run.main else [])
@@ -212,8 +212,7 @@ def train(config: TrainConfig) -> None:
         f"{steps} steps of {config.batch_size} images ({count(ranks, 'process')} x {config.accumulate} accumulated), "
         f"{steps / steps_per_epoch:.1f} passes, {describe_lr(*rate)}, {schedule.describe()}"
     )
-    if schedule.milestones and min(schedule.milestones) >= steps:
-        run.log(f"milestones: all are after the last of {steps} steps, so the learning rate never drops")
+    run.log_if(schedule.doubt())
     run.use(config)
     if config.distill:
         run.log_if(config.distill.doubt(config.model, steps))

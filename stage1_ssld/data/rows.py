@@ -349,6 +349,7 @@ def head_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def content_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    """Open a member, which is a file, for reading."""
     content = archive.extractfile(member)
     assert content is not None  # it is a file
     return content

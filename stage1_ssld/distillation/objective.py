@@ -141,24 +141,6 @@ def statistics_warning(values: Mapping[str, float], classes: int) -> str | None:
     )
 
 
-def worse_than_start(metrics: Mapping[str, float], start: Mapping[str, float], *, batch_statistics: bool) -> str | None:
-    """Return a warning if training took a student away from its teacher, by agreement and by KL; None otherwise.
-
-    Args:
-        metrics: of the trained weights on held-out images: `agreement` (0..1), `kl` (nats per image), `images`.
-        start: the same of the initial weights.
-        batch_statistics: whether BatchNorm normalizes by batch statistics in training.
-    """
-    if metrics["agreement"] >= start["agreement"] or metrics["kl"] <= start["kl"]:
-        return None
-    return (
-        f"warning: training took the student away from its teacher: on {metrics['images']:.0f} held-out images both give the same class to "
-        f"{100 * metrics['agreement']:.1f} %, with the initial weights to {100 * start['agreement']:.1f} % (KL {metrics['kl']:.3g}, "
-        f"with the initial weights {start['kl']:.3g}). "
-        f"A detector may do better without stage 1: compare the two. Gentler: {'student.batchnorm: eval, ' * batch_statistics}a lower optim.lr"
-    )
-
-
 def _names(terms: Sequence[LossConfig]) -> list[str]:
     """Unique names of the terms; the second term of a name becomes NAME_2."""
     names = [term.name for term in terms]

@@ -9,16 +9,22 @@ import torch
 from ssld.shared.distributed.processes import pins_memory
 from ssld.shared.distributed.ranks import on_main_rank, rank, share_buffers, world_size
 from ssld.shared.files import spread
-from ssld.shared.run_dir import RunDir
-from ssld.shared.training.quarantine import Quarantine
+from ssld.shared.training.training_state import TrainingState
 from ssld.stage1_ssld.config import EVALUATION_BATCH, DistillConfig, TeachConfig
 from ssld.stage1_ssld.data.loaders import ValViews, make_loader, val_batches
 from ssld.stage1_ssld.data.sources import ImageSource
 from ssld.stage1_ssld.distillation.preview import has_trained_start
 from ssld.stage1_ssld.distillation.student import Student
 from ssld.stage1_ssld.distillation.targets import Targets
-from ssld.stage1_ssld.evaluation.better_weights import LEAST_IMAGES, MOST_IMAGES, Choice, choose_weights, weights
-from ssld.stage1_ssld.evaluation.metrics import evaluate
+from ssld.stage1_ssld.evaluation.better_weights import (
+    LEAST_IMAGES,
+    MOST_IMAGES,
+    Choice,
+    choose_weights,
+    weights,
+    worse_than_start,
+)
+from ssld.stage1_ssld.evaluation.metrics import describe, evaluate
 
 
 class Validation:
@@ -26,8 +32,8 @@ class Validation:
 
     Args:
         source: the images of `data.val`; None: nothing is measured.
+        state: state of the run, whose log and metrics get the results.
         dtype: precision of the student's forward pass, by autocast.
-        quarantine: gets the locations of unreadable images.
     """
 
     def __init__(
@@ -36,19 +42,53 @@ class Validation:
         source: ImageSource | None,
         student: Student,
         targets: Targets,
+        state: TrainingState,
         *,
         device: torch.device,
         dtype: torch.dtype,
-        quarantine: Quarantine,
-        run: RunDir,
     ) -> None:
         self._config, self._source, self._student, self._targets = config, source, student, targets
-        self._device, self._dtype, self._quarantine, self._run = device, dtype, quarantine, run
+        self._state, self._device, self._dtype = state, device, dtype
         # The size of a batch must not depend on the number of ranks: the results are then the same on any number.
         self._batch_size = min(config.batch_size, EVALUATION_BATCH)
 
-    def measure(self) -> dict[str, float]:
-        """Evaluate the student as it is: see `evaluate`; empty without images or classes."""
+    def measure(self, step: int) -> dict[str, float]:
+        """Evaluate after `step` steps, and log it: see `evaluate`; empty without images or classes.
+
+        Raises UserError if a metric is not finite; see `TrainingState.check_metrics`.
+        """
+        metrics, run = self._evaluate(), self._state.run
+        if metrics:
+            self._state.check_metrics(step, metrics)
+            run.log(f"step {step}: {describe(metrics)}")
+            run.metric(step, **{f"val_{name}": value for name, value in metrics.items()})
+        return metrics
+
+    def compare_with_start(self, step: int, metrics: dict[str, float]) -> tuple[dict[str, float], str | None]:
+        """Compare the trained weights with the initial ones and log it; `keep_weights: better` loads the better ones.
+
+        Args:
+            step: the last step.
+            metrics: those of the trained weights.
+
+        Returns:
+            The metrics of the weights that are kept, with those of the comparison, and which these are (`last`, `mean` or `start`); None, without
+            images or teacher, and for a student that did not start from trained weights.
+        """
+        choice, run = self._choose_weights(), self._state.run
+        if choice:
+            if choice.which != "last":
+                metrics = self.measure(step)
+            metrics = metrics | {f"neighbors_{which}": share for which, share in choice.shares.items()}
+        start = self._measure_start()
+        if "agreement" in start:
+            run.log(f"the initial weights: {describe(start)}")
+            run.log_if(worse_than_start(metrics, start, batch_statistics=self._student.uses_batch_statistics()))
+            metrics = metrics | {f"start_{name}": start[name] for name in ("agreement", "kl")}
+        return metrics, choice.which if choice else None
+
+    def _evaluate(self) -> dict[str, float]:
+        """Return the metrics of the student as it is; empty without images or classes."""
         if self._source is None or self._targets.classes == 0:
             return {}
         net, teacher = self._student.evaluated.eval(), self._targets.teacher
@@ -62,16 +102,13 @@ class Validation:
                 self._loader(views, order),
                 device=self._device,
                 dtype=self._dtype,
-                on_unreadable=self._quarantine.add,
+                on_unreadable=self._state.quarantine.add,
             )
-        self._quarantine.write()
+        self._state.quarantine.write()
         return metrics
 
-    def compare_with_start(self) -> Choice | None:
-        """Compare the trained weights with the initial ones and log it; `keep_weights: better` loads the better ones.
-
-        Returns None without images or teacher, and for a student that did not start from trained weights.
-        """
+    def _choose_weights(self) -> Choice | None:
+        """Compare the neighbors of images under the trained and the initial weights, and load the weights to keep; None where it is not done."""
         teacher = self._targets.teacher
         if self._source is None or teacher is None or not self._has_trained_start():
             return None
@@ -84,12 +121,12 @@ class Validation:
         batches = partial(self._loader, views, order)
         choice = on_main_rank(lambda: choose_weights(net, start, teacher, batches, better=keeps_better), "neighbors")
         few = f"data.val: too few images to compare the student with its start (at least {LEAST_IMAGES})"
-        self._run.log(choice.describe() if choice else few)
+        self._state.run.log(choice.describe() if choice else few)
         if choice and choice.which != "last":
             net.net.load_state_dict(weights(choice.which, net.net.state_dict(), start))
         return choice
 
-    def measure_start(self) -> dict[str, float]:
+    def _measure_start(self) -> dict[str, float]:
         """`images`, `agreement` and `kl` of the initial weights; empty unless they are trained ones with a classifier for these classes."""
         if self._targets.teacher is None or self._student.model.new_head or not self._has_trained_start():
             return {}
@@ -97,7 +134,7 @@ class Validation:
         now = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         net.load_state_dict(self._student.start())
         try:
-            return {name: value for name, value in self.measure().items() if name in ("images", "agreement", "kl")}
+            return {name: value for name, value in self._evaluate().items() if name in ("images", "agreement", "kl")}
         finally:
             net.load_state_dict(now)
 

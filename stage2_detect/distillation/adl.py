@@ -35,10 +35,6 @@ class ADL:
     def __init__(self, term: ADLConfig, head: RetinaNet, ranks: Ranks = ONE_RANK) -> None:
         self.term, self.head, self.ranks = term, head, ranks
 
-    def weights(self) -> dict[str, float]:
-        """Return the factor of each term, by the name of its loss."""
-        return {"loss_adl": self.term.weight}
-
     def losses(self, student: HeadPass, teacher: HeadPass, sizes_B2: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Compute the head's own losses and `loss_adl`, times its weight."""
         grids = grids_of(student.features)

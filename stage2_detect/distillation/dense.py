@@ -19,7 +19,7 @@ from ssld.stage2_detect.distillation.losses import channel_wise, inside_maps
 from ssld.stage2_detect.distillation.maps import MapTerms
 from ssld.stage2_detect.distillation.teacher import FrozenDetector
 from ssld.stage2_detect.models.batch import Detections, ImageBatch, Targets
-from ssld.stage2_detect.models.dense import DenseDetector, HeadPass
+from ssld.stage2_detect.models.dense import DenseDetector, HeadPass, OneStageHead
 from ssld.stage2_detect.models.gfl import GFL
 from ssld.stage2_detect.models.retinanet import RetinaNet
 
@@ -61,7 +61,7 @@ class DistilledDense(nn.Module):
                 f"distill.ld.imitation_weight: the teacher's maps have {teacher.channels} channels, the student's {student.pyramid.channels}; "
                 "give both the same model.fpn_channels, or use distill.pkd_weight or cwd_weight, which adapt them"
             )
-        self.student, self.teacher = student, teacher
+        self.student, self.teacher, self._head_weights = student, teacher, terms.weights
         self.cwd_class_weight, self.cwd_temperature = cwd_class_weight, cwd_temperature
         self.maps = MapTerms(
             student.pyramid.channels,
@@ -97,7 +97,7 @@ class DistilledDense(nn.Module):
 
     def weights(self) -> dict[str, float]:
         """Return the factor of each term, by the name of its loss."""
-        return {**self.method.weights(), **self.maps.weights, "loss_cwd_class": self.cwd_class_weight}
+        return {**self._head_weights, **self.maps.weights, "loss_cwd_class": self.cwd_class_weight}
 
 
 def _method(student: DenseDetector, terms: LDConfig | ADLConfig) -> LD | ADL:
@@ -137,7 +137,7 @@ def _require_same_head(student: DenseDetector, teacher: FrozenDetector, method: 
         name = teacher.facts.get("kind", type(teacher_head).__name__)
         instead = [f"; {one.instead}" for one in _METHODS if isinstance(teacher_head, one.head_type)]
         raise UserError(f"{start} it is a {name} detector, and {method.needs}{''.join(instead)}")
-    assert isinstance(teacher_head, GFL | RetinaNet)
+    assert isinstance(teacher_head, OneStageHead)
     if isinstance(student_head, GFL) and isinstance(teacher_head, GFL) and student_head.reg_max != teacher_head.reg_max:
         raise UserError(
             f"{start} its distances have reg_max {teacher_head.reg_max}, the student's {student_head.reg_max}; "

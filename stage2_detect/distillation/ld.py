@@ -44,17 +44,6 @@ class LD:
     def __init__(self, terms: LDConfig, head: GFL, ranks: Ranks = ONE_RANK) -> None:
         self.terms, self.head, self.ranks = terms, head, ranks
 
-    def weights(self) -> dict[str, float]:
-        """Return the factor of each term, by the name of its loss."""
-        terms = self.terms
-        return {
-            "loss_ld": terms.ld_weight,
-            "loss_ld_vlr": terms.ld_vlr_weight,
-            "loss_kd": terms.kd_weight,
-            "loss_kd_vlr": terms.kd_vlr_weight,
-            "loss_imitation": terms.imitation_weight,
-        }
-
     def losses(self, student: HeadPass, teacher: HeadPass, sizes_B2: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Compute the head's own losses and the terms, times their weights."""
         terms, head, grids = self.terms, self.head, grids_of(student.features)

@@ -11,7 +11,7 @@ from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.shared.models.backbones import InputSettings
 from ssld.stage2_detect.model_config import DetectorConfig
 from ssld.stage2_detect.models.box_losses import BoxLoss
-from ssld.stage2_detect.models.dense import DenseDetector
+from ssld.stage2_detect.models.dense import DenseDetector, OneStageHead
 from ssld.stage2_detect.models.gfl import GFL
 from ssld.stage2_detect.models.mask_head import MaskHead
 from ssld.stage2_detect.models.postprocess import NMS
@@ -22,7 +22,8 @@ from ssld.stage2_detect.models.roi_heads import BoxStage, RoIHeads
 from ssld.stage2_detect.models.rpn import RPN
 
 Detector = RCNN | DenseDetector
-_ONE_STAGE_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+_HEADS: dict[str, type[OneStageHead]] = {"gfl": GFL, "retinanet": RetinaNet}
+_DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of an R-CNN with one box stage; those of a cascade are settings
 
 
 def build_detector(
@@ -81,14 +82,13 @@ def build_detector(
     )
 
 
-def _dense(config: DetectorConfig, classes: int, pyramid: TimmPyramid) -> GFL | RetinaNet:
-    head, settings = (GFL, config.gfl) if config.kind == "gfl" else (RetinaNet, config.retinanet)
-    return head(
+def _dense(config: DetectorConfig, classes: int, pyramid: TimmPyramid) -> OneStageHead:
+    return _HEADS[config.kind](
         classes=classes,
         channels=pyramid.channels,
         strides=pyramid.strides,
         convolutions=config.dense.convolutions,
-        **dict(settings),
+        **dict(getattr(config, config.kind)),
     )
 
 
@@ -115,7 +115,7 @@ def _roi_heads(config: DetectorConfig, classes: int, strides: Sequence[int]) -> 
 
 def _stages(config: DetectorConfig) -> tuple[BoxStage, ...]:
     if not config.is_cascade:
-        return (BoxStage(config.roi.positive_iou, _ONE_STAGE_WEIGHTS),)
+        return (BoxStage(config.roi.positive_iou, _DELTA_WEIGHTS),)
     cascade = config.cascade
     stages = zip(cascade.positive_ious, cascade.delta_weights, cascade.loss_weights, strict=True)
     return tuple(BoxStage(*stage) for stage in stages)

@@ -19,6 +19,7 @@ from ssld.stage2_detect.models.postprocess import NMS
 from ssld.stage2_detect.models.pyramid import TimmPyramid
 from ssld.stage2_detect.models.retinanet import RetinaNet
 
+OneStageHead = GFL | RetinaNet
 Outputs = tuple[Tensor, Tensor]
 """Logits [B, A, K] and box values [B, A, ...] of a head."""
 
@@ -51,7 +52,7 @@ class DenseDetector(nn.Module):
         self,
         *,
         pyramid: TimmPyramid,
-        dense: GFL | RetinaNet,
+        dense: OneStageHead,
         mean: Sequence[float],
         std: Sequence[float],
         candidates: int | None = 1000,

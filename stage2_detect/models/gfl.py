@@ -41,7 +41,7 @@ class GFL(nn.Module):
         ignore_padding: exclude anchors beyond the image from its assignment and losses, so that the targets of a cell do not depend on the other
             images of the batch; in PaddleDetection they are candidates and negatives.
         weight_floor: smallest divisor of the box losses, the sum of the positives' scores; 1 in PaddleDetection.
-        qfl_weight, box_weight, dfl_weight: factors on the losses; dfl_weight 0 leaves `loss_dfl` out.
+        box_weight, dfl_weight: factors on `loss_box` and `loss_dfl`; dfl_weight 0 leaves `loss_dfl` out.
     """
 
     def __init__(
@@ -56,14 +56,13 @@ class GFL(nn.Module):
         unbiased_std: bool = True,
         ignore_padding: bool = True,
         weight_floor: float = 1e-6,
-        qfl_weight: float = 1.0,
         box_weight: float = 2.0,
         dfl_weight: float = 0.25,
     ) -> None:
         super().__init__()
         self.classes, self.strides, self.reg_max = classes, tuple(strides), reg_max
         self.unbiased_std, self.ignore_padding, self.weight_floor = unbiased_std, ignore_padding, weight_floor
-        self.qfl_weight, self.box_weight, self.dfl_weight = qfl_weight, box_weight, dfl_weight
+        self.box_weight, self.dfl_weight = box_weight, dfl_weight
         self.head = DenseHead(
             classes=classes,
             channels=channels,
@@ -149,7 +148,7 @@ class GFL(nn.Module):
         factor = ranks.world_size / ranks.total(weight_BA.sum()).clamp(min=self.weight_floor)
         giou_BA = box_losses.generalized_iou(predicted_BA4, target_BA4, box_losses.TORCHVISION_EPSILON)
         losses = {
-            "loss_cls": self.qfl_weight * loss_cls,
+            "loss_cls": loss_cls,
             "loss_box": self.box_weight * factor * torch.where(positive_BA, weight_BA * giou_BA, 0.0).sum(),
         }
         if self.dfl_weight:

@@ -37,6 +37,12 @@ class Schedule:
         """Length of the linear decay of wsd; None for a cosine."""
         return in_steps(self.optim.decay_steps, self.steps) if self.optim.schedule == "wsd" else None
 
+    def doubt(self) -> str | None:
+        """Return a line for the log if no milestone is within the run, else None."""
+        if self.milestones and min(self.milestones) >= self.steps:
+            return f"milestones: all are after the last of {self.steps} steps, so the learning rate never drops"
+        return None
+
     def describe(self) -> str:
         """Return the schedule in words, for the log."""
         if self.optim.schedule == "milestones":

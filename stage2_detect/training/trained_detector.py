@@ -16,7 +16,7 @@ from ssld.shared.training.optim import parameter_groups
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.coco import CocoData
 from ssld.stage2_detect.detector_file import save_detector
-from ssld.stage2_detect.distill_config import ADLConfig, DistillConfig, LDConfig, MovingTeacherConfig
+from ssld.stage2_detect.distill_config import DistillConfig, MovingTeacherConfig
 from ssld.stage2_detect.distillation.dense import DistilledDense
 from ssld.stage2_detect.distillation.moving import SemiSupervised
 from ssld.stage2_detect.distillation.rcnn import DistilledRCNN
@@ -131,7 +131,8 @@ class TrainedDetector:
             return DistilledRCNN(
                 self.detector, teacher, roi_weight=distill.roi(model), temperature=distill.temperature, **maps
             )
-        terms = (distill.ld or LDConfig()) if model.kind == "gfl" else (distill.adl or ADLConfig())
+        terms = distill.head_terms(model)
+        assert terms is not None, f"DistillConfig.head_terms has no losses for {model.kind}"
         return DistilledDense(self.detector, teacher, terms, cwd_class_weight=distill.cwd_class_weight, **maps)
 
     def _with_moving_teacher(self, moving: MovingTeacherConfig) -> tuple[ModelEmaV3, SemiSupervised]:

@@ -235,6 +235,19 @@ def test_settings_that_do_not_fit(train_settings: Settings, tmp_path: Path) -> N
     assert [(distill.pkd(model), distill.roi(model)) for model in models] == [(0, 0), (6, 1)]
 
 
+@pytest.mark.parametrize("term", [name for name in LDConfig.model_fields if name.endswith("weight")])
+def test_each_term_of_ld_uses_the_teacher_alone(term: str) -> None:
+    none = {"ld_weight": 0.0, "ld_vlr_weight": 0.0, "kd_weight": 0.0}
+    distill = DistillConfig(teacher=Path("x"), ld=LDConfig(**none | {term: 3.0}))
+    model = DetectorConfig(kind="gfl")
+    assert distill.fault(model) is None
+    terms = distill.head_terms(model)
+    assert terms
+    assert {name: weight for name, weight in terms.weights.items() if weight} == {
+        f"loss_{term[: -len('_weight')]}": 3.0
+    }
+
+
 @pytest.mark.parametrize(
     ("ld", "steps", "doubted"),
     [

@@ -113,6 +113,7 @@ class FileCheck:
     """numbers for choosing settings: see `_measure`"""
 
     def add(self, level: Level, text: str, fix: str | None = None) -> None:
+        """Add a finding about this file: see `Finding`."""
         self.findings.append(Finding(level, self.label, text, fix))
 
     def left_out(self) -> Tally:

@@ -61,6 +61,16 @@ def read_object(
     box_format: BoxFormat,
     size: tuple[int, int],
 ) -> SourceObject:
+    """Convert one entry of an image's objects.
+
+    Args:
+        keys: names of its values.
+        place: file and row, for messages.
+        label_of: class numbers by name.
+        size: width and height of the image in pixels, for boxes in fractions of it.
+
+    Raises UserError for an unknown class, a box that is not four numbers or has a negative side, and outlines that do not fit the image.
+    """
     category = one.get(keys.category)
     if isinstance(category, float) and category.is_integer():  # a column with empty cells has floats
         category = int(category)

@@ -1,8 +1,8 @@
 """Content of a data set in another format, its conversion to COCO JSON, and the checks that all formats share.
 
-A reader (`yolo.py`, `voc.py`, `hub.py`) fills `SourceData`; `coco_content` converts a split to the content of a COCO file. Boxes that cross the
-border of their image, by rounding in most data sets, are clipped; boxes outside their image or without area are dropped. Both are counted, with the
-first one named. The readers raise errors for invalid numbers and unlisted classes.
+A reader, the module of a format in this folder, fills `SourceData`; `coco_content` converts a split to the content of a COCO file. Boxes that cross
+the border of their image, by rounding in most data sets, are clipped; boxes outside their image or without area are dropped. Both are counted, with
+the first one named. The readers raise errors for invalid numbers and unlisted classes.
 """
 
 import itertools

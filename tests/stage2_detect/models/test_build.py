@@ -1,7 +1,7 @@
 """From settings to detectors: every setting arrives, and every kind trains and detects."""
 
 import inspect
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import timm
@@ -11,7 +11,7 @@ from ssld.shared.config.settings import Config
 from ssld.shared.distributed.ranks import ONE_RANK, Ranks
 from ssld.shared.models.backbones import InputSettings
 from ssld.stage2_detect import model_config
-from ssld.stage2_detect.model_config import DetectorConfig
+from ssld.stage2_detect.model_config import DetectorConfig, OneStageKind
 from ssld.stage2_detect.models.batch import ImageBatch, Targets
 from ssld.stage2_detect.models.box_losses import BoxLoss
 from ssld.stage2_detect.models.build import build_detector
@@ -188,7 +188,7 @@ def test_every_kind_trains_and_detects(name: str, empty: bool) -> None:
         assert (detections.scores_N.diff() <= 0).all()
 
 
-@pytest.mark.parametrize("kind", ["faster_rcnn", "cascade_mask_rcnn", "gfl", "retinanet"])
+@pytest.mark.parametrize("kind", ["faster_rcnn", "cascade_mask_rcnn", *get_args(OneStageKind)])
 def test_forward_divides_by_the_counts_of_its_ranks(kind: str) -> None:
     """Three ranks with counts of one: losses that divide by counts are three times those of one rank."""
     small = SMALL | {"kind": kind, "roi": {"hidden": 16, "samples_per_image": 16}, "mask": {"hidden": 8}}

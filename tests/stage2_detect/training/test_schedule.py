@@ -27,6 +27,16 @@ def test_every_schedule_of_a_run() -> None:
     assert np.allclose(factors(8, schedule="cosine"), 0.5 + 0.5 * np.cos(np.pi * np.arange(8) / 8))
 
 
+def test_milestones_after_the_end_are_doubted() -> None:
+    optim = Stage2OptimConfig(
+        lr=1.0, reference_batch=8, warmup_steps=0, milestones_epochs=None, milestones_steps=[6, 9]
+    )
+    doubt = Schedule.of(optim, 5, 6).doubt()
+    assert doubt == "milestones: all are after the last of 6 steps, so the learning rate never drops"
+    assert Schedule.of(optim, 5, 7).doubt() is None
+    assert Schedule.of(Stage2OptimConfig(lr=1.0, reference_batch=8), 5, 7).doubt() is None
+
+
 def test_milestones_belong_to_their_schedule() -> None:
     with pytest.raises(
         ValueError, match="schedule wsd has no milestones: set milestones_epochs and milestones_steps to null"
