@@ -77,14 +77,14 @@ def _doctor(argv: list[str]) -> int:
         code, findings = _check_data(data_set, arguments, needs)
         codes.append(code)
         lines += findings
-    say_lines("\n" + _verdict(lines))
+    say_lines("\n" + _verdict(lines, arguments.fix if codes and USER_ERROR not in codes else None))
     if USER_ERROR in codes:
         return USER_ERROR
     return 1 if any(line.level == "fault" for line in lines) else 0
 
 
-def _verdict(lines: list[Line]) -> str:
-    """Summarize the faults and warnings, faults first, one shortened line each."""
+def _verdict(lines: list[Line], copies: Path | None) -> str:
+    """Summarize the faults and warnings, faults first, one shortened line each; `copies` is the folder of cleaned copies, if they were written."""
     worst = [line for level in ("fault", "warning") for line in lines if line.level == level]
     faults = sum(line.level == "fault" for line in lines)
     warnings = len(worst) - faults
@@ -97,7 +97,7 @@ def _verdict(lines: list[Line]) -> str:
     ]
     more = [f"  and {len(worst) - 16} more, above"] if len(worst) > 16 else []
     end = (
-        "  fix the faults before you start a run"
+        f"  fix the faults before you start a run{f'; in {copies} there are copies without those marked --fix' if copies else ''}"
         if faults
         else "  a run can start; check that the warnings are intended"
     )

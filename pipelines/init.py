@@ -21,6 +21,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -236,13 +237,7 @@ def _read_photos(arguments: Namespace, names: dict[str, Path]) -> _Photos:
 
 def _divide(arguments: Namespace, photos: _Photos) -> Pool:
     """Divide the unlabeled photos into those to train on and those held out; print how many copies of annotated and unreadable photos are dropped."""
-    training, evaluation = (
-        _files(part, folder)
-        for part, folder in (
-            (photos.train, arguments.images),
-            (photos.val, arguments.val_images or arguments.images),
-        )
-    )
+    training, evaluation = _annotated(arguments, photos)
     unreadable = unreadable_photos(arguments.unlabeled / name for name in list_images(arguments.unlabeled))
     pool = divide_pool(arguments.unlabeled, training, evaluation, arguments.seed, unreadable)
     if not pool.train:
@@ -250,6 +245,11 @@ def _divide(arguments: Namespace, photos: _Photos) -> Pool:
     if pool.tally.dropped("photo"):
         say(f"{arguments.unlabeled}: {pool.tally.describe()}")
     return pool
+
+
+def _annotated(arguments: Namespace, photos: _Photos) -> tuple[list[Path], list[Path]]:
+    """Return the image files to train on and to evaluate on, those that exist."""
+    return _files(photos.train, arguments.images), _files(photos.val, arguments.val_images or arguments.images)
 
 
 def _lists(
@@ -272,7 +272,7 @@ def _lists(
         names = (row["file_name"] for row in photos.train["images"])
         lists["listing"] = [name for name in names if fits_a_list(name)]
     if arguments.unlabeled and arguments.annotations:
-        lists["shown"] = some_photos(arguments.unlabeled, arguments.seed)
+        lists["shown"] = some_photos(arguments.unlabeled, chain(*_annotated(arguments, photos)), arguments.seed)
     return lists
 
 

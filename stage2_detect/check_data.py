@@ -97,7 +97,7 @@ def check_data(arguments: Namespace) -> int:
 
 def line_of(finding: Finding) -> str:
     """Return the printed line of a finding."""
-    fix = f" [--fix {finding.fix}]" if finding.fix else ""
+    fix = f" [--fix DIR {finding.fix}]" if finding.fix else ""
     return f"  {finding.level:<8}{printable(f'{finding.file}: {finding.text}')}{fix}"
 
 

@@ -48,6 +48,10 @@ class Budget:
         """Encode an image as a data: URL of a JPEG, its longer side at most `longest` pixels; None if the budget is used up."""
         from PIL import Image
 
+        if image.mode[0] in "IF":  # more than 8 bits: PIL's own conversion makes such photos white
+            from ssld.shared.images import as_rgb  # imports torch, which a page without such photos does not need
+
+            image = as_rgb(image)
         small = image.convert("RGB")
         small.thumbnail((longest, longest), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()

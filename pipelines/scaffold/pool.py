@@ -85,10 +85,19 @@ def divide_pool(
     return Pool([name for name in names if name not in held_out], sorted(held_out), tally)
 
 
-def some_photos(folder: Path, seed: int) -> list[Path]:
-    """Draw at most `MOST_SHOWN` photos of a folder that can be read, as sorted absolute paths. Raises UserError where none of those drawn can."""
-    names = sorted(_listable(folder), key=lambda name: _place(name, seed))[:MOST_SHOWN]
-    drawn = [folder.absolute() / name for name in sorted(names)]
+def some_photos(folder: Path, annotated: Iterable[Path], seed: int) -> list[Path]:
+    """Draw at most `MOST_SHOWN` photos of a folder that can be read and are no copies of annotated ones, as sorted absolute paths.
+
+    Raises UserError where all are copies, or none of those drawn can be read.
+    """
+    names = _listable(folder)
+    known = copies([folder / name for name in names], annotated)
+    new = [name for name in names if folder / name not in known]
+    if names and not new:
+        raise UserError(
+            f"{folder}: all {count(len(names), 'photo')} are copies of annotated ones; leave out --unlabeled"
+        )
+    drawn = [folder.absolute() / name for name in sorted(sorted(new, key=lambda name: _place(name, seed))[:MOST_SHOWN])]
     bad = unreadable_photos(drawn)
     if drawn and len(bad) == len(drawn):
         raise UserError(

@@ -207,8 +207,12 @@ class Parser(ArgumentParser):
     def _unknown(self, words: list[str]) -> UserError:
         flags = [word.split("=")[0] for word in words if re.match("-+[A-Za-z]", word)]
         if not flags:
-            text = " ".join(words)
-            return UserError(f"{text}: no flag before it; give it as --NAME {text} (--help lists the flags)")
+            if len(words) > 1:  # mostly the files of a pattern that the shell has expanded
+                return UserError(
+                    f"{words[0]} and {len(words) - 1:,} more: no flag before them; a flag takes one value: put a pattern such as '*.jpg' in quotes, "
+                    "and commas between the items of a list (--help lists the flags)"
+                )
+            return UserError(f"{words[0]}: no flag before it; give it as --NAME {words[0]} (--help lists the flags)")
         known = [flag for flag in self._option_string_actions if flag.startswith("--")]
         names = self.config_type.other_names if self.config_type else {}
         others = {f"--{name}": f"--{key}" for name, key in names.items()}

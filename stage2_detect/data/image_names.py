@@ -17,6 +17,8 @@ from urllib.parse import unquote
 from ssld.shared.files import IMAGE_SUFFIXES, list_images
 
 _ROBOFLOW = re.compile(r"(.+)\.rf\.[0-9A-Za-z]{8,}\.[^.]+")
+_LABEL_STUDIO = re.compile(r"(?!(?:19|20)[0-9]{6}-)[0-9a-f]{8}-(.+)")
+"""name of a photo that Label Studio has received: eight hexadecimal digits before its own name; digits that can be a date are not taken for these"""
 
 
 def missing_names(folder: str | Path, names: Iterable[str]) -> list[int]:
@@ -36,7 +38,8 @@ def hint(folder: str | Path, missing: Sequence[str]) -> str:
     """Return the end of a message on missing files: the existing file whose name is another form of a missing one; empty if there is none.
 
     Other forms: blanks and line breaks at the ends, slashes as backslashes, `%20` for a blank, letters composed differently (Unicode NFC and NFD) or
-    in another case, another image suffix, and other folders before the name. The closest form decides, and must fit exactly one file.
+    in another case, another image suffix, other folders before the name, and Label Studio's digits before it. The closest form decides, and must fit
+    exactly one file.
     """
     fits = _fits(folder, missing)
     for name, files in zip(missing, fits, strict=True):
@@ -127,7 +130,8 @@ def _fits(folder: str | Path, names: Sequence[str]) -> list[list[str]]:
         for form, last in zip(_FORMS[1:], lasts, strict=True):
             if found := last.get(posixpath.basename(form(name))):
                 return found
-        return []
+        own = _uploaded(name)
+        return fits(own) if own else []
 
     return [fits(name) for name in names]
 
@@ -135,8 +139,17 @@ def _fits(folder: str | Path, names: Sequence[str]) -> list[list[str]]:
 def _one_ends_in_the_other(name: str, file: str) -> bool:
     """Whether two names differ in the folders before them alone, such as `a/b/1.jpg` and `b/1.JPG`."""
     one, other = (_stem(each).split("/") for each in (name, file))
+    if one[-1] != other[-1] and (own := _uploaded(name)):
+        one = _stem(own).split("/")
     shared = min(len(one), len(other))
     return one[-shared:] == other[-shared:]
+
+
+def _uploaded(name: str) -> str | None:
+    """Return the path of a photo without Label Studio's digits, `upload/3/a.jpg` for `upload/3/676b1b69-a.jpg`; None for other names."""
+    folder, last = posixpath.split(_plain(name))
+    match = _LABEL_STUDIO.fullmatch(last)
+    return posixpath.join(folder, match[1]) if match else None
 
 
 def _plain(name: str) -> str:

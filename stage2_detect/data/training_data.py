@@ -9,6 +9,7 @@ import numpy as np
 from ssld.shared.config.training import in_steps
 from ssld.shared.errors import UserError
 from ssld.shared.tally import Tally
+from ssld.shared.wording import count, printable
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.batch_order import labeled_images, repeat_factors
 from ssld.stage2_detect.data.coco import CocoData, CocoImage, read_coco, require_boxes, require_format, require_masks
@@ -18,6 +19,7 @@ from ssld.stage2_detect.data.unlabeled_images import (
     LabeledImages,
     UnlabeledImages,
     pseudo_labeled_images,
+    real_paths,
     unlabeled_images,
 )
 from ssld.stage2_detect.data_config import as_list
@@ -77,6 +79,14 @@ class TrainingData:
         yield self.train.describe()
         if self.val:
             yield self.val.describe()
+            if also := self._trained_on(self.val):
+                which = (
+                    f"{len(also):,} of {count(len(self.val.images), 'evaluation image')} (first: {printable(also[0])})"
+                )
+                yield (
+                    f"warning: the scores are too good, since the training images contain {which}; "
+                    "`ssld doctor --fix DIR` removes these from a copy of the training annotations"
+                )
         if self.repeats is not None:
             repeated = int((self.repeats > 1).sum())
             yield f"repeat factors: {repeated} images are repeated, up to {self.repeats.max():.2f} times per pass"
@@ -90,6 +100,12 @@ class TrainingData:
                 split += f", {labeled} labeled ones in the burn-in"
                 name, given, share = "ratio", config.moving_teacher.ratio, unlabeled / config.batch_size
             yield split if share == given else f"{split}: {name} is {share:.3g}, not {given:g}"
+
+    def _trained_on(self, val: CocoData) -> list[str]:
+        """Return the paths of evaluation images that are training images too; copies under other names are for the data check."""
+        real = real_paths()
+        trained = {real(record.path) for record in self.train.images}
+        return [record.path for record in val.images if real(record.path) in trained]
 
 
 def read_training_data(config: TrainConfig) -> TrainingData:

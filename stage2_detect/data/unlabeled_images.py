@@ -53,7 +53,7 @@ class LabeledImages:
             _EVALUATED: [Path(record.path) for record in evaluated],
             _LABELED: [Path(record.path) for record in labeled],
         }
-        self._real = _real_paths()
+        self._real = real_paths()
         self._known = {self._real(str(path)): cause for cause, paths in self._parts.items() for path in paths}
 
     def leave_out(self, files: ImageFiles, tally: Tally) -> list[str]:
@@ -236,7 +236,7 @@ def _coco_files(file: Path, images: Path | None, images_setting: str | None) -> 
     return ImageFiles(str(folder), names), note
 
 
-def _real_paths() -> Callable[[str], str]:
+def real_paths() -> Callable[[str], str]:
     """Return a function from paths to paths without links of folders, which resolves each folder once."""
     folders: dict[str, str] = {}
 

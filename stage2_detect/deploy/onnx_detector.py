@@ -6,6 +6,7 @@ Shapes: H, W height and width of an image, N its detections, S side of a mask's 
 """
 
 import json
+import os.path
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -145,5 +146,7 @@ def draw(pixels: np.ndarray, found: Detections) -> Image.Image:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4 or os.path.exists(sys.argv[3]):  # two photos would overwrite the second
+        sys.exit("usage: python onnx_detector.py detector.onnx photo.jpg drawn.png; drawn.png must not exist yet")
     photo = decode(sys.argv[2])
     draw(photo, OnnxDetector(sys.argv[1]).predict([photo])[0]).save(sys.argv[3])

@@ -172,7 +172,10 @@ def test_data_and_a_cleaned_copy(coco: Path, tmp_path: Path, capfd: pytest.Captu
     assert doctor.main([*data, "--fix", str(tmp_path / "clean")]) == 1
     out = capfd.readouterr().out
     assert "fault   train.json: 1 image of 2 not in" in out
-    assert out.splitlines()[-1] == "  fix the faults before you start a run"
+    assert out.splitlines()[-1] == (
+        f"  fix the faults before you start a run; in {tmp_path / 'clean'} there are copies without those marked --fix"
+    )
+    assert "[--fix DIR " in out
     assert doctor.main(["--annotations", str(tmp_path / "clean" / "train.json"), "--images", str(coco)]) == 0
 
 

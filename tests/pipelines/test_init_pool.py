@@ -64,6 +64,7 @@ def test_unlabeled_photos_are_told_apart_from_evaluation_photos(
     names = lists["unlabeled"] + lists["held_out"]
     assert len(set(names)) == len(names) == 3 + 30
     assert not [name for name in names if name.startswith("copy of ")]
+    assert "copy of " not in Path("mine_shown.txt").read_text()
     assert len(evaluated) == 8
     out = capfd.readouterr().out
     assert (

@@ -1,5 +1,7 @@
 """The report in a browser: no errors, no network requests, every image shown, valid links, readable at any size and in both color schemes."""
 
+import base64
+import io
 import itertools
 import json
 import re
@@ -314,3 +316,13 @@ def test_images_without_room_are_left_out(tmp_path: Path) -> None:
     assert Budget(1000).embed(file, 640) is None
     file.write_bytes(b"not an image")
     assert Budget().embed(file, 640) is None
+
+
+def test_photos_of_more_than_eight_bits_are_not_white_on_the_page(tmp_path: Path) -> None:
+    """As on every other sheet: a gray value of 2048 of 12 bits is a middle gray."""
+    file = tmp_path / "deep.tiff"
+    Image.fromarray(np.full((8, 8), 2048, np.uint16)).save(file)
+    source = Budget().embed(file, 640)
+    assert source
+    shown = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+    assert np.abs(np.asarray(shown, np.int16) - 128).max() <= 2

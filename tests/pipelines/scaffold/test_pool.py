@@ -54,7 +54,7 @@ def test_photos_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path) -> 
     (folder / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     bad = unreadable_photos(folder / name for name in list_images(folder))
     assert bad == {folder / "empty.jpg", folder / "IMG_1.HEIC"}
-    assert some_photos(folder, seed=0) == [folder / "deep" / f"{number}.png" for number in range(3)]
+    assert some_photos(folder, [], seed=0) == [folder / "deep" / f"{number}.png" for number in range(3)]
     pool = divide_pool(folder, [], [], seed=0, unreadable=bad)
     assert pool.train == ["deep/0.png", "deep/1.png", "deep/2.png"]
     assert pool.tally.describe() == (
@@ -76,7 +76,21 @@ def test_many_photos_are_looked_at_in_one_process(tmp_path: Path) -> None:
 def test_none_of_the_drawn_photos_can_be_read(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "pool", 30)
     with pytest.raises(UserError, match=r"pool: none of 24 photos drawn can be read, first .*\.jpg; convert them to"):
-        some_photos(folder, seed=0)
+        some_photos(folder, [], seed=0)
+
+
+def test_copies_of_annotated_photos_are_not_shown_as_photos_without_annotations(tmp_path: Path) -> None:
+    folder, own = folder_of(tmp_path / "pool", 0), tmp_path / "a.png"
+    for number in range(30):
+        Image.new("L", (2, 2), number).save(folder / "deep" / f"{number:02d}.png")
+    shown = some_photos(folder, [], seed=0)
+    own.write_bytes(shown[0].read_bytes())
+    without = some_photos(folder, [own], seed=0)
+    assert len(shown) == len(without) == 24
+    assert shown[0] not in without
+    assert set(shown[1:]) < set(without)
+    with pytest.raises(UserError, match=r"pool: all 30 photos are copies of annotated ones; leave out --unlabeled"):
+        some_photos(folder, sorted((folder / "deep").iterdir()), seed=0)
 
 
 def test_photos_that_no_list_can_hold_are_left_out_and_named(tmp_path: Path) -> None:
@@ -88,7 +102,7 @@ def test_photos_that_no_list_can_hold_are_left_out_and_named(tmp_path: Path) -> 
     assert divide_pool(folder, [], [], seed=0).train == kept
     for name in kept:
         Image.new("L", (2, 2)).save(folder / name, "PNG")
-    assert some_photos(folder, seed=0) == [folder / name for name in kept]
+    assert some_photos(folder, [], seed=0) == [folder / name for name in kept]
     assert unlisted(folder, ["a.jpg", "b\rc.jpg"]) == (
         f"lists of photos, one file per line: 6 unlabeled photos dropped: 6 {UNLISTED} (first: {folder}/\x1b.jpg); "
         f"1 training photo dropped: 1 {UNLISTED} (first: b\rc.jpg)"

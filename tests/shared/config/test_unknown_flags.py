@@ -57,6 +57,10 @@ def test_words_without_a_flag_and_numbers_that_are_none() -> None:
     parser.add_argument("--count", type=int)
     for words, line in (
         (["photos"], "photos: no flag before it; give it as --NAME photos"),
+        (
+            ["1.jpg", "2.jpg", "3.jpg"],
+            "1.jpg and 2 more: no flag before them; a flag takes one value: put a pattern such as '*.jpg' in quotes",
+        ),
         (["--minutes", "20m"], "--minutes 20m: has to be a number"),
         (["--count", "2.5"], "--count 2.5: has to be a whole number"),
     ):

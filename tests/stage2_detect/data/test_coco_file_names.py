@@ -26,6 +26,7 @@ COPY = "`ssld doctor --fix DIR` writes a copy with the names of the files"
         ("7a-photo.png", "..\\media\\upload\\1\\7a-photo.png", ""),
         ("photo.png", "C:/data/images/photo.png", ""),
         ("deeper/photo.png", "photo.png", ""),
+        ("photo.png", "../../label-studio/data/media/upload/3/676b1b69-photo.png", ""),
     ],
 )
 def test_the_hint_names_the_file_that_fits(
@@ -76,6 +77,10 @@ def test_the_hint_is_on_the_first_that_something_fits(read: Callable[..., CocoDa
         (["a/1.jpg", "2.jpg"], ["/data/local-files/?d=img/a/1.jpg", "/data/local-files/?d=img/2.jpg"], ["a/1.jpg", "2.jpg"]),
         (["x 1.JPG", "2.jpg"], ["https://host/img/x%201.jpg", "2.jpg"], ["x 1.JPG", None]),
         (["a/1.jpg", "b/2.jpg"], ["1.png", "img/b/2.jpg"], ["a/1.jpg", "b/2.jpg"]),
+        # Label Studio's digits before a name: of two uploads, of one photo twice, and a date, which is none of them.
+        (["a/1.jpg", "2.jpg"], ["images/a/0a1b2c3d-1.jpg", "upload\\3\\4e5f6a7b-2.JPG"], ["a/1.jpg", "2.jpg"]),
+        (["1.jpg"], ["0a1b2c3d-1.jpg", "4e5f6a7b-1.jpg"], None),
+        (["1.jpg"], ["20240131-1.jpg"], None),
         # One name fits two files, two names fit one file, or a file that the data set lists already.
         (["a/1.jpg", "b/1.jpg", "2.jpg"], ["1.jpg", "./2.JPG"], None),
         (["1.jpg"], ["a/1.jpg", "b/1.jpg"], None),

@@ -209,3 +209,18 @@ def test_the_log_has_the_content_of_a_batch(tmp_path: Path, ratio: float, line: 
     assert list(data.describe(TrainConfig.model_construct(batch_size=8, labeled_ratio=ratio)))[-1] == line.format(
         folder=tmp_path
     )
+
+
+def test_the_log_counts_evaluation_images_that_are_trained_on(tiny_coco: Any, tmp_path: Path) -> None:
+    """Under another path of their folder too; images of the same name in another folder are other images."""
+    link = tmp_path / "link"
+    link.symlink_to(tiny_coco.train_images)
+    train = read_coco(tiny_coco.train_annotations, tiny_coco.train_images, training=True)
+    again = read_coco(tiny_coco.train_annotations, link, training=False)
+    other = read_coco(tiny_coco.val_annotations, tiny_coco.val_images, training=False)
+    config = TrainConfig.model_construct(batch_size=8)
+    assert list(TrainingData(train, again).describe(config))[-1] == (
+        f"warning: the scores are too good, since the training images contain 12 of 12 evaluation images (first: {link}/0.png); "
+        "`ssld doctor --fix DIR` removes these from a copy of the training annotations"
+    )
+    assert list(TrainingData(train, other).describe(config)) == [train.describe(), other.describe()]
