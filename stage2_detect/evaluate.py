@@ -35,10 +35,12 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     from ssld.shared.distributed.ranks import from_main_rank
     from ssld.shared.run_dir import RunDir
     from ssld.shared.training.trackers import start_trackers
+    from ssld.shared.wording import count, printable
     from ssld.stage2_detect.data.coco import read_coco, require_masks
     from ssld.stage2_detect.data.coco_json import write_results
     from ssld.stage2_detect.data.convert.parts import evaluated_part
     from ssld.stage2_detect.data.sizing import Sizing
+    from ssld.stage2_detect.data.trained_images import images_with_marks
     from ssld.stage2_detect.detector_file import load_named
     from ssld.stage2_detect.evaluation.bootstrap import bootstrap_metrics, read_detections
     from ssld.stage2_detect.evaluation.files import write_evaluation
@@ -69,6 +71,12 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     run.log(*notes)
     run.log(data.describe())
     run.tell("annotations", data.file, data.tally)
+    trained = images_with_marks(data.images, loaded.metadata.get("trained_images", ())) if run.main else []
+    if trained:
+        run.log(
+            f"warning: the scores are too good: {len(trained):,} of {count(len(data.images), 'evaluation image')} at least are images that the "
+            f"detector was trained on (first: {printable(trained[0])}); evaluate it on others"
+        )
     metrics, detections = score(
         loaded.model.to(accelerator.device),
         data,

@@ -60,7 +60,9 @@ def write_folder(
         checks: results of `check.check_outputs`, by format.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = public({key: value for key, value in loaded.metadata.items() if key not in ("run", "format")})
+    metadata = public(
+        {key: value for key, value in loaded.metadata.items() if key not in ("run", "format", "trained_images")}
+    )
     save_model_file(folder / "detector.safetensors", read_tensors(model), metadata)
     for file in exported:
         shutil.copyfile(file, folder / file.name)

@@ -29,6 +29,7 @@ from ssld.stage2_detect.training.body import open_body
 _RESERVED = {
     *("format", "kind", "arch", "timm_version", "class_names", "category_ids", "mean", "std", "model", "resize"),
     *("backbone", "model_args", "content_sha256", "metadata_sha256", "config", "inputs", "data", "unit_scale"),
+    "trained_images",
 }
 """metadata keys of a detector file, and arguments of `save_detector`, that are no facts of one's own"""
 KINDS: tuple[str, ...] = get_args(DetectorConfig.model_fields["kind"].annotation)

@@ -1,6 +1,7 @@
 """Detector in training: initial weights, moving average, parameter groups, and the detector file."""
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ssld.shared.models.backbones import place
 from ssld.shared.training.optim import parameter_groups
 from ssld.stage2_detect.config import TrainConfig
 from ssld.stage2_detect.data.coco import CocoData
+from ssld.stage2_detect.data.trained_images import marks_of
 from ssld.stage2_detect.detector_file import save_detector
 from ssld.stage2_detect.distill_config import DistillConfig, MovingTeacherConfig
 from ssld.stage2_detect.distillation.dense import DistilledDense
@@ -240,6 +242,10 @@ class TrainedDetector:
             f"losses on unlabeled images x{moving.unlabeled_weight(dense=model.is_dense):g}: {what}"
         )
 
+    @cached_property
+    def _marks(self) -> list[str]:
+        return marks_of(self._data.images)
+
     def save(self, path: Path, **facts: Any) -> None:
         """Write the detector file, with `facts` in its metadata."""
         save_detector(
@@ -250,6 +256,7 @@ class TrainedDetector:
             arch=self.arch,
             inputs=self._inputs,
             data=self._data,
+            trained_images=self._marks,
             **self._facts,
             **facts,
         )
