@@ -6,6 +6,7 @@ brackets would make ambiguous is JSON: `--images '["a,b", "c"]'`. `null` is None
 
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from ssld.shared.config.yaml_files import flatten, merge, nested
 from ssld.shared.errors import UserError
 
 _JSON = json.JSONDecoder()
+_YAML_GROUP = re.compile(r"\[?\s*\{\s*[A-Za-z_]+:\s.*\}\s*\]?")
+"""a group as YAML has it, `{name: kl}`; names in JSON stand in quotes"""
 _SIGNS = frozenset('[]{},"')
 """signs that have a meaning in a list"""
 
@@ -109,6 +112,8 @@ def read_value(
         return None
     try:
         if shape.list:
+            if _YAML_GROUP.fullmatch(text) and not exists(text):
+                raise UserError(f"{key}: {text} is not JSON: put names and texts in double quotes")
             return _read_list(text, shape, exists)
         if text == "null":
             return "./null" if key.endswith("path") and exists(text) else None

@@ -11,6 +11,7 @@ from pydantic import model_validator
 from ssld.shared.config.flag_values import flags, read_value
 from ssld.shared.config.settings import CommandConfig, Config, dump, parse_config
 from ssld.shared.errors import UserError
+from ssld.stage1_ssld.config import DistillConfig
 from ssld.stage2_detect.config import EvaluateConfig, TrainConfig
 
 NAMES = [
@@ -278,3 +279,16 @@ def test_a_group_as_yaml_has_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path:
     Path(text).mkdir()
     config = parse_config(_Evaluated, ["--output", "o", "--val", text], program="evaluate")
     assert dump(config)["val"] == {"path": text, "root": None}
+
+
+def test_a_list_of_groups_as_yaml_has_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "[{name: kl, weight: 1}]"
+    with pytest.raises(
+        UserError, match=r"^losses: \[\{name: kl, weight: 1\}\] is not JSON: put names and texts in double quotes$"
+    ):
+        read_value(DistillConfig, "losses", text)
+    assert read_value(DistillConfig, "losses", '[{"name": "kl", "weight": 1}]') == [{"name": "kl", "weight": 1}]
+    assert read_value(DistillConfig, "losses", "kl,dist") == ["kl", "dist"]
+    Path("{a: b}").touch()
+    assert read_value(DistillConfig, "data.train", "{a: b}") == ["{a: b}"]
