@@ -28,7 +28,7 @@ def proposes_stage_1(asked: Distill, backbone: str, photos: int, *, detector: bo
         return True, (
             f"stage 1 on {count(photos, 'unlabeled photo')} and the annotated ones: the student has no pretrained weights. Measured, as a "
             "mean over ten seeds: a detector of blood cells had 2 to 3 AP more than from random weights after 51 passes over its own 205 photos, or "
-            "one over 42,500 others, under a teacher's features; 5 after eight under its soft labels; all that after 80 steps of the detector. "
+            "one over 42,500 others, under a teacher's features; 4 to 6 after eight under its soft labels; all that after 80 steps of the detector. "
             "After 400 steps no gain was shown. Compare the AP of the two detectors"
         )
     if photos >= MANY:
