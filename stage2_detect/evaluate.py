@@ -71,7 +71,8 @@ def evaluate_detector(config: EvaluateConfig) -> None:
     run.log(*notes)
     run.log(data.describe())
     run.tell("annotations", data.file, data.tally)
-    trained = images_with_marks(data.images, loaded.metadata.get("trained_images", ())) if run.main else []
+    marks = loaded.metadata.get("trained_images")
+    trained = images_with_marks(data.images, marks) if run.main and marks else []
     if trained:
         run.log(
             f"warning: the scores are too good: {len(trained):,} of {count(len(data.images), 'evaluation image')} at least are images that the "

@@ -119,6 +119,7 @@ class ModelMetadata(BaseModel):
     teacher: dict[StrictStr, Any] | None = None
     metrics: dict[StrictStr, Any] | None = None
     source: dict[StrictStr, Any] | None = None
+    trained_images: list[StrictStr] | None = None
 
     @model_validator(mode="after")
     def _counts_agree(self) -> "ModelMetadata":

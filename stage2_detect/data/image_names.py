@@ -116,6 +116,9 @@ def _fits(folder: str | Path, names: Sequence[str]) -> list[list[str]]:
         for written, several in index.items():
             last[posixpath.basename(written)] += several
 
+    # Eight decimal digits may be a date or a number of a series: they are Label Studio's only beside names whose digits have a letter.
+    uploads = any(_uploaded(name) and not posixpath.basename(_plain(name))[:8].isdecimal() for name in names)
+
     def fits(name: str) -> list[str]:
         for form, index in zip(_FORMS, indexes, strict=True):
             if found := index.get(form(name)):
@@ -130,7 +133,7 @@ def _fits(folder: str | Path, names: Sequence[str]) -> list[list[str]]:
         for form, last in zip(_FORMS[1:], lasts, strict=True):
             if found := last.get(posixpath.basename(form(name))):
                 return found
-        own = _uploaded(name)
+        own = _uploaded(name) if uploads else None
         return fits(own) if own else []
 
     return [fits(name) for name in names]

@@ -1,5 +1,6 @@
 """Start of a training from a detector: a file of this project, or published weights. Equal architecture, equal or other classes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
@@ -65,6 +66,7 @@ class InitWeights:
         arch, model_args, inputs: architecture and inputs of its backbone.
         licence: licence of its weights; "unknown" if the file does not give one.
         backbone: origin of its backbone.
+        trained_images: marks of images that it was trained on (`trained_images.marks_of`).
     """
 
     source: str
@@ -76,6 +78,7 @@ class InitWeights:
     inputs: InputSettings
     licence: str
     backbone: dict[str, Any] = field(default_factory=dict)
+    trained_images: Sequence[str] = ()
 
     @property
     def is_published(self) -> bool:
@@ -197,6 +200,7 @@ def open_init(init: Path) -> InitWeights:
         inputs=InputSettings.of_detector(metadata["mean"], metadata["std"]),
         licence=metadata.get("licence", "unknown"),
         backbone=metadata.get("backbone", {}),
+        trained_images=metadata.get("trained_images") or (),
     )
 
 

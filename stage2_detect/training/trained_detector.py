@@ -92,6 +92,7 @@ class TrainedDetector:
             )
             self.model = self._with_teacher(self.teacher, config.distill).to(device)
         self._facts = self._facts_of(body, start)
+        self._earlier_marks = start.trained_images if start else ()
 
     def _facts_of(self, body: Body, start: InitWeights | None) -> dict[str, Any]:
         """Return what the detector file says about the origin of its weights; one licence per source: initial detector, backbone, teacher."""
@@ -244,7 +245,8 @@ class TrainedDetector:
 
     @cached_property
     def _marks(self) -> list[str]:
-        return marks_of(self._data.images)
+        """Marks of the training images, and of those of the detector that the run starts from."""
+        return sorted({*self._earlier_marks, *marks_of(self._data.images)})
 
     def save(self, path: Path, **facts: Any) -> None:
         """Write the detector file, with `facts` in its metadata."""

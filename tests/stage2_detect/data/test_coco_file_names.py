@@ -81,6 +81,10 @@ def test_the_hint_is_on_the_first_that_something_fits(read: Callable[..., CocoDa
         (["a/1.jpg", "2.jpg"], ["images/a/0a1b2c3d-1.jpg", "upload\\3\\4e5f6a7b-2.JPG"], ["a/1.jpg", "2.jpg"]),
         (["1.jpg"], ["0a1b2c3d-1.jpg", "4e5f6a7b-1.jpg"], None),
         (["1.jpg"], ["20240131-1.jpg"], None),
+        # Digits alone, here a day before its year and a serial number, are Label Studio's beside others alone.
+        (["1.jpg"], ["31012024-1.jpg"], None),
+        (["1.jpg"], ["00000012-1.jpg"], None),
+        (["1.jpg", "2.jpg"], ["00000012-1.jpg", "4e5f6a7b-2.jpg"], ["1.jpg", "2.jpg"]),
         # One name fits two files, two names fit one file, or a file that the data set lists already.
         (["a/1.jpg", "b/1.jpg", "2.jpg"], ["1.jpg", "./2.JPG"], None),
         (["1.jpg"], ["a/1.jpg", "b/1.jpg"], None),
