@@ -22,7 +22,7 @@ from ssld.pipelines.checks.machine import Line
 from ssld.pipelines.config import ROOT
 from ssld.pipelines.folder import shown
 from ssld.shared.config.settings import CommandConfig
-from ssld.shared.files import escaped, list_images, spread
+from ssld.shared.files import escaped, is_pattern, list_images, spread
 from ssld.shared.tally import Tally
 from ssld.shared.wording import count
 from ssld.stage1_ssld.config import CurateConfig, PrototypesConfig, SoftLabelsConfig, Stage1Config
@@ -78,7 +78,7 @@ def run_script(words: list[str]) -> int:
 
 
 def sources_of(config: CommandConfig) -> tuple[list[Path], list[str]]:
-    """Return (existing folders of images without boxes that a command reads; its sources of other kinds, such as lists and Parquet files)."""
+    """Return (existing folders of images without boxes that a command reads; its other sources: patterns, and files such as lists and Parquet)."""
     sources: list[SourceConfig] = []
     paths: list[Path] = []
     if isinstance(config, Stage1Config | SoftLabelsConfig):
@@ -88,11 +88,13 @@ def sources_of(config: CommandConfig) -> tuple[list[Path], list[str]]:
     elif isinstance(config, PrototypesConfig):
         sources = config.pool
     elif isinstance(config, TrainConfig):
-        paths = as_list(config.unlabeled) if config.unlabeled else []
-        paths += config.moving_teacher.sources if config.moving_teacher else []
+        paths = [
+            *(as_list(config.unlabeled) if config.unlabeled else []),
+            *(config.moving_teacher.sources if config.moving_teacher else []),
+        ]
     every = dict.fromkeys([*(source.path for source in sources), *map(str, paths)])
     folders = [Path(one) for one in every if Path(one).is_dir()]
-    return folders, [one for one in every if not Path(one).is_dir()]
+    return folders, [one for one in every if Path(one).is_file() or is_pattern(one)]
 
 
 def folder_lines(folder: Path, *, most: int = MOST) -> list[Line]:

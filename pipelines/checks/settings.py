@@ -78,7 +78,7 @@ def settings_lines(
         for folder in dict.fromkeys(folder for folders, _ in read for folder in folders):
             lines += folder_lines(folder)
         if others := list(dict.fromkeys(other for _, several in read for other in several)):
-            lines.append(Line("note", "images", f"not opened, since only folders of images are: {some(others)}"))
+            lines.append(Line("note", "images", f"not opened here, where only folders of images are: {some(others)}"))
     return lines, data_sets
 
 

@@ -40,7 +40,7 @@ def test_findings_about_a_folder(folder: Path) -> None:
 
 def test_sources_of_a_command(folder: Path) -> None:
     common: dict[str, Any] = {"output": "runs/x"}
-    source = [{"path": str(folder)}, {"path": str(folder / "0.png")}, {"path": "photos/*.tar"}]
+    source = [{"path": str(folder)}, {"path": str(folder / "0.png")}, {"path": "photos/*.tar"}, {"path": "gone"}]
     expected = [folder], [str(folder / "0.png"), "photos/*.tar"]
     teach = {"model": {"model": "random:test_resnet"}, "data": {"train": source}, "optim": OPTIM}
     assert sources_of(TeachConfig.model_validate(common | teach | {"steps": 2, "batch_size": 2})) == expected
